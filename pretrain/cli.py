@@ -1,0 +1,35 @@
+"""The command line's manners: one clear line for what a user did wrong, exit status 2, never a traceback."""
+
+import difflib
+import re
+import sys
+from typing import NoReturn
+
+import jsonargparse
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest key where one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print `message` as one line and exit with status 2."""
+        message = re.sub(r"<class '(\w+)'>", r"\1", str(message)).replace("typing.Literal", "one of ")
+        fail(self.prog, message + self._suggestion(message) + f" ({self.prog} --help explains every key)")
+
+    def _suggestion(self, message: str) -> str:
+        unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", message)
+        if not unknown:
+            return ""
+        group = re.search(r"Group '([\w.]+)' does", message)
+        known = [action.dest for action in self._actions]
+        name = ".".join(part for part in (group and group[1], unknown[1] or unknown[2]) if part)
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def fail(command: str, message: object) -> NoReturn:
+    """Print one line on standard error and exit with status 2."""
+    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,295 @@
+"""Typed configuration: defaults < YAML < command line.
+
+The way of a setting:
+
+    configs/demo.yaml ─┐
+    --optim.max_lr 3e-4 ┴─> parse() ─> Config (frozen, one dataclass a section) ─> check() ─> the one function that needs it
+                                         │
+                                         └─> write() ─> RUN_DIR/config.yaml, the resolved whole
+
+Each field is followed by its unit. Functions elsewhere take their own section and never the whole tree. What depends on
+the number of ranks is derived once, in `grad_accum_steps`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder, in Hugging Face's names. The defaults are TinyLlama-1.1B's."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding, V (tokens). At least the tokenizer's vocabulary."""
+    hidden_size: int = 2048
+    """Width of the residual stream, D (features)."""
+    intermediate_size: int = 5632
+    """Width inside SwiGLU (features)."""
+    num_hidden_layers: int = 22
+    """Decoder layers, L."""
+    num_attention_heads: int = 32
+    """Query heads, H. D is a multiple of it; each head has D / H features."""
+    num_key_value_heads: int = 4
+    """Key and value heads: H is multi-head, 1 is multi-query, in between is grouped-query attention."""
+    max_position_embeddings: int = 2048
+    """Longest sequence that the rotary table covers (tokens)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies (no unit)."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square before its root (no unit)."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of the mixture: folders that `data-prep` wrote."""
+
+    name: str
+    """What the source is called in metrics and pictures, e.g. slimpajama."""
+    train: str
+    """Folder with the manifest of the training split (path)."""
+    weight: float = 1.0
+    """Share of this source in every step, relative to the other sources' weights (sequences to sequences; 7 and 3 is 7:3)."""
+    validation: str | None = None
+    """Folder with the manifest of the validation split (path); none: this source is not validated."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The mixture that is trained on, and how it is read."""
+
+    seq_len: int = 2048
+    """Tokens a sequence predicts, T; T + 1 are read."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The mixture (list of name, weight, train, validation)."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 reads in the training process. The order of the data does not depend on it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and how large a step."""
+
+    max_steps: int = 1_430_512
+    """Optimizer steps in the whole run (steps). The schedule ends there."""
+    global_batch_size: int = 1024
+    """Sequences an optimizer step takes, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a rank takes in one forward. Changes memory and speed, not the run."""
+    log_every: int = 10
+    """A line of metrics every so many steps; each costs one device synchronisation (steps)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and clipping."""
+
+    max_lr: float = 4e-4
+    """Learning rate after the warm-up (per step)."""
+    min_lr: float = 4e-5
+    """Learning rate of the last step (per step)."""
+    warmup_steps: int = 2000
+    """Linear warm-up, from max_lr / warmup_steps to max_lr (steps)."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean (per step)."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean (per step)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (no unit)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (times the learning rate, per step)."""
+    decay_norms_and_embeddings: bool = False
+    """Decay the norms' weights and the embedding too, as TinyLlama's own run did."""
+    max_grad_norm: float = 1.0
+    """The global gradient norm is clipped to this (L2 norm over all parameters)."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation loss, one figure a source."""
+
+    every_steps: int = 5000
+    """Validate every so many steps, before the first and after the last (steps); 0: never."""
+    max_sequences: int = 1024
+    """Sequences of each source's validation split to take, spread evenly over it; the same ones every time."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. A run always ends with a save."""
+
+    every_steps: int = 1000
+    """Save every so many steps (steps); 0: only at the end."""
+    keep_last: int = 3
+    """Committed checkpoints to keep, newest first; 0: all of them."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices, precision, sharding."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is a GPU."""
+    strategy: Literal["auto", "single", "full_shard"] = "auto"
+    """full_shard is FSDP2 over all ranks; auto takes it when there is more than one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the compute; weights, optimizer and reductions are always fp32."""
+    compile: bool = True
+    """torch.compile: the whole model on one device, each layer under FSDP2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = "runs/unnamed"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/ (path). A run found there is resumed."""
+    seed: int = 1337
+    """Fixes the initial weights and the order of the data (whole number)."""
+    logger: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl. wandb takes its key from the environment and works offline."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def parse(argv: list[str]) -> Config:
+    """Read `--config FILE` and the overrides in `argv`, and check the result.
+
+    Raises:
+        ValueError: with all problems found, one after the other.
+        SystemExit: status 2 for an unknown key or a wrong type, 0 after --help; one line is printed.
+    """
+    from pretrain.cli import Parser  # jsonargparse is slow to import, and only commands need it
+
+    parser = Parser(prog="pretrain train", description="Train, or go on with, the run that the configuration describes.")
+    parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
+    parser.add_class_arguments(Config)
+    parsed = parser.parse_args(argv)
+    values = parser.instantiate_classes(parsed).as_dict()
+    del values["config"]
+    config = Config(**values)
+    check(config)
+    return config
+
+
+def load(path: Path) -> Config:
+    """Read a complete or partial YAML file, e.g. RUN_DIR/config.yaml, and check it."""
+    return parse(["--config", str(path)])
+
+
+def write(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def check(config: Config) -> None:
+    """Raise one ValueError that names everything in `config` that cannot work on any number of ranks."""
+    problems = [*_check_model(config.model), *_check_data(config.data), *_check_optim(config.optim, config.train)]
+    positive = {
+        "data.seq_len": config.data.seq_len,
+        "train.max_steps": config.train.max_steps,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.log_every": config.train.log_every,
+        "validation.max_sequences": config.validation.max_sequences,
+    }
+    problems += [f"{name} is {value}; it must be at least 1" for name, value in positive.items() if value < 1]
+    at_least_zero = {
+        "data.num_workers": config.data.num_workers,
+        "validation.every_steps": config.validation.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+    }
+    problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if value < 0]
+    if config.data.seq_len > config.model.max_position_embeddings:
+        problems.append(
+            f"data.seq_len {config.data.seq_len} tokens is longer than model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; set the latter to at least {config.data.seq_len}"
+        )
+    if not problems:
+        _check_batch(config.train, world_size=1, problems=problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_model(model: ModelConfig) -> list[str]:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_key_value_heads", "max_position_embeddings")
+    problems = [f"model.{n} is {getattr(model, n)}; it must be at least 1" for n in sizes if getattr(model, n) < 1]
+    if problems:
+        return problems
+    D, H, H_kv = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
+    if D % H:
+        problems.append(f"model.hidden_size {D} is not a multiple of model.num_attention_heads {H}")
+    elif model.head_dim % 2:
+        problems.append(f"model.hidden_size {D} / model.num_attention_heads {H} = {model.head_dim} features a head; rotary embeddings need an even number")
+    if H % H_kv:
+        problems.append(f"model.num_attention_heads {H} is not a multiple of model.num_key_value_heads {H_kv}")
+    return problems
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    if not data.sources:
+        return ["data.sources is empty; name at least one source with its folder (data-prep writes them)"]
+    names = [source.name for source in data.sources]
+    problems = [f"data.sources has {name!r} twice; names must differ" for name in sorted(set(names)) if names.count(name) > 1]
+    for source in data.sources:
+        if not source.weight > 0:
+            problems.append(f"data.sources: weight of {source.name} is {source.weight}; it must be above 0")
+        if not source.name or set(source.name) & set("/ \t\n"):
+            problems.append(f"data.sources: {source.name!r} cannot be a name; use letters without spaces or slashes")
+    return problems
+
+
+def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
+    problems = []
+    if not 0 <= optim.min_lr <= optim.max_lr:
+        problems.append(f"optim.min_lr {optim.min_lr} must lie between 0 and optim.max_lr {optim.max_lr}")
+    if not 0 <= optim.warmup_steps <= train.max_steps:
+        problems.append(f"optim.warmup_steps {optim.warmup_steps} must lie between 0 and train.max_steps {train.max_steps}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            problems.append(f"optim.{name} is {getattr(optim, name)}; it must lie in [0, 1)")
+    if not optim.max_grad_norm > 0:
+        problems.append(f"optim.max_grad_norm is {optim.max_grad_norm}; it must be above 0")
+    return problems
+
+
+def grad_accum_steps(train: TrainConfig, world_size: int) -> int:
+    """Forward passes a rank makes in one optimizer step: global_batch_size / (micro_batch_size x world_size).
+
+    Raises:
+        ValueError: when that is not whole, with the nearest batch sizes that are.
+    """
+    problems: list[str] = []
+    _check_batch(train, world_size, problems)
+    if problems:
+        raise ValueError(problems[0])
+    return train.global_batch_size // (train.micro_batch_size * world_size)
+
+
+def _check_batch(train: TrainConfig, world_size: int, problems: list[str]) -> None:
+    unit = train.micro_batch_size * world_size
+    below = train.global_batch_size // unit * unit
+    if below == train.global_batch_size:
+        return
+    nearest = f"{below} or {below + unit}" if below else f"{unit}"
+    problems.append(
+        f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+        f"{train.micro_batch_size} x world_size {world_size} = {unit} sequences; nearest: {nearest}"
+    )

@@ -1,0 +1,192 @@
+"""The Llama family: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, no biases.
+
+    input_ids (B, T) -> embed_tokens -> L x [h + attention(norm(h)); h + mlp(norm(h))] -> norm -> lm_head -> loss (scalar)
+
+Modules and parameters carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so that a checkpoint and
+an export differ by nothing but the container. A model is built on the meta device, sharded there if it is to be, then
+`materialize`d on its device and filled by `init_weights` or from a checkpoint: no rank ever holds it whole.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pretrain import ops
+from pretrain.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generation. Grown by `Attention`, moved on by `Llama`."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.buffer = torch.empty(shape, device=device, dtype=dtype)  # (2, L, B, H_kv, max_length, d)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new k and v, (B, H_kv, T, d) each, and return all so far, (B, H_kv, length + T, d) each."""
+        end = self.length + k.shape[2]
+        if end > self.buffer.shape[4]:
+            raise ValueError(f"the cache holds {self.buffer.shape[4]} tokens; {end} are needed")
+        self.buffer[0, layer, :, :, self.length : end] = k
+        self.buffer[1, layer, :, :, self.length : end] = v
+        return self.buffer[0, layer, :, :, :end], self.buffer[1, layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight, (D,)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and shared key-value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x: (B, T, D); rope: (2, T, d). Returns (B, T, D)."""
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = ops.apply_rope(q, rope), ops.apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = ops.attention(q, k, v, causal=T > 1)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """SwiGLU between two widths."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """One decoder layer; the unit that FSDP shards and torch.compile compiles."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+        """h: (B, T, D); rope: (2, T, d). Returns (B, T, D)."""
+        h = h + self.self_attn(self.input_layernorm(h), rope, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """Everything but the output projection."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        shape = (2, config.max_position_embeddings, config.head_dim)
+        self.register_buffer("rope", torch.empty(shape), persistent=False)  # filled by Llama.materialize
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """input_ids: (B, T) int64. Returns the hidden states after the last norm, (B, T, D)."""
+        start = 0 if cache is None else cache.length
+        T = input_ids.shape[1]
+        rope = self.rope[:, start : start + T]
+        h = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            h = layer(h, rope, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(h)
+
+
+class Llama(nn.Module):
+    """A Llama-family language model. Its forward returns the loss in training and logits otherwise."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # Tied, there is one parameter and it is the embedding's: nothing to keep equal through sharding and saving.
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """With targets: the mean cross-entropy in nats a token, fp32 scalar. Without: logits (B, T, V).
+
+        input_ids, targets: (B, T) int64, T <= max_position_embeddings; targets may hold `ops.IGNORE_INDEX`.
+        cache: on its first call T tokens of prompt, then one token a call.
+        """
+        hidden = self.model(input_ids, cache)
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if targets is None:
+            return nn.functional.linear(hidden, weight)
+        # The loss is taken inside the root module's forward, where FSDP has the output projection's weight whole.
+        return ops.linear_cross_entropy(hidden, weight, targets)
+
+    def materialize(self, device: torch.device) -> None:
+        """Give every parameter, sharded or not, memory on `device`, and compute the rotary table. Weights are garbage after it."""
+        self.to_empty(device=device)
+        config = self.config
+        self.model.rope = ops.rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta, device)
+
+    def init_weights(self, seed: int) -> None:
+        """TinyLlama's initialisation, the same for every sharding: each parameter is drawn from (seed, its own name).
+
+        Norms are 1. Matrices are normal: embedding and projections with std sqrt(2 / (5 D)), the two that write into the
+        residual stream (o_proj, down_proj) with std 1 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745, section 3.1).
+        """
+        D, L = self.config.hidden_size, self.config.num_hidden_layers
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+                continue
+            std = 1 / (L * math.sqrt(D)) if name.endswith(("o_proj.weight", "down_proj.weight")) else math.sqrt(0.4 / D)
+            _fill_normal(parameter, std, seed, name)
+
+
+@torch.no_grad()
+def _fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(parameter.shape, device=parameter.device).normal_(std=std, generator=generator)
+    if isinstance(parameter, DTensor):  # one parameter at a time is whole, then this rank's part of it stays
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def num_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of the model, and those of them that stand in matrix products (all but the input embedding and norms)."""
+    with torch.device("meta"):
+        model = Llama(config)
+    total = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
+    tied = model.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
+    return total, matrices + tied
