@@ -1,0 +1,229 @@
+"""
+Shards and their manifest: the formats, how they are written, how they are read.
+
+    input file --> ShardWriter --> shards/NAME.npy     one input file is one unit of work is one shard
+                        |
+                        v  Shard: path, dtype, offset, tokens, checksum, provenance
+                    Manifest --> manifest.json         written last: a folder without one is not a dataset
+                        |
+                        v  sizes of all files checked before anything is read
+                   TokenDataset --> sequences (n, T+1) int64
+
+A dataset is a folder:
+
+    DATASET/manifest.json    the order of the shards, their checksums, where they came from
+            shards/*.npy     flat little-endian token ids: uint16 up to a vocabulary of 65,536, else uint32
+            tokenizer/       a complete Hugging Face tokenizer folder
+
+The order of the shards in the manifest is the order of the tokens; names and directory listings mean nothing.
+Sequence i of a dataset is tokens [i*T, i*T + T] of its concatenated shards: T+1 tokens, neighbours share one.
+
+This module is the door between `data_prep` and `pretrain`: numpy and the standard library, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    SubsetTotals,
+    TokenizerInfo,
+    check_inside,
+    write_atomically,
+)
+
+__all__ = [
+    "DTYPES",
+    "MANIFEST_NAME",
+    "TOKENIZER_DIR",
+    "Manifest",
+    "Shard",
+    "ShardWriter",
+    "SubsetTotals",
+    "TokenDataset",
+    "TokenizerInfo",
+    "token_dtype",
+    "write_atomically",
+]
+
+TOKENIZER_DIR = "tokenizer"
+
+_NPY_HEADER_BYTES = 128
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest type of ours for ids in [0, vocab_size): "uint16" or "uint32"."""
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """
+    Stream tokens into one shard; the file appears under its name when the block ends well, and not otherwise.
+
+        with ShardWriter(directory, "shards/a.npy", "uint16") as writer:
+            writer.append(ids)                                      # any integer array (n,)
+        shard = writer.shard(source_file="a.jsonl.zst", documents=1)
+
+    The staged name is the same every time, so that a rerun overwrites what a killed run left. Memory: that of one call.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], path: str, dtype: str) -> None:
+        """`path` is relative to the dataset's folder `directory`; `dtype` is a key of DTYPES."""
+        check_inside(path)
+        self.path, self.dtype, self.tokens = path, dtype, 0
+        self._target = Path(directory) / path
+        self._staged = self._target.with_name(self._target.name + ".tmp")
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._staged, "wb")
+        self._write_header()
+        return self
+
+    def append(self, ids: np.ndarray) -> None:
+        """Add token ids, an integer array (n,). Raises ValueError for an id that the shard's type can't hold."""
+        assert self._file is not None, "append outside of the with block"
+        dtype = DTYPES[self.dtype]
+        if ids.dtype != dtype and ids.size:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high > np.iinfo(dtype).max:
+                raise ValueError(f"token ids from {low} to {high} don't fit a shard of {self.dtype}")
+        data = np.ascontiguousarray(ids, dtype=dtype).data
+        self._hash.update(data)
+        self._file.write(data)
+        self.tokens += ids.size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        with self._file as file:
+            if kind is None:
+                self._write_header()  # now with the number of tokens
+                file.flush()
+                os.fsync(file.fileno())
+        if kind is None:
+            os.replace(self._staged, self._target)
+        else:
+            self._staged.unlink(missing_ok=True)
+
+    def shard(self, source_file: str, documents: int, dropped: dict[str, int] | None = None) -> Shard:
+        """The record of what was written, once the block has ended well."""
+        assert self._file is not None
+        assert self._file.closed
+        checksum = f"sha256:{self._hash.hexdigest()}"
+        written = (self.path, self.dtype, _NPY_HEADER_BYTES, self.tokens, checksum)
+        return Shard(*written, source_file, documents, dropped or {})
+
+    def _write_header(self) -> None:
+        """Write the header at the start; numpy leaves room in it for any count, so its size stays the same."""
+        assert self._file is not None
+        self._file.seek(0)
+        header = {"descr": DTYPES[self.dtype].str, "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        assert self._file.tell() == _NPY_HEADER_BYTES
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user, so that an eviction never closes it under a reader."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class TokenDataset:
+    """
+    The tokens of a dataset as one long row, cut into sequences on demand.
+
+    Tokens are read with pread, not through a memory map: as fast from the page cache, and a file cut short or a failing
+    disk is an exception that names the shard instead of SIGBUS. Files open when first needed, at most `max_open_files`
+    at a time (60,000 shards exceed any limit on descriptors). Pickles and forks freely: no position is shared.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256) -> None:
+        """Open the dataset in `directory`; raises as Manifest.load does."""
+        self.directory = Path(directory)
+        self.manifest = Manifest.load(directory)
+        self.max_open_files = max_open_files
+        self._shards = [shard for shard in self.manifest.shards if shard.tokens]
+        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)  # (shards,), in tokens
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": OrderedDict()}  # a descriptor means nothing in another process
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all shards."""
+        return self.manifest.tokens
+
+    def num_sequences(self, seq_len: int) -> int:
+        """How many sequences of `seq_len` + 1 tokens there are; the last token of one is the first of the next."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len is {seq_len}; it must be at least 1 token")
+        return max(0, (self.num_tokens - 1) // seq_len)
+
+    def sequences(self, indices: Iterable[int] | np.ndarray, seq_len: int) -> np.ndarray:
+        """
+        Sequences `indices` (n,) as an int64 array (n, seq_len + 1), in the order asked for.
+
+        Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
+        """
+        wanted = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
+        count = self.num_sequences(seq_len)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
+            raise IndexError(
+                f"sequences {wanted.min()} to {wanted.max()} were asked of {self.directory}, which has {count:,} "
+                f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
+            )
+        out = np.empty((len(wanted), seq_len + 1), dtype=np.int64)
+        starts = wanted * seq_len
+        first_shards = np.searchsorted(self._ends, starts, side="right")
+        for row, start, shard in zip(out, starts.tolist(), first_shards.tolist()):
+            self._fill(row, start, shard)
+        return out
+
+    def _fill(self, row: np.ndarray, start: int, index: int) -> None:
+        """Fill `row` with the tokens from `start` on, which lies in shard `index`; go on into the next ones."""
+        filled = 0
+        while filled < len(row):
+            shard = self._shards[index]
+            dtype = DTYPES[shard.dtype]
+            skip = start + filled - (int(self._ends[index]) - shard.tokens)
+            take = min(len(row) - filled, shard.tokens - skip)
+            data = os.pread(self._file(index).fd, take * dtype.itemsize, shard.offset + skip * dtype.itemsize)
+            if len(data) != take * dtype.itemsize:
+                raise OSError(f"{self.directory / shard.path} was cut short while in use: prepare or copy it again")
+            row[filled : filled + take] = np.frombuffer(data, dtype=dtype)
+            filled, index = filled + take, index + 1
+
+    def _file(self, index: int) -> _OpenFile:
+        file = self._open.pop(index, None) or _OpenFile(f"{self.directory}/{self._shards[index].path}")
+        self._open[index] = file  # now the most recently used
+        if len(self._open) > self.max_open_files:
+            self._open.popitem(last=False)
+        return file

@@ -1,0 +1,242 @@
+"""The shard and manifest formats: what is written is what is read, and what is damaged is named."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.shard import DTYPES, Manifest, Shard, ShardWriter, SubsetTotals, TokenDataset, TokenizerInfo, token_dtype
+
+DIGEST = "sha256:" + "0" * 64
+TOKENIZER = TokenizerInfo(DIGEST, "sentencepiece", 32000, 1, 2)
+
+
+def make_dataset(root: Path, parts: list[np.ndarray], dtype: str = "uint16") -> Manifest:
+    """A dataset with one shard for each array of `parts`."""
+    shards = []
+    for n, part in enumerate(parts):
+        with ShardWriter(root, f"shards/{n:05d}.npy", dtype) as writer:
+            for piece in np.array_split(part, 3):
+                writer.append(piece)
+        shards.append(writer.shard(f"{n}.jsonl.zst", documents=1, dropped={"code": n} if n else {}))
+    manifest = Manifest("slimpajama", "train", TOKENIZER, True, False, tuple(shards))
+    manifest.save(root)
+    return manifest
+
+
+@pytest.fixture
+def parts() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 32000, n) for n in (1000, 0, 1, 7, 0, 2500, 64, 3)]
+
+
+def change(root: Path, **fields: object) -> None:
+    """Overwrite fields of the manifest on disk, as somebody's editor would."""
+    path = root / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_what_is_written_is_what_numpy_loads(tmp_path: Path, parts: list[np.ndarray], dtype: str) -> None:
+    manifest = make_dataset(tmp_path, parts, dtype)
+    for shard, part in zip(manifest.shards, parts, strict=True):
+        array = np.load(tmp_path / shard.path, mmap_mode="r" if len(part) else None)
+        np.testing.assert_array_equal(array, part)
+        assert array.dtype == DTYPES[dtype]
+        data = (tmp_path / shard.path).read_bytes()
+        assert shard.checksum == "sha256:" + hashlib.sha256(data[shard.offset :]).hexdigest()
+        assert len(data) == shard.end
+    assert Manifest.load(tmp_path) == manifest
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 64, 2048, 3574])
+def test_sequences_are_slices_of_the_concatenated_shards(tmp_path: Path, parts: list[np.ndarray], seq_len: int) -> None:
+    make_dataset(tmp_path, parts)
+    dataset, tokens = TokenDataset(tmp_path, max_open_files=2), np.concatenate(parts)
+    count = dataset.num_sequences(seq_len)
+    assert dataset.num_tokens == len(tokens) == 3575
+    assert count == (len(tokens) - 1) // seq_len > 0
+    order = np.random.default_rng(1).permutation(count)
+    got = dataset.sequences(order, seq_len)
+    assert got.dtype == np.int64
+    np.testing.assert_array_equal(got, np.stack([tokens[i * seq_len : i * seq_len + seq_len + 1] for i in order]))
+    assert dataset.sequences([], seq_len).shape == (0, seq_len + 1)
+
+
+def test_shards_of_others_at_an_offset_and_of_another_type(tmp_path: Path) -> None:
+    first, second = np.arange(10, dtype="<i4"), np.arange(10, 30, dtype="<u2")
+    (tmp_path / "a.bin").write_bytes(b"LITPKDS" + first.tobytes() + b"padding")
+    (tmp_path / "b.bin").write_bytes(second.tobytes())
+    shards = (
+        Shard("a.bin", "int32", 7, 10, DIGEST, "a.bin", 1),
+        Shard("b.bin", "uint16", 0, 20, DIGEST, "b.bin", 1),
+    )
+    Manifest("import", "train", TOKENIZER, False, False, shards).save(tmp_path)
+    np.testing.assert_array_equal(TokenDataset(tmp_path).sequences([0, 1], 14)[:, 0], [0, 14])
+    np.testing.assert_array_equal(TokenDataset(tmp_path).sequences([0], 29)[0], np.arange(30))
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(0, 0), (1, 0), (8, 0), (9, 1), (16, 1), (17, 2)])
+def test_from_no_sequence_to_two(tmp_path: Path, tokens: int, count: int) -> None:
+    make_dataset(tmp_path, [np.arange(tokens)])
+    dataset = TokenDataset(tmp_path)
+    assert dataset.num_sequences(8) == count
+    with pytest.raises(IndexError, match=f"{count} sequences of 8 \\+ 1 tokens"):
+        dataset.sequences([count], 8)
+    with pytest.raises(IndexError):
+        dataset.sequences([-1], 8)
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        dataset.num_sequences(0)
+
+
+def _read(dataset: TokenDataset, seq_len: int) -> np.ndarray:
+    return dataset.sequences(range(dataset.num_sequences(seq_len)), seq_len)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_same(tmp_path: Path, parts: list[np.ndarray], method: str) -> None:
+    make_dataset(tmp_path, parts)
+    dataset = TokenDataset(tmp_path)
+    expected = _read(dataset, 16)  # leaves files open across the fork
+    with get_context(method).Pool(2) as pool:
+        for got in pool.starmap(_read, [(dataset, 16)] * 2):
+            np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(_read(pickle.loads(pickle.dumps(dataset)), 16), expected)
+
+
+def test_open_files_are_bounded_and_closed(tmp_path: Path) -> None:
+    make_dataset(tmp_path, [np.arange(9)] * 40)
+    before = len(os.listdir("/proc/self/fd"))
+    dataset = TokenDataset(tmp_path, max_open_files=4)
+    assert len(os.listdir("/proc/self/fd")) == before
+    _read(dataset, 8)
+    assert len(os.listdir("/proc/self/fd")) == before + 4
+    del dataset
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_failed_block_leaves_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="from 0 to 65536"), ShardWriter(tmp_path, "a.npy", "uint16") as writer:
+        writer.append(np.array([0, 65536]))
+    assert not list(tmp_path.iterdir())
+    assert (token_dtype(65536), token_dtype(65537)) == ("uint16", "uint32")
+
+
+def test_a_fingerprint_names_the_token_stream(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    first = make_dataset(tmp_path / "a", parts)
+    assert make_dataset(tmp_path / "elsewhere", parts).fingerprint == first.fingerprint
+    others = [
+        make_dataset(tmp_path / "b", parts[::-1]),
+        make_dataset(tmp_path / "c", [*parts[:-1], parts[-1] + 1]),
+        Manifest("slimpajama", "train", TOKENIZER, False, False, first.shards),
+        Manifest("slimpajama", "train", TOKENIZER, True, True, first.shards),
+        Manifest("slimpajama", "train", TokenizerInfo("sha256:" + "1" * 64, "s", 32000, 1, 2), True, False,
+                 first.shards),
+    ]  # fmt: skip
+    assert len({first.fingerprint, *(m.fingerprint for m in others)}) == 1 + len(others)
+
+
+def test_truncation_is_noticed_before_and_while_reading(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    manifest = make_dataset(tmp_path, parts)
+    dataset = TokenDataset(tmp_path)
+    victim = tmp_path / manifest.shards[5].path
+    os.truncate(victim, 5000)
+    with pytest.raises(OSError, match=r"00005\.npy was cut short"):
+        _read(dataset, 16)
+    with pytest.raises(ValueError, match=r"00005\.npy has 5,000 bytes, its 2,500 tokens need 5,128"):
+        TokenDataset(tmp_path)
+    victim.unlink()
+    with pytest.raises(FileNotFoundError, match=r"00005\.npy"):
+        TokenDataset(tmp_path)
+
+
+def test_names_that_lead_out_are_refused(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    root = tmp_path / "data"
+    make_dataset(root, parts)
+    raw = json.loads((root / "manifest.json").read_text())
+    for path in ("/etc/passwd", "../out.npy", "shards/../../out.npy", "", "a\0b"):
+        broken = copy.deepcopy(raw["shards"])
+        broken[0]["path"] = path
+        change(root, shards=broken)
+        with pytest.raises(ValueError, match="leads out of the dataset"):
+            Manifest.load(root)
+    change(root, shards=raw["shards"])
+    assert Manifest.load(root)
+    (root / "shards/00000.npy").rename(tmp_path / "out.npy")
+    (root / "shards/00000.npy").symlink_to(tmp_path / "out.npy")
+    with pytest.raises(ValueError, match="not a regular file"):
+        Manifest.load(root)
+    (root / "shards").rename(tmp_path / "outside")
+    (root / "shards").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="leads out of the dataset"):
+        Manifest.load(root)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"version": 2}, "version 2, this code reads version 1"),
+        ({"format": "other"}, "not a dataset of ours"),
+        ({"append_eos": False}, "fingerprint"),
+        ({"totals": {"documents": 1, "tokens": 1, "dropped": {}}}, "not the sums over its shards"),
+        ({"surprise": 1}, "surprise"),
+        ({"tokenizer": None}, "not a manifest that this version can read"),
+        ({"tokenizer": vars(TOKENIZER) | {"eos_id": 32000}}, "eos_id 32000 is not an id"),
+        ({"shards": []}, "not the sums over its shards"),
+        ({"subsets": {"Book": {"documents": 8, "tokens": 1, "dropped": {}}}}, "subsets have 1 tokens"),
+    ],
+)
+def test_a_damaged_manifest_is_one_clear_error(
+    tmp_path: Path, parts: list[np.ndarray], fields: dict[str, object], message: str
+) -> None:
+    make_dataset(tmp_path, parts)
+    change(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        Manifest.load(tmp_path)
+    assert "manifest.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_manifest_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="prepare it with data-prep"):
+        TokenDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "cria')
+    with pytest.raises(ValueError, match="not JSON"):
+        TokenDataset(tmp_path)
+
+
+def test_subsets_and_settings_survive(tmp_path: Path) -> None:
+    shard = Shard("a.npy", "uint16", 128, 0, DIGEST, "a", 3, {"code": 2, "empty": 1})
+    subsets = {"Github": SubsetTotals(0, 0, {"code": 2}), "Book": SubsetTotals(3, 0, {"empty": 1})}
+    manifest = Manifest("slimpajama", "train", TOKENIZER, True, False, (shard,), subsets, {"holdout": 0.01})
+    (tmp_path / "a.npy").write_bytes(b"\0" * 128)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    with pytest.raises(ValueError, match="disagree on the dropped"):
+        Manifest("slimpajama", "train", TOKENIZER, True, False, (shard,), {"Book": SubsetTotals(3, 0, {"code": 3})})
+
+
+def test_a_manifest_of_60000_shards_opens_fast(tmp_path: Path) -> None:
+    (tmp_path / "chunk1").mkdir()
+    names = [f"chunk1/example_train_{n}.jsonl.zst.npy" for n in range(60_000)]
+    shards = tuple(
+        Shard(name, "uint16", 128, n, DIGEST, name[:-4], 5000, {"RedPajamaGithub": 99}) for n, name in enumerate(names)
+    )
+    (tmp_path / names[0]).touch()
+    os.truncate(tmp_path / names[0], 200_000)
+    for name in names[1:]:
+        os.link(tmp_path / names[0], tmp_path / name)
+    Manifest("slimpajama", "train", TOKENIZER, True, False, shards).save(tmp_path)
+    start = time.process_time()
+    dataset = TokenDataset(tmp_path)
+    seconds = time.process_time() - start
+    assert dataset.num_tokens == sum(range(60_000))
+    assert seconds < 2, f"opening 60,000 shards took {seconds:.2f} s"
