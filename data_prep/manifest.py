@@ -1,5 +1,4 @@
-"""
-The manifest of a dataset: what its shards are, in which order, and where every document went.
+"""The manifest of a dataset: what its shards are, in which order, and where every document went.
 
     Shard, Shard, ... --> Manifest --> save: manifest.json, written last; a folder without one is not a dataset
                                          |
@@ -181,8 +180,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Manifest:
-        """
-        Read and check DIRECTORY/manifest.json and the size of every shard.
+        """Read and check DIRECTORY/manifest.json and the size of every shard.
 
         Raises FileNotFoundError without a manifest or a shard; ValueError for a manifest of another version, damaged,
         inconsistent or leading out of the folder, and for a shard too short for its tokens (reading on would end in

@@ -1,5 +1,4 @@
-"""
-Shards and their manifest: the formats, how they are written, how they are read.
+"""Shards and their manifest: the formats, how they are written, how they are read.
 
     input file --> ShardWriter --> shards/NAME.npy     one input file is one unit of work is one shard
                         |
@@ -72,8 +71,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """
-    Stream tokens into one shard; the file appears under its name when the block ends well, and not otherwise.
+    """Stream tokens into one shard; the file appears under its name when the block ends well, and not otherwise.
 
         with ShardWriter(directory, "shards/a.npy", "uint16") as writer:
             writer.append(ids)                                      # any integer array (n,)
@@ -156,8 +154,7 @@ class _OpenFile:
 
 
 class TokenDataset:
-    """
-    The tokens of a dataset as one long row, cut into sequences on demand.
+    """The tokens of a dataset as one long row, cut into sequences on demand.
 
     Tokens are read with pread, not through a memory map: as fast from the page cache, and a file cut short or a failing
     disk is an exception that names the shard instead of SIGBUS. Files open when first needed, at most `max_open_files`
@@ -188,8 +185,7 @@ class TokenDataset:
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def sequences(self, indices: Iterable[int] | np.ndarray, seq_len: int) -> np.ndarray:
-        """
-        Sequences `indices` (n,) as an int64 array (n, seq_len + 1), in the order asked for.
+        """Sequences `indices` (n,) as an int64 array (n, seq_len + 1), in the order asked for.
 
         Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
         """

@@ -1,0 +1,185 @@
+"""Text to token ids, exactly.
+
+    tokenizer.model (SentencePiece BPE with byte fallback, Llama's kind) --.
+    tokenizer.json  (Hugging Face tokenizers, any kind)                  --+--> load(path) --> Tokenizer
+                                                                                 |
+        encode_batch(texts) -> one id array a text; decode(ids) -> text <--------+
+        save(folder) -> tokenizer.json, tokenizer_config.json (+ tokenizer.model): what transformers loads
+
+Text is text: a document that contains "<s>" or "</s>" gets the ids of these characters, never those of the control
+tokens. BOS and EOS are added by `data_prep.prepare`, by the dataset's policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from data_prep.shard import TokenizerInfo, write_atomically
+from data_prep.tokenizer_convert import SentencePieceModel, add_bos, to_huggingface
+
+MODEL_NAME = "tokenizer.model"
+JSON_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+
+
+class Tokenizer(ABC):
+    """A tokenizer of either kind. Pickling one is not promised: a worker process loads its own."""
+
+    info: TokenizerInfo
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, (n,) int32, without BOS and EOS. Raises UnicodeEncodeError for lone surrogates."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids` (n,)."""
+
+    @abstractmethod
+    def save(self, directory: str | Path, prepend_bos: bool) -> None:
+        """Write the complete Hugging Face tokenizer folder, which `transformers.AutoTokenizer` loads as it is.
+
+        With `prepend_bos`, and only then, transformers puts BOS before a text, as the training data had it. It never
+        appends EOS, whatever the policy of the data: a prompt is there to be continued.
+        """
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.model, a tokenizer.json, or a folder with one of them (tokenizer.model first: the reference).
+
+    Raises FileNotFoundError; ValueError for a file of neither kind and for a SentencePiece model unlike Llama's.
+    """
+    file = Path(path)
+    if file.is_dir():
+        names = [name for name in (MODEL_NAME, JSON_NAME) if (file / name).is_file()]
+        if not names:
+            raise FileNotFoundError(f"{file} has neither {MODEL_NAME} nor {JSON_NAME}")
+        file = file / names[0]
+    elif not file.is_file():
+        raise FileNotFoundError(f"there is no tokenizer at {file}: train one with data-prep tokenizer, or name another")
+    if file.suffix == ".json":
+        return HuggingFaceTokenizer(file)
+    return SentencePieceTokenizer(file)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Llama's kind of SentencePiece model: BPE with byte fallback over the text as it is."""
+
+    def __init__(self, file: Path) -> None:
+        """Load and check the model in `file`; raises ValueError as `load` does."""
+        data = file.read_bytes()
+        self._model = SentencePieceModel.parse(data, str(file))
+        self._data = data
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
+        self.info = TokenizerInfo(
+            fingerprint=f"sha256:{hashlib.sha256(data).hexdigest()}",
+            kind="sentencepiece",
+            vocab_size=self._processor.vocab_size(),
+            **{name: value if value >= 0 else None for name, value in ids.items()},
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        return [np.array(self._processor.encode(text), dtype=np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See Tokenizer."""
+        return self._processor.decode(np.asarray(ids).tolist())
+
+    def save(self, directory: str | Path, prepend_bos: bool) -> None:
+        """See Tokenizer. The SentencePiece model goes with it, byte for byte."""
+        model, folder = self._model, Path(directory)
+        converted = to_huggingface(model)
+        names = {"bos_token": self.info.bos_id, "eos_token": self.info.eos_id, "unk_token": self._processor.unk_id()}
+        tokens = {name: model.pieces[i].text for name, i in names.items() if i is not None}
+        _write_folder(folder, converted, tokens, self.info.bos_id if prepend_bos else None)
+        write_atomically(folder / MODEL_NAME, self._data)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Any tokenizer.json. BOS and EOS are read from tokenizer_config.json or special_tokens_map.json beside it."""
+
+    def __init__(self, file: Path) -> None:
+        """Load `file` and its neighbours; raises ValueError as `load` does."""
+        data = file.read_bytes()
+        try:
+            raw = json.loads(data)
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # in text they are text
+        self._tokens = _named_tokens(file.parent)
+        bos, eos = (self._token_id(file, name) for name in ("bos_token", "eos_token"))
+        vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        # What decides on the ids, and nothing of decoding, padding, truncation or templates.
+        decisive = {name: raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()
+        self.info = TokenizerInfo(
+            f"sha256:{hashlib.sha256(canonical).hexdigest()}", "huggingface", vocab_size, bos, eos
+        )
+
+    def _token_id(self, file: Path, name: str) -> int | None:
+        if name not in self._tokens:
+            return None
+        token_id = self._tokenizer.token_to_id(self._tokens[name])
+        if token_id is None:
+            raise ValueError(f"{file} has no token {self._tokens[name]!r}, which the files beside it call {name}")
+        return token_id
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        encode = self._tokenizer.encode
+        return [np.array(encode(text, add_special_tokens=False).ids, dtype=np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """See Tokenizer."""
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def save(self, directory: str | Path, prepend_bos: bool) -> None:
+        """See Tokenizer."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        _write_folder(Path(directory), copy, self._tokens, self.info.bos_id if prepend_bos else None)
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """Which tokens are BOS, EOS and UNK by the configuration files in `folder`: {"bos_token": "<s>", ...}."""
+    named: dict[str, str] = {}
+    for file in (folder / "special_tokens_map.json", folder / CONFIG_NAME):
+        if file.is_file():
+            config = json.loads(file.read_bytes())
+            for name in ("bos_token", "eos_token", "unk_token"):
+                token = config.get(name)
+                if token is not None:
+                    named[name] = token["content"] if isinstance(token, dict) else token
+    return named
+
+
+def _write_folder(
+    folder: Path, tokenizer: tokenizers.Tokenizer, tokens: dict[str, str], prepend_bos_id: int | None
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json. `tokens` maps "bos_token", ... to their text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    add_bos(tokenizer, tokens["bos_token"] if prepend_bos_id is not None else None, prepend_bos_id)
+    config: dict[str, Any] = {
+        # The class that takes tokenizer.json as it is; LlamaTokenizer would rebuild it with another normalizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokens,
+        "add_bos_token": prepend_bos_id is not None,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
+    }
+    write_atomically(folder / JSON_NAME, tokenizer.to_str(pretty=True).encode())
+    write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())

@@ -1,0 +1,122 @@
+"""A SentencePiece model, read and turned into an equivalent Hugging Face tokenizer.
+
+    tokenizer.model bytes --> SentencePieceModel: pieces, checked to be Llama's kind
+                                   |
+                                   v  to_huggingface: vocabulary = pieces, merges = every way to make a piece of two
+                          tokenizers.Tokenizer (BPE with byte fallback)
+
+SentencePiece merges the neighbours whose joint piece has the highest score, the leftmost first; Hugging Face's BPE
+merges the pair with the lowest rank, the leftmost first. So a pair's rank is the position of its joint piece by
+falling score. Where a piece has several splits, see `_splits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+SPACE = "▁"
+"""What SentencePiece writes for a space (U+2581)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; its id is its position."""
+
+    text: str
+    score: float
+    kind: str
+    """One of "NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE"."""
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What we need of a SentencePiece model of Llama's kind: BPE, byte fallback, text taken as it is."""
+
+    pieces: list[Piece]
+    add_dummy_prefix: bool
+    """A space is put before each text."""
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> SentencePieceModel:
+        """Read the bytes of a .model file. Raises ValueError, naming `name`, when it is none or not Llama's kind."""
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated at import
+        try:
+            proto.ParseFromString(data)
+        except DecodeError:
+            raise ValueError(f"{name} is not a SentencePiece model; give a tokenizer.model or tokenizer.json") from None
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
+        pieces = [Piece(p.piece, p.score, kinds.Name(p.type)) for p in proto.pieces]
+        unlike = {
+            "it is not BPE": trainer.model_type != trainer.BPE,
+            "it has no byte fallback": not trainer.byte_fallback,
+            "it normalises text": bool(normalizer.precompiled_charsmap or normalizer.normalization_rule_tsv),
+            "it removes extra whitespace": normalizer.remove_extra_whitespaces,
+            "it keeps spaces as they are": not normalizer.escape_whitespaces,
+            "it puts the space behind the word": trainer.treat_whitespace_as_suffix,
+            "it has unused pieces": any(p.kind == "UNUSED" for p in pieces),
+            "it has no pieces": not pieces,
+        }
+        reasons = [reason for reason, holds in unlike.items() if holds]
+        if reasons:
+            raise ValueError(
+                f"{name} is not a SentencePiece model of Llama's kind: {', '.join(reasons)}. "
+                "Give the tokenizer.json of the same tokenizer instead"
+            )
+        return cls(pieces, normalizer.add_dummy_prefix)
+
+
+def to_huggingface(model: SentencePieceModel) -> Tokenizer:
+    """The tokenizer that gives the same ids as `model`, apart from control tokens in the text, which it recognises."""
+    vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
+    unknown = next(piece.text for piece in model.pieces if piece.kind == "UNKNOWN")
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    escape = normalizers.Replace(" ", SPACE)
+    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, escape])
+    strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    for piece in model.pieces:
+        if piece.kind in ("UNKNOWN", "CONTROL"):
+            tokenizer.add_special_tokens([AddedToken(piece.text, normalized=False, special=True)])
+        elif piece.kind == "USER_DEFINED":
+            tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=False)])
+    return tokenizer
+
+
+def add_bos(tokenizer: Tokenizer, bos_token: str | None, bos_id: int | None) -> None:
+    """Make `tokenizer` put BOS before each text, or nothing when it is None."""
+    if bos_token is None or bos_id is None:
+        tokenizer.post_processor = processors.Sequence([])
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[(bos_token, bos_id)]
+        )
+
+
+def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """All pairs of pieces whose joint text is a piece, in the order in which SentencePiece would merge them."""
+    normal = {piece.text for piece in model.pieces if piece.kind == "NORMAL"}
+    by_score = sorted((p for p in model.pieces if p.kind == "NORMAL"), key=lambda piece: -piece.score)
+    return [pair for piece in by_score for pair in _splits(piece.text, normal)]
+
+
+def _splits(text: str, normal: set[str]) -> list[tuple[str, str]]:
+    """Cut a piece in two pieces in every way, ordered so that the leftmost merge wins as it does in SentencePiece.
+
+    To SentencePiece all ways to make one piece have one score. Two of them compete in p+q+r when pq and qr are both
+    the piece ("ab","a","ba" for "aba"); the left one wins. So a pair whose left half is the right half of another comes
+    after it. (For runs of one character that can't be satisfied both ways; merging from the left never gets there.)
+    """
+    pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+    pairs = [(left, right) for left, right in pairs if left in normal and right in normal]
+    rights = {right for _, right in pairs}
+    return sorted(pairs, key=lambda pair: (pair[0] in rights, len(pair[0])))
