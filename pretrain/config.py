@@ -176,7 +176,9 @@ def parse(argv: list[str]) -> Config:
     """
     from pretrain.cli import Parser  # jsonargparse is slow to import, and only commands need it
 
-    parser = Parser(prog="pretrain train", description="Train, or go on with, the run that the configuration describes.")
+    parser = Parser(
+        prog="pretrain train", description="Train, or go on with, the run that the configuration describes."
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     parsed = parser.parse_args(argv)
@@ -228,8 +230,7 @@ def check(config: Config) -> None:
 
 
 def _check_model(model: ModelConfig) -> list[str]:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes += ("num_key_value_heads", "max_position_embeddings")
+    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
     problems = [f"model.{n} is {getattr(model, n)}; it must be at least 1" for n in sizes if getattr(model, n) < 1]
     if problems:
         return problems
@@ -237,7 +238,10 @@ def _check_model(model: ModelConfig) -> list[str]:
     if D % H:
         problems.append(f"model.hidden_size {D} is not a multiple of model.num_attention_heads {H}")
     elif model.head_dim % 2:
-        problems.append(f"model.hidden_size {D} / model.num_attention_heads {H} = {model.head_dim} features a head; rotary embeddings need an even number")
+        problems.append(
+            f"model.hidden_size {D} / model.num_attention_heads {H} = {model.head_dim} features a head; "
+            "rotary embeddings need an even number"
+        )
     if H % H_kv:
         problems.append(f"model.num_attention_heads {H} is not a multiple of model.num_key_value_heads {H_kv}")
     return problems
@@ -247,7 +251,9 @@ def _check_data(data: DataConfig) -> list[str]:
     if not data.sources:
         return ["data.sources is empty; name at least one source with its folder (data-prep writes them)"]
     names = [source.name for source in data.sources]
-    problems = [f"data.sources has {name!r} twice; names must differ" for name in sorted(set(names)) if names.count(name) > 1]
+    problems = [
+        f"data.sources has {name!r} twice; names must differ" for name in sorted(set(names)) if names.count(name) > 1
+    ]
     for source in data.sources:
         if not source.weight > 0:
             problems.append(f"data.sources: weight of {source.name} is {source.weight}; it must be above 0")
@@ -261,7 +267,9 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     if not 0 <= optim.min_lr <= optim.max_lr:
         problems.append(f"optim.min_lr {optim.min_lr} must lie between 0 and optim.max_lr {optim.max_lr}")
     if not 0 <= optim.warmup_steps <= train.max_steps:
-        problems.append(f"optim.warmup_steps {optim.warmup_steps} must lie between 0 and train.max_steps {train.max_steps}")
+        problems.append(
+            f"optim.warmup_steps {optim.warmup_steps} must lie between 0 and train.max_steps {train.max_steps}"
+        )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must lie in [0, 1)")

@@ -112,8 +112,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
+        self.rope: Tensor  # (2, max_position_embeddings, d), filled by Llama.materialize
         shape = (2, config.max_position_embeddings, config.head_dim)
-        self.register_buffer("rope", torch.empty(shape), persistent=False)  # filled by Llama.materialize
+        self.register_buffer("rope", torch.empty(shape), persistent=False)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """input_ids: (B, T) int64. Returns the hidden states after the last norm, (B, T, D)."""
@@ -136,7 +137,9 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         # Tied, there is one parameter and it is the embedding's: nothing to keep equal through sharding and saving.
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """With targets: the mean cross-entropy in nats a token, fp32 scalar. Without: logits (B, T, V).
@@ -152,7 +155,7 @@ class Llama(nn.Module):
         return ops.linear_cross_entropy(hidden, weight, targets)
 
     def materialize(self, device: torch.device) -> None:
-        """Give every parameter, sharded or not, memory on `device`, and compute the rotary table. Weights are garbage after it."""
+        """Give every parameter, sharded or not, memory on `device` (with garbage in it), and compute the rotary table."""
         self.to_empty(device=device)
         config = self.config
         self.model.rope = ops.rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta, device)

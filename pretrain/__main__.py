@@ -1,0 +1,33 @@
+"""The command `pretrain`: shards to model.
+
+    pretrain train | report | export | generate
+
+Each command is a module of its own with `main(argv)`; only the one that is asked for is imported.
+"""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("pretrain.trainer", "train the model that a configuration describes, or go on with it"),
+    "report": ("pretrain.report", "pictures and a page of a run"),
+    "export": ("pretrain.export", "a run's model as a Hugging Face folder"),
+    "generate": ("pretrain.generate", "text from an exported model"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to a command; returns the process's exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: pretrain COMMAND ...   (pretrain COMMAND --help explains it)\n")
+        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()))
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"pretrain: error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The order of the data, the mixture, the loader.
+
+    step k ─> Mixture.sequences(k)   which sequence of which source stands in each of the step's slots: arithmetic alone
+                 │  the slots of this rank and micro-step
+                 v
+    TokenDataset.sequences ─> (B, T + 1) int64 ─> worker processes prefetch ─> trainer
+
+Nothing here has a state. Which sequences make up step k depends on the manifests, the mixture, the seed, the global batch
+size and k, and on nothing else; ranks and micro-steps only divide the slots among themselves. So there is nothing to save,
+and a run that starts at step 1,000,000 starts at once.
+"""
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.shard import TokenDataset
+from pretrain.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of the mixture, opened."""
+
+    name: str
+    weight: Fraction
+    train: TokenDataset
+    validation: TokenDataset | None
+
+
+def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
+    """Open every source's manifests and check that they fit together and fit the model.
+
+    Raises:
+        FileNotFoundError: a folder has no manifest.
+        ValueError: another tokenizer than the first source's, a vocabulary larger than the model's, another policy on
+            BOS and EOS, or a split too short for one sequence.
+    """
+    sources = []
+    for entry in config.sources:
+        train = _open(entry.train, config.seq_len, vocab_size)
+        validation = None if entry.validation is None else _open(entry.validation, config.seq_len, vocab_size)
+        # The weight's decimal digits are meant, not the nearest binary fraction: 0.7 and 0.3 are 7 and 3.
+        sources.append(Source(entry.name, Fraction(str(entry.weight)), train, validation))
+    first = sources[0].train
+    for dataset in (d for s in sources for d in (s.train, s.validation) if d is not None):
+        _check_same_tokens(first, dataset)
+    return sources
+
+
+def _open(directory: str, seq_len: int, vocab_size: int) -> TokenDataset:
+    dataset = TokenDataset(Path(directory))
+    tokenizer = dataset.manifest.tokenizer
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens and model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    if dataset.num_sequences(seq_len) < 1:
+        raise ValueError(
+            f"{directory}: {dataset.num_tokens} tokens are not enough for one sequence of data.seq_len + 1 = {seq_len + 1} "
+            "tokens; prepare more text or set a shorter data.seq_len"
+        )
+    return dataset
+
+
+def _check_same_tokens(first: TokenDataset, other: TokenDataset) -> None:
+    a, b = first.manifest, other.manifest
+    if a.tokenizer.fingerprint != b.tokenizer.fingerprint:
+        raise ValueError(
+            f"{other.directory} was made with another tokenizer ({b.tokenizer.fingerprint[:19]}, {b.tokenizer.vocab_size} "
+            f"tokens) than {first.directory} ({a.tokenizer.fingerprint[:19]}, {a.tokenizer.vocab_size} tokens); "
+            "prepare one of them again"
+        )
+    if (a.prepend_bos, a.append_eos) != (b.prepend_bos, b.append_eos):
+        raise ValueError(
+            f"{other.directory} has prepend_bos={b.prepend_bos}, append_eos={b.append_eos}, and {first.directory} has "
+            f"prepend_bos={a.prepend_bos}, append_eos={a.append_eos}; prepare one of them again"
+        )
+
+
+class Mixture:
+    """The order of the data: step -> sequences, a pure function.
+
+    Source s gets slots by its weight: after k steps it has had round(W_s k G) - round(W_(s-1) k G) of the k G slots, W being
+    the running sum of the weights' shares. So the shares are exact in every step (floor or ceiling for two sources), and no
+    source is ever more than one sequence from its due. Its j-th slot ever holds sequence p_e(j mod n), e = j div n: epoch e
+    is a permutation p_e of all its n sequences.
+    """
+
+    def __init__(self, lengths: list[int], weights: list[Fraction], keys: list[str], global_batch_size: int):
+        """`lengths`: sequences of each source; `keys`: what each source's permutations are derived from, with the seed.
+
+        Raises:
+            ValueError: a source is due less than one sequence a step.
+        """
+        total = sum(weights, Fraction(0))
+        self.shares = [weight / total for weight in weights]
+        self.lengths = lengths
+        self.global_batch_size = global_batch_size
+        for number, share in enumerate(self.shares):
+            if share * global_batch_size < 1:
+                raise ValueError(
+                    f"source {number} of the mixture is due {float(share * global_batch_size):.3f} sequences a step; it must "
+                    f"be at least 1: raise its weight, or train.global_batch_size from {global_batch_size} to at "
+                    f"least {ceil(1 / share)}"
+                )
+        self._bounds = [sum(self.shares[: s + 1], Fraction(0)) for s in range(len(self.shares))]
+        self._keys = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+
+    def drawn(self, steps: int) -> list[int]:
+        """Sequences taken from each source in the first `steps` steps together."""
+        slots = steps * self.global_batch_size
+        rounded = [0] + [int(bound * slots + Fraction(1, 2)) for bound in self._bounds]
+        return [after - before for before, after in pairwise(rounded)]
+
+    def sequences(self, step: int, slots: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in the given slots of step `step`, counted from 1.
+
+        Returns three int64 arrays, one entry a slot: the source's number, the epoch counted from 0, the sequence's number.
+        """
+        before, after = self.drawn(step - 1), self.drawn(step)
+        counts = [b - a for a, b in zip(before, after)]
+        # Each source's sequences are spread evenly over the step, so that every rank and micro-batch sees the mixture.
+        where = np.concatenate([(2.0 * np.arange(n) + 1) / (2 * n) for n in counts])
+        source = np.repeat(np.arange(len(counts)), counts)
+        draw = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in zip(before, after)])
+        chosen = np.argsort(where, kind="stable")[slots]
+        source, draw = source[chosen], draw[chosen]
+        epoch, sequence = np.empty_like(draw), np.empty_like(draw)
+        for s, length in enumerate(self.lengths):
+            mine = source == s
+            epoch[mine], position = np.divmod(draw[mine], length)
+            sequence[mine] = permute(position, length, self._keys[s], epoch[mine])
+        return source, epoch, sequence
+
+
+_ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def permute(position: np.ndarray, length: int, key: int, epoch: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of [0, length) sends each position; every (key, epoch) is another permutation.
+
+    position, epoch: int64 (n,). Returns int64 (n,). A Feistel network (Luby and Rackoff, 1988) over the smallest power of
+    two that holds `length`; what falls outside is sent through again until it falls inside (cycle walking: Black and
+    Rogaway, 2002), fewer than two rounds on average.
+    """
+    bits = max(2, (length - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    base = _mix(epoch.astype(np.uint64) * _GOLDEN + np.uint64(key))
+    counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN  # modulo 2^64, as arrays are
+    round_keys = _mix(base + counters)  # (rounds, n)
+
+    result = position.astype(np.uint64)
+    todo = np.arange(len(result))
+    while len(todo):
+        high, low = result[todo] >> low_bits, result[todo] & low_mask
+        for r in range(0, _ROUNDS, 2):
+            high ^= _mix(low + round_keys[r][todo]) & high_mask
+            low ^= _mix(high + round_keys[r + 1][todo]) & low_mask
+        result[todo] = (high << low_bits) | low
+        todo = todo[result[todo] >= length]
+    return result.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: every input bit changes every output bit with probability one half; uint64 -> uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def make_mixture(sources: list[Source], seq_len: int, seed: int, global_batch_size: int) -> Mixture:
+    """The order over opened sources. The permutations hang on the seed and on what the shards hold, not on paths or names."""
+    return Mixture(
+        lengths=[source.train.num_sequences(seq_len) for source in sources],
+        weights=[source.weight for source in sources],
+        keys=[f"{seed}:{source.train.manifest.fingerprint}" for source in sources],
+        global_batch_size=global_batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatches(Dataset[torch.Tensor]):
+    """One rank's micro-batches: item m is micro-step m mod grad_accum_steps of step m div grad_accum_steps + 1."""
+
+    sources: list[Source]
+    mixture: Mixture
+    seq_len: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    @cached_property
+    def grad_accum_steps(self) -> int:
+        """Items that make up a step."""
+        return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        """A micro-batch, (B, T + 1) int64."""
+        step, micro_step = divmod(item, self.grad_accum_steps)
+        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        source, _, sequence = self.mixture.sequences(step + 1, slice(first, first + self.micro_batch_size))
+        batch = np.empty((self.micro_batch_size, self.seq_len + 1), dtype=np.int64)
+        for s in np.unique(source):
+            mine = source == s
+            batch[mine] = self.sources[s].train.sequences(sequence[mine], self.seq_len)
+        return torch.from_numpy(batch)
+
+
+def train_loader(
+    micro_batches: MicroBatches, first_step: int, last_step: int, num_workers: int, pin: bool
+) -> DataLoader:
+    """Iterates over the micro-batches of steps first_step..last_step (inclusive, counted from 1), prefetched in order."""
+    a = micro_batches.grad_accum_steps
+    return DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=range((first_step - 1) * a, last_step * a),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the trainer answers it, the workers go when it lets them go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def validation_indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:
+    """The sequences that validation looks at: at most `max_sequences`, spread evenly over the split; int64."""
+    available = dataset.num_sequences(seq_len)
+    count = min(available, max_sequences)
+    return np.arange(count, dtype=np.int64) * available // count
+
+
+def validation_batches(
+    dataset: TokenDataset, seq_len: int, max_sequences: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """One rank's share of the validation sequences: micro-batches (B, T + 1) int64 and how many of their rows count.
+
+    Every rank gets the same number of micro-batches of the same shape, since they forward together; rows that fill up a
+    batch stand after those that count.
+    """
+    indices = validation_indices(dataset, seq_len, max_sequences)
+    stride = world_size * micro_batch_size
+    for first in range(rank * micro_batch_size, -(-len(indices) // stride) * stride, stride):
+        mine = indices[first : first + micro_batch_size]
+        filled = np.concatenate([mine, np.full(micro_batch_size - len(mine), indices[0])])
+        yield torch.from_numpy(dataset.sequences(filled, seq_len)), len(mine)
+
+
+def unigram_entropy(dataset: TokenDataset, seq_len: int, max_sequences: int) -> float:
+    """Entropy of the tokens that validation predicts, each for itself, in nats: the loss of the best model without context."""
+    counts = np.zeros(dataset.manifest.tokenizer.vocab_size, dtype=np.int64)
+    for index in validation_indices(dataset, seq_len, max_sequences):
+        targets = dataset.sequences(np.array([index]), seq_len)[0, 1:]
+        counts += np.bincount(targets, minlength=len(counts))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())

@@ -1,0 +1,135 @@
+"""What a run says of itself: tokens/s, MFU, memory, and where it is written.
+
+    trainer ─> Clock (seconds of training, of waiting for data) ─> train_metrics ─> MetricsLog ─> metrics.jsonl, TensorBoard, W&B
+
+metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, stop. `step` counts finished optimizer
+steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import Logger, TensorBoardLogger
+
+from pretrain.config import Config, ModelConfig
+
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bf16 matrix products by datasheet (FLOP/s), by the start of the device's name; the longest match counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known: then there is no MFU."""
+    matches = [name for name in PEAK_FLOPS if device_name.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, parameters: int, in_products: int) -> dict[str, float]:
+    """Floating-point operations of forward and backward for one token, by two conventions.
+
+    m1: 6 N + 12 L D T, all `parameters`, attention without the causal half (PaLM, arXiv 2204.02311, appendix B; TinyLlama's
+    code). m3: 6 N_matmul + 6 L D T, the parameters that stand `in_products` only, causal attention.
+    """
+    attention = model.num_hidden_layers * model.hidden_size * seq_len
+    return {"m1": 6 * parameters + 12 * attention, "m3": 6 * in_products + 6 * attention}
+
+
+class Clock:
+    """Seconds of training since the last line of metrics, without validation and saving."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, after a line of metrics."""
+        self.steps, self.train_s, self.data_wait_s = 0, 0.0, 0.0
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Before something that is not training: let the device finish, and stop counting."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.train_s += time.perf_counter() - self._started
+
+    def go_on(self) -> None:
+        """After `pause`."""
+        self._started = time.perf_counter()
+
+
+def train_metrics(
+    clock: Clock, tokens_per_step: int, world_size: int, flops: dict[str, float], device: torch.device
+) -> dict[str, Any]:
+    """Speed and memory over the whole steps since the last line; `clock` is paused, the device has finished."""
+    per_second = tokens_per_step * clock.steps / clock.train_s
+    cuda = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
+    memory = (
+        torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    mfu = {
+        f"mfu_{name}_pct": None if peak is None else 100 * per_second / world_size * f / peak
+        for name, f in flops.items()
+    }
+    return {
+        "tokens_per_sec": per_second,
+        "tokens_per_sec_per_gpu": per_second / world_size,
+        **mfu,
+        "step_time_s": clock.train_s / clock.steps,
+        "data_wait_s": clock.data_wait_s / clock.steps,
+        "peak_mem_gib": memory / 2**30,
+    }
+
+
+class MetricsLog:
+    """Writes records on rank 0: to metrics.jsonl always, and their numbers to Fabric's loggers."""
+
+    def __init__(self, run_dir: Path, fabric: Fabric):
+        self._fabric = fabric
+        self._file = open(run_dir / "metrics.jsonl", "a", buffering=1) if fabric.is_global_zero else None  # noqa: SIM115
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **record}) + "\n")
+        if kind in ("train", "validation"):
+            self._fabric.log_dict(dict(_numbers(kind, record)), step=step)
+
+    def close(self) -> None:
+        """Let the loggers write what they hold."""
+        if self._file is not None:
+            self._file.close()
+            for logger in self._fabric.loggers:
+                logger.finalize("success")
+
+
+def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat += _numbers(f"{prefix}/{name}", value)
+        elif isinstance(value, (int, float)):
+            flat.append((f"{prefix}/{name}", float(value)))
+    return flat
+
+
+def make_loggers(config: Config) -> list[Logger]:
+    """What `logger` in the configuration asks for, writing into the run's folder."""
+    run_dir = Path(config.run_dir)
+    if config.logger == "tensorboard":
+        return [TensorBoardLogger(root_dir=run_dir, name="tensorboard", version="")]
+    if config.logger == "wandb":
+        from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
+
+        return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False)]
+    return []

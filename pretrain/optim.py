@@ -1,0 +1,56 @@
+"""AdamW and its schedule.
+
+parameters -> two groups (decayed, not decayed) -> fused AdamW;   step -> learning_rate -> both groups
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) in one fused kernel. Norms and the embedding are not decayed, unless the config says so."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and "embed_tokens" not in name
+        (decayed if matrix or config.decay_norms_and_embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
+    """The learning rate of step `step`, counted from 1: linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5).
+
+    It is max_lr at step warmup_steps and min_lr at step max_steps.
+    """
+    if step <= config.warmup_steps:
+        return config.max_lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a scalar on the device.
+
+    Sharded gradients give the norm over all ranks. A norm that is not finite leaves gradients that must not be used.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:
+    """Update the weights, unless `grad_norm` is not finite. Returns 1.0 if the update was left out, else 0.0, on the device.
+
+    The decision is taken on the device, by the switch that fused AdamW has for gradient scalers: no synchronisation.
+    Since the norm is global, all ranks decide alike.
+    """
+    skipped = (~torch.isfinite(grad_norm)).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    return skipped

@@ -1,0 +1,161 @@
+"""Devices, precision, sharding and compilation, through Lightning Fabric.
+
+    launch() ─> Fabric: one process a device, started by torchrun; or one process alone
+    build()  ─> Llama on the meta device ─> layers compiled ─> FSDP2 ─> memory ─> TinyLlama's initialisation
+
+Weights, optimizer state and reductions are fp32. With FSDP2, bf16 is the type that weights are gathered and computed in
+(Fabric's own "bf16-mixed" would gather fp32 and cast afterwards); on a single device it is autocast.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import Logger
+from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from pretrain.config import ModelConfig, ParallelConfig
+from pretrain.model import Llama
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""After so long a collective gives up on a rank that does not answer."""
+
+
+def launch(config: ParallelConfig, loggers: list[Logger]) -> Fabric:
+    """Join the processes that torchrun started, or run alone.
+
+    Raises:
+        ValueError: the accelerator is not there, or the strategy does not fit the number of ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    accelerator = _choose_accelerator(config, local_world_size)
+    if config.strategy == "single" and world_size > 1:
+        raise ValueError(
+            f"parallel.strategy is single and there are {world_size} ranks; set it to full_shard or auto, or start one"
+        )
+    sharded = config.strategy == "full_shard" or world_size > 1
+    if sharded:
+        # By default Fabric would shard within tensors over the node's devices; all of ours are data parallel.
+        # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
+        strategy: Any = ModelParallelStrategy(
+            parallelize_fn=lambda model, mesh: _shard(model, mesh["data_parallel"], config),
+            data_parallel_size=world_size,
+            tensor_parallel_size=1,
+            process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        _alone_is_a_world_of_one()
+    else:
+        strategy = SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
+    fabric = Fabric(
+        accelerator=accelerator,
+        strategy=strategy,
+        devices=local_world_size,
+        num_nodes=world_size // local_world_size,
+        precision="bf16-mixed" if config.precision == "bf16" and not sharded else "32-true",
+        loggers=loggers,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
+    gpus = torch.cuda.device_count()
+    accelerator = config.accelerator if config.accelerator != "auto" else ("cuda" if gpus else "cpu")
+    if accelerator == "cuda" and gpus < local_world_size:
+        raise ValueError(
+            f"parallel.accelerator is cuda: this node has {gpus} GPUs for {local_world_size} ranks; "
+            f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or set --parallel.accelerator cpu"
+        )
+    return accelerator
+
+
+def _alone_is_a_world_of_one() -> None:
+    """FSDP2 wants a process group even for one rank; torchrun sets these variables, a plain start does not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone, LOCAL_WORLD_SIZE="1", GROUP_RANK="0", TORCHELASTIC_RUN_ID="none")
+
+
+def build(fabric: Fabric, config: ModelConfig, parallel: ParallelConfig, seed: int) -> nn.Module:
+    """A model with its first weights, sharded over the ranks or whole on the one device, as Fabric's wrapper."""
+    with torch.device("meta"):
+        model = Llama(config)
+    if not isinstance(fabric.strategy, ModelParallelStrategy):
+        model.materialize(fabric.device)
+    wrapped = fabric.setup_module(model)  # shards and materializes, see _shard
+    model.init_weights(seed)
+    if parallel.compile and not isinstance(fabric.strategy, ModelParallelStrategy):
+        model.compile(dynamic=False)
+    return wrapped
+
+
+def _shard(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> Llama:
+    """FSDP2 (`fully_shard`): each layer is a group that is gathered when it computes; embedding and head are the root's."""
+    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        if config.compile:
+            layer.compile(dynamic=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.materialize(
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu")
+    )
+    return model
+
+
+def reduce_gradients_after(model: nn.Module, last: bool) -> None:
+    """Before a micro-step's forward: only the `last` backward of a step reduces gradients over the ranks.
+
+    FSDP2's own switches: Fabric's `no_backward_sync` leaves the reduction off for good once it has been enabled.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(last)
+        inner.set_is_last_backward(last)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside Fabric's wrapper."""
+    return getattr(model, "module", model)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place; the tensor as it is where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Maximum over all ranks, in place; the tensor as it is where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    """End the process group; without it gloo's threads end the process with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_name(device: torch.device) -> str:
+    """What the chip calls itself, e.g. "NVIDIA A100-SXM4-40GB"; "cpu" for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,109 @@
+"""What the tests share: one thread a process, tiny datasets in the real format, and a way to start real processes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; child processes inherit it
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data_prep.shard import Manifest, ShardWriter, TokenizerInfo, token_dtype
+
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 300
+
+
+def write_dataset(folder: Path, tokens: int, seed: int, tokenizer: str = "a", shards: int = 3, **policy: bool) -> Path:
+    """A dataset of random tokens with some order in them (each token tends to follow its predecessor), in `shards` shards."""
+    rng = np.random.default_rng(seed)
+    ids = (np.cumsum(rng.integers(0, 3, tokens)) + rng.integers(0, 2, tokens) * 7) % VOCAB_SIZE
+    written = []
+    for number, part in enumerate(np.array_split(ids, shards)):
+        with ShardWriter(folder, f"shards/part-{number}.npy", token_dtype(VOCAB_SIZE)) as writer:
+            writer.append(part)
+        written.append(writer.shard(source_file=f"part-{number}.txt", documents=1))
+    info = TokenizerInfo(f"sha256:{tokenizer * 64}", "sentencepiece", VOCAB_SIZE, 1, 2)
+    policy = {"append_eos": True, "prepend_bos": False, **policy}
+    Manifest("synthetic", "train", info, shards=tuple(written), **policy).save(folder)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources, a and b, with a training and a validation split each: DIR/a/train, DIR/a/validation, ..."""
+    folder = tmp_path_factory.mktemp("datasets")
+    for seed, name in enumerate("ab"):
+        write_dataset(folder / name / "train", 20_000 + 5_000 * seed, seed)
+        write_dataset(folder / name / "validation", 1_000, 10 + seed)
+    return folder
+
+
+TINY_MODEL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def tiny_config(datasets: Path, run_dir: Path, **sections: object) -> dict:
+    """A complete configuration that trains in seconds; `sections` are merged into it, one level deep."""
+    tree: dict = {
+        "run_dir": str(run_dir),
+        "logger": "none",
+        "model": TINY_MODEL,
+        "data": {
+            "seq_len": 32,
+            "num_workers": 0,
+            "sources": [
+                {"name": n, "weight": w, "train": f"{datasets}/{n}/train", "validation": f"{datasets}/{n}/validation"}
+                for n, w in (("a", 7), ("b", 3))
+            ],
+        },
+        "train": {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "log_every": 1},
+        "optim": {"max_lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 4},
+        "validation": {"every_steps": 10, "max_sequences": 7},
+        "checkpoint": {"every_steps": 5, "keep_last": 0},
+        "parallel": {"accelerator": "cpu", "precision": "fp32", "compile": False},
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
+    return tree
+
+
+def write_config(path: Path, tree: dict) -> Path:
+    """Write a configuration as YAML and return its path."""
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def pretrain(*argv: object, ranks: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run `pretrain ARGV` as a user would: a process of its own, or `ranks` of them under torchrun."""
+    start = [sys.executable, "-m", "pretrain"]
+    if ranks > 1:
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "-m",
+            "pretrain",
+        ]
+    command = [*start, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
