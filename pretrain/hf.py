@@ -1,0 +1,391 @@
+"""To and from Hugging Face: a folder that transformers loads as it is.
+
+    ModelConfig ── to_hf_config ──> config.json, generation_config.json ─┐
+    weights ── our names are theirs ──────────> model*.safetensors       ├─ write ─> folder under another name
+    tokenizer/ ── copied ──> tokenizer.json, tokenizer_config.json ...   ─┘             │ re-read, compared bit for bit,
+                                                                                        │ flushed to the disk
+    ModelConfig, weights <── load ── DIR <───────────────── staged: renamed ────────────┘
+
+A folder that transformers' `save_pretrained` wrote for a Llama loads the same way. What Cria cannot represent (scaled
+rotary embeddings, biases, other head sizes ...) is refused by name: a model that loads and is wrong is worse than none.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pretrain.config import ModelConfig
+from pretrain.model import Llama
+
+MARK = "cria.json"
+"""Names the files of an export and where they came from; only a folder with it is ever replaced."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What a tokenizer may consist of; the first two are needed."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What a model must know about its tokenizer."""
+
+    vocab_size: int
+    """Ids lie in [0, vocab_size)."""
+    bos_id: int | None
+    """Begin of sequence; None: there is none."""
+    eos_id: int | None
+    """End of sequence; None: there is none."""
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def to_hf_config(model: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """The content of config.json: LlamaConfig's keys, for transformers 4 and 5 alike."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **dataclasses.asdict(model),  # our fields have their names
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "use_cache": True,
+        # Left out, these two would become LlamaConfig's defaults, 1 and 2: wrong ids for a tokenizer without them.
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        # transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
+
+
+def from_hf_config(config: dict[str, Any]) -> ModelConfig:
+    """The shape that a config.json describes.
+
+    Raises:
+        ValueError: with everything in it that Cria cannot represent, and every key that is missing or of another type.
+    """
+    problems = _not_representable(config)
+    # What a LlamaConfig leaves out has transformers' default, which is not always ours.
+    defaults = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    values: dict[str, Any] = {**defaults, **config, "rope_theta": _rope_theta(config)}
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads")
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(ModelConfig):
+        value: Any = values.get(field.name)
+        if field.type is float and type(value) is int:
+            value = float(value)  # JSON writers drop the ".0"
+        if type(value) is not field.type:
+            problems.append(f"{field.name} is {value!r}, and must be {field.type}")
+        elif field.type is int and value < 1:
+            problems.append(f"{field.name} is {value}, and must be at least 1")
+        fields[field.name] = value
+    if not problems:
+        D, H, H_kv = fields["hidden_size"], fields["num_attention_heads"], fields["num_key_value_heads"]
+        head_dim = D / H if config.get("head_dim") is None else config["head_dim"]
+        if head_dim * H != D or D // H % 2:
+            problems.append(
+                f"head_dim is {head_dim}; Cria's is hidden_size / num_attention_heads = {D} / {H}, and even"
+            )
+        if H % H_kv:
+            problems.append(f"num_attention_heads {H} is not a multiple of num_key_value_heads {H_kv}")
+    if problems:
+        raise ValueError("not a Llama that Cria can represent: " + "; ".join(problems))
+    return ModelConfig(**fields)
+
+
+def _rope_theta(config: dict[str, Any]) -> Any:
+    return (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
+
+
+def _not_representable(config: dict[str, Any]) -> list[str]:
+    """Settings that change what the model computes, away from what `pretrain.model` computes."""
+    needed = {
+        "model_type": ("llama", None),
+        "hidden_act": ("silu", "silu"),
+        "attention_bias": (False, False),
+        "mlp_bias": (False, False),
+        "attention_dropout": (0.0, 0.0),
+        "quantization_config": (None, None),
+    }
+    problems = [
+        f"{key} is {config.get(key, default)!r}, and must be {value!r}"
+        for key, (value, default) in needed.items()
+        if config.get(key, default) != value
+    ]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            problems.append(f"{key} asks for {kind!r} rotary embeddings; Cria's are not scaled")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            problems.append(f"{key} rotates {rope['partial_rotary_factor']} of each head; Cria rotates all of it")
+    if "rope_theta" in config and config["rope_theta"] != _rope_theta(config):
+        problems.append(f"rope_theta is {config['rope_theta']} and {_rope_theta(config)} in rope_parameters")
+    return problems
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer_facts(folder: Path) -> TokenizerFacts:
+    """Vocabulary size and special ids of a Hugging Face tokenizer folder.
+
+    Raises:
+        FileNotFoundError: where tokenizer.json or tokenizer_config.json is missing.
+        ValueError: where a special token is not in the vocabulary.
+    """
+    for name in TOKENIZER_FILES[:2]:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; copy the tokenizer folder that data-prep wrote to {folder}"
+            )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = _read_json(folder / "tokenizer_config.json")
+    ids: dict[str, int | None] = {}
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        ids[key] = None if token is None else tokenizer.token_to_id(token)
+        if token is not None and ids[key] is None:
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} names {token!r} as {key}; tokenizer.json does not have it"
+            )
+    vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return TokenizerFacts(vocab_size, ids["bos_token"], ids["eos_token"])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Give a folder beside `directory` to fill; rename it to `directory` if the block ends well, remove it if not.
+
+    An empty folder or an earlier export at `directory` is replaced. A kill leaves a hidden `.NAME.*.partial`, which
+    nothing takes for an export.
+
+    Raises:
+        ValueError: where `directory` holds anything that is not an export of ours, before anything is written.
+    """
+    directory = directory.resolve()
+    _refuse_foreign(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0o700 would keep a lab's other users out
+        yield folder
+        _sync(folder)
+        _refuse_foreign(directory)  # writing took its time
+        if directory.exists():
+            old = folder.with_suffix(".old")
+            os.rename(directory, old)
+            os.rename(folder, directory)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, directory)
+        _sync_path(directory.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a folder")
+    present = {path.name for path in directory.iterdir()}
+    ours = {MARK, *_read_json(directory / MARK).get("files", [])} if MARK in present else set()
+    if present - ours:
+        raise ValueError(
+            f"{directory} holds {sorted(present - ours)[0]!r}, which no export of Cria put there; "
+            "name another folder, or move that away"
+        )
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(
+    folder: Path,
+    model: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Path,
+    origin: dict[str, Any],
+    max_shard_size: int | str = "5GB",
+) -> TokenizerFacts:
+    """Write model and tokenizer into an empty folder, and compare what can be read there with what was meant.
+
+    weights: whole CPU tensors under the model's parameter names, all of one type, which becomes the export's.
+    tokenizer: a Hugging Face tokenizer folder. origin: what to remember of the weights' past (JSON).
+
+    Raises:
+        ValueError: weights that are not the model's, are not finite, or a tokenizer with more ids than the model has.
+        FileNotFoundError: an incomplete tokenizer.
+        OSError: the disk is full, or what was read back is not what was written.
+    """
+    check_weights(model, weights)
+    facts = tokenizer_facts(tokenizer)
+    if facts.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {tokenizer} has ids up to {facts.vocab_size - 1}, but the model has {model.vocab_size} "
+            f"embeddings; put the tokenizer there that the run was trained with"
+        )
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite as {tensor.dtype}; take bfloat16 or float32, or an earlier checkpoint"
+            )
+    dtype = next(iter(weights.values())).dtype
+    config = to_hf_config(model, dtype, facts.bos_id, facts.eos_id)
+    _write_json(folder / "config.json", config)
+    ids = {"bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    try:
+        save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:  # how it says that the disk is full
+        raise OSError(f"{folder}: the weights cannot be written ({error})") from error
+    copied = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+    for name in copied:
+        shutil.copyfile(tokenizer / name, folder / name)
+    _write_json(folder / MARK, {**origin, "files": sorted(path.name for path in folder.iterdir())})
+
+    read_model, read_weights = load(folder)
+    wrong = [name for name in copied if (tokenizer / name).read_bytes() != (folder / name).read_bytes()]
+    wrong += [name for name, tensor in weights.items() if not same_bits(tensor, read_weights[name])]
+    wrong += ["config.json"] * (read_model != model or _read_json(folder / "config.json") != config)
+    if wrong:
+        raise OSError(f"{folder}: {wrong[0]} reads otherwise than it was written; check the disk")
+    return facts
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one type, one shape and the same bits: NaN equals NaN, 0.0 is not -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a Hugging Face folder of a Llama: its shape, and its weights as they are stored, under our (= their) names.
+
+    Raises:
+        FileNotFoundError: no config.json, or no safetensors.
+        ValueError: a model that Cria cannot represent; weights that are missing, too many, or of another shape.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; name a folder that `pretrain export` wrote")
+    model = from_hf_config(_read_json(directory / "config.json"))
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}); export or download it again") from error
+    # Conversions of 2023 stored the rotary frequencies, which follow from the configuration.
+    weights = {name: t for name, t in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    head = weights.pop("lm_head.weight", None) if model.tie_word_embeddings else None
+    if head is not None and not same_bits(head, weights.get("model.embed_tokens.weight", head)):
+        raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight is not the embedding")
+    check_weights(model, weights)
+    return model, weights
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Llama:
+    """`load`, and a model on `device` that computes in `dtype`."""
+    config, weights = load(directory)
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    model.materialize(device)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_weights(model: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `weights` are the model's parameters by name and shape, all of one float type."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(model).named_parameters()}
+    problems = [f"{name} is missing" for name in shapes if name not in weights]
+    problems += [f"{name} is not a parameter of the model" for name in weights if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, the model's is {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
+    if len(dtypes) > 1 or not all(tensor.dtype in _FLOATS for tensor in weights.values()):
+        problems.append(f"the weights are {', '.join(dtypes)}; they must all be float32, all bfloat16 or all float16")
+    if problems:
+        rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"the weights do not fit the configuration: {'; '.join(problems[:3])}{rest}")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which leads out of its folder")
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing; Cria reads weights from safetensors only")
+    return [directory / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
