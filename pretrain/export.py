@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from pretrain import checkpoint, config, hf
 from pretrain.cli import Parser, fail
+from pretrain.folder import staged
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -57,12 +58,12 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
             f"{run_dir} has no config.yaml; name the folder of a run (run_dir in its configuration)"
         )
     model = config.load(run_dir / "config.yaml").model
-    folder = checkpoint.latest(run_dir) if step is None else _checkpoint_of(run_dir, step)
-    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(folder).items()}
-    taken = checkpoint.read_state(folder)["step"]
-    with hf.staged(out) as staging:
-        facts = hf.write(staging, model, weights, run_dir / "tokenizer", {"run": run_dir.name, "step": taken})
-        difference = compare_with_transformers(staging) if check else None
+    source = checkpoint.latest(run_dir) if step is None else _checkpoint_of(run_dir, step)
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
+    taken = checkpoint.read_state(source)["step"]
+    with staged(out, {"run": run_dir.name, "step": taken}) as folder:
+        facts = hf.write(folder, model, weights, run_dir / "tokenizer")
+        difference = compare_with_transformers(folder) if check else None
     return {
         "step": taken,
         "parameters": sum(tensor.numel() for tensor in weights.values()),

@@ -1,10 +1,8 @@
 """To and from Hugging Face: a folder that transformers loads as it is.
 
     ModelConfig ── to_hf_config ──> config.json, generation_config.json ─┐
-    weights ── our names are theirs ──────────> model*.safetensors       ├─ write ─> folder under another name
-    tokenizer/ ── copied ──> tokenizer.json, tokenizer_config.json ...   ─┘             │ re-read, compared bit for bit,
-                                                                                        │ flushed to the disk
-    ModelConfig, weights <── load ── DIR <───────────────── staged: renamed ────────────┘
+    weights ── our names are theirs ────────────────> model*.safetensors ├─ write ─> FOLDER ─ load ─> ModelConfig, weights
+    tokenizer/ ── copied ──────> tokenizer.json, tokenizer_config.json ──┘             └─ compared with what was meant
 
 A folder that transformers' `save_pretrained` wrote for a Llama loads the same way. What Cria cannot represent (scaled
 rotary embeddings, biases, other head sizes ...) is refused by name: a model that loads and is wrong is worse than none.
@@ -12,11 +10,7 @@ rotary embeddings, biases, other head sizes ...) is refused by name: a model tha
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +23,6 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.model import Llama
-
-MARK = "cria.json"
-"""Names the files of an export and where they came from; only a folder with it is ever replaced."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -187,77 +178,17 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """Give a folder beside `directory` to fill; rename it to `directory` if the block ends well, remove it if not.
-
-    An empty folder or an earlier export at `directory` is replaced. A kill leaves a hidden `.NAME.*.partial`, which
-    nothing takes for an export.
-
-    Raises:
-        ValueError: where `directory` holds anything that is not an export of ours, before anything is written.
-    """
-    directory = directory.resolve()
-    _refuse_foreign(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp's 0o700 would keep a lab's other users out
-        yield folder
-        _sync(folder)
-        _refuse_foreign(directory)  # writing took its time
-        if directory.exists():
-            old = folder.with_suffix(".old")
-            os.rename(directory, old)
-            os.rename(folder, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(folder, directory)
-        _sync_path(directory.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is a file; name a folder")
-    present = {path.name for path in directory.iterdir()}
-    ours = {MARK, *_read_json(directory / MARK).get("files", [])} if MARK in present else set()
-    if present - ours:
-        raise ValueError(
-            f"{directory} holds {sorted(present - ours)[0]!r}, which no export of Cria put there; "
-            "name another folder, or move that away"
-        )
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync_path(path)
-    _sync_path(folder)
-
-
-def _sync_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write(
     folder: Path,
     model: ModelConfig,
     weights: dict[str, Tensor],
     tokenizer: Path,
-    origin: dict[str, Any],
     max_shard_size: int | str = "5GB",
 ) -> TokenizerFacts:
     """Write model and tokenizer into an empty folder, and compare what can be read there with what was meant.
 
     weights: whole CPU tensors under the model's parameter names, all of one type, which becomes the export's.
-    tokenizer: a Hugging Face tokenizer folder. origin: what to remember of the weights' past (JSON).
+    tokenizer: a Hugging Face tokenizer folder.
 
     Raises:
         ValueError: weights that are not the model's, are not finite, or a tokenizer with more ids than the model has.
@@ -288,7 +219,6 @@ def write(
     copied = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     for name in copied:
         shutil.copyfile(tokenizer / name, folder / name)
-    _write_json(folder / MARK, {**origin, "files": sorted(path.name for path in folder.iterdir())})
 
     read_model, read_weights = load(folder)
     wrong = [name for name in copied if (tokenizer / name).read_bytes() != (folder / name).read_bytes()]
@@ -335,14 +265,22 @@ def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return model, weights
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Llama:
-    """`load`, and a model on `device` that computes in `dtype`."""
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
+    """`load`, and a model on `device` that computes in `dtype`; None: the type that the weights are stored in."""
     config, weights = load(directory)
     with torch.device("meta"):
-        model = Llama(config).to(dtype)
+        model = Llama(config).to(dtype or weights["model.norm.weight"].dtype)
     model.materialize(device)
     model.load_state_dict(weights)
     return model
+
+
+def special_ids(directory: Path) -> tuple[int | None, tuple[int, ...]]:
+    """The ids of BOS and of all tokens that end a text, by generation_config.json, else by config.json."""
+    file = directory / "generation_config.json"
+    config = _read_json(file if file.is_file() else directory / "config.json")
+    eos = config.get("eos_token_id")
+    return config.get("bos_token_id"), tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
 
 
 def check_weights(model: ModelConfig, weights: dict[str, Tensor]) -> None:

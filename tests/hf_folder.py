@@ -25,6 +25,9 @@ TINY = ModelConfig(
     rope_theta=12345.0,
 )
 
+HEADS = [(4, False), (2, False), (1, False), (2, True)]
+"""Key-value heads of 4 (multi-head, grouped-query, multi-query), and whether the embeddings are tied."""
+
 
 def shape(num_key_value_heads: int = 2, tied: bool = False) -> ModelConfig:
     """TINY with other heads and embeddings."""
@@ -60,7 +63,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 340, special_ids: bool = Tru
 
 
 def make_model(model_config: ModelConfig, seed: int = 0) -> Llama:
-    """A model with weights large enough for logits that are not all alike."""
+    """A model whose layers matter: without training, the initial ones hardly move the residual stream."""
     with torch.device("meta"):
         model = Llama(model_config)
     model.materialize(torch.device("cpu"))
@@ -69,6 +72,8 @@ def make_model(model_config: ModelConfig, seed: int = 0) -> Llama:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+            elif "layers" in name:
+                parameter.mul_(4)
     return model
 
 

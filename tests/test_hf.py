@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_folder import TINY, make_model, shape, weights_of, write_run, write_tokenizer
+from hf_folder import HEADS, TINY, make_model, shape, weights_of, write_run, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pretrain import config, export, hf
 from pretrain.config import ModelConfig
-
-HEADS = [(4, False), (2, False), (1, False), (2, True)]
-"""Key-value heads of 4 (multi-head, grouped-query, multi-query), and whether the embeddings are tied."""
+from pretrain.folder import MARK, staged
 
 INPUT_IDS = torch.arange(40).view(2, 20) * 37 % TINY.vocab_size
 
@@ -28,8 +26,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, model_config: ModelConfig, tokenizer: Path, **settings: Any) -> dict[str, torch.Tensor]:
     weights = weights_of(make_model(model_config))
-    with hf.staged(folder) as staging:
-        hf.write(staging, model_config, weights, tokenizer, {}, **settings)
+    with staged(folder, {}) as staging:
+        hf.write(staging, model_config, weights, tokenizer, **settings)
     return weights
 
 
@@ -47,8 +45,8 @@ def test_transformers_computes_the_same_logits_and_gradients(
     from transformers import AutoModelForCausalLM
 
     ours = make_model(shape(kv_heads, tied))
-    with hf.staged(tmp_path / "out") as staging:
-        hf.write(staging, ours.config, weights_of(ours), tokenizer, {})
+    with staged(tmp_path / "out", {}) as staging:
+        hf.write(staging, ours.config, weights_of(ours), tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
     logits = theirs(INPUT_IDS).logits
@@ -87,18 +85,18 @@ def test_what_transformers_saved_loads_as_the_same_model(tmp_path: Path, kv_head
 def test_export_load_export_is_the_identity(tmp_path: Path, tokenizer: Path, tied: bool, dtype: torch.dtype) -> None:
     model_config = shape(tied=tied)
     weights = {name: tensor.to(dtype) for name, tensor in weights_of(make_model(model_config)).items()}
-    with hf.staged(tmp_path / "a") as staging:
-        hf.write(staging, model_config, weights, tokenizer, {"step": 7})
+    with staged(tmp_path / "a", {"step": 7}) as staging:
+        hf.write(staging, model_config, weights, tokenizer)
     read_config, read_weights = hf.load(tmp_path / "a")
     assert read_config == model_config
     assert read_weights.keys() == weights.keys()
     assert all(hf.same_bits(read_weights[name], tensor) for name, tensor in weights.items())
 
-    with hf.staged(tmp_path / "b") as staging:
-        hf.write(staging, read_config, read_weights, tmp_path / "a", {"step": 7})
+    with staged(tmp_path / "b", {"step": 7}) as staging:
+        hf.write(staging, read_config, read_weights, tmp_path / "a")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", hf.MARK} <= set(files)
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", MARK} <= set(files)
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     with safe_open(tmp_path / "a" / "model.safetensors", framework="pt") as file:
@@ -310,9 +308,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, tokenizer: Path
     halves = {name: tensor.half() for name, tensor in weights.items()}
     with (
         pytest.raises(ValueError, match=r"norm\.weight is not finite as torch\.float16"),
-        hf.staged(tmp_path / "o") as s,
+        staged(tmp_path / "o", {}) as s,
     ):
-        hf.write(s, TINY, halves, tokenizer, {})
+        hf.write(s, TINY, halves, tokenizer)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -350,7 +348,7 @@ def test_check_refuses_what_transformers_computes_otherwise(
     [
         (["{run}", "--out", "{new}", "--step", "8"], "no checkpoint of step 8; it keeps: 9, 10"),
         (["{run}/checkpoints", "--out", "{new}"], "no config.yaml"),
-        (["{run}", "--out", "{run}"], "no export of Cria put there"),
+        (["{run}", "--out", "{run}"], "Cria did not put there"),
         (["{run}", "--out", "{new}", "--dtype", "int8"], "bfloat16"),
         (["{run}"], "out"),
         (["{run}", "--out", "{new}", "--steps", "9"], "did you mean step?"),

@@ -1,0 +1,86 @@
+"""A folder that is whole under its name, or is not there.
+
+    staged(DIR): DIR's parent/.DIR.XXXXXXXX.partial/ ── filled, marked, flushed to the disk ── renamed ──> DIR
+
+The mark, cria.json, lists the files. Only an empty folder, or one that holds nothing besides its mark and the files in
+it, is ever replaced: nobody's notes are deleted because they lay in an output folder.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MARK = "cria.json"
+"""Names the files of a folder of ours, and where they came from."""
+
+
+@contextmanager
+def staged(directory: Path, origin: dict[str, Any]) -> Iterator[Path]:
+    """Give a folder to fill; it becomes `directory` if the block ends well, and is removed if not.
+
+    origin: what the mark shall remember of the content's past (JSON). A kill leaves a hidden `.NAME.*.partial`, which
+    nothing reads.
+
+    Raises:
+        ValueError: where `directory` holds anything that is not ours, before anything is written.
+    """
+    directory = directory.resolve()
+    _refuse_foreign(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0o700 would keep a lab's other users out
+        yield folder
+        mark = {**origin, "files": sorted(path.name for path in folder.iterdir())}
+        (folder / MARK).write_text(json.dumps(mark, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in [*folder.iterdir(), folder]:
+            _sync(path)
+        _refuse_foreign(directory)  # writing took its time
+        _rename(folder, directory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a folder")
+    present = {path.name for path in directory.iterdir()}
+    foreign = present - {MARK, *_marked(directory / MARK)}
+    if foreign:
+        raise ValueError(
+            f"{directory} holds {sorted(foreign)[0]!r}, which Cria did not put there; "
+            "name another folder, or move that away"
+        )
+
+
+def _marked(mark: Path) -> list[str]:
+    try:
+        return list(json.loads(mark.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no mark that can be read: nothing there is known to be ours
+
+
+def _rename(folder: Path, directory: Path) -> None:
+    if directory.exists():
+        old = folder.with_suffix(".old")
+        os.rename(directory, old)
+        os.rename(folder, directory)
+        shutil.rmtree(old)
+    else:
+        os.rename(folder, directory)
+    _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
