@@ -168,13 +168,14 @@ def test_pieces_join_to_the_text_and_are_whole_characters(tokenizer: Tokenizer, 
     assert stream.rest() == ""
 
 
-@given(ids=st.lists(st.integers(0, 255), max_size=30))
+@given(ids=st.lists(st.integers(3, 258), max_size=30))
 @settings(max_examples=100, deadline=None)
-def test_bytes_that_are_no_text_are_shown_and_do_no_harm(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """An untrained model writes such things. What is shown never shrinks, and none of it is lost."""
+def test_bytes_that_are_no_text_do_no_harm_to_what_follows(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """An untrained model writes such things."""
+    ids = [i % 256 for i in ids] if tokenizer.get_vocab_size() == 256 else ids
     stream = TextStream(tokenizer, [])
-    shown = "".join(stream.push(token_id) for token_id in ids) + stream.rest()
-    assert len(shown) == len(tokenizer.decode(ids))
+    shown = "".join(stream.push(token_id) for token_id in [*ids, *tokenizer.encode("a llama").ids])
+    assert shown.endswith("a llama"), "at once, not at the end"
     assert stream.rest() == ""
 
 
