@@ -9,7 +9,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "train": ("pretrain.trainer", "train the model that a configuration describes, or go on with it"),
+    "train": ("pretrain.train", "train the model that a configuration describes, or go on with it"),
     "report": ("pretrain.report", "pictures and a page of a run"),
     "export": ("pretrain.export", "a run's model as a Hugging Face folder"),
     "generate": ("pretrain.generate", "text from an exported model"),

@@ -17,7 +17,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 FORMAT = "cria-checkpoint"
 VERSION = 1
@@ -33,8 +36,13 @@ _COMMITTED = re.compile(r"step-(\d{8,})")
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, by name; sharded ones as DTensors. Saving reads it, loading writes into it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward (validation) leaves other, gathered parameters in the root
     tensors: dict[str, Tensor] = {}
+    fresh = not optimizer.state
     for name, parameter in model.named_parameters():
+        assert fresh or parameter in optimizer.state, f"{name} is not the parameter that the optimizer updates"
         state = _optimizer_state(optimizer, parameter)
         tensors[f"model.{name}"] = parameter.data
         tensors[f"optimizer.exp_avg.{name}"] = state["exp_avg"]
@@ -67,7 +75,8 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Adam
     tensors = tensors_of(model, optimizer)
     # More than one writer thread can lose a full disk's error: save returns and shards are missing.
     writer = dcp.FileSystemWriter(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone_is_meant():
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     updates = int(next(iter(optimizer.state.values()))["step"].item())
     if _rank() == 0:
         _write_synced(staging / "state.json", json.dumps({**state, "updates": updates}, indent=1))
@@ -168,11 +177,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
 
     Called by all ranks. Any number of ranks can read what any other number wrote.
     """
-    dcp.load(
-        tensors_of(model, optimizer),
-        storage_reader=dcp.FileSystemReader(folder / "tensors"),
-        no_dist=not dist.is_initialized(),
-    )
+    tensors, reader = tensors_of(model, optimizer), dcp.FileSystemReader(folder / "tensors")
+    with _alone_is_meant():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     state = read_state(folder)
     for parameter in model.parameters():
         optimizer.state[parameter]["step"].fill_(state["updates"])
@@ -188,8 +195,17 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         for name, entry in known.items()
         if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with _alone_is_meant():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """Without DCP's warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _committed(run_dir: Path) -> list[tuple[int, Path]]:

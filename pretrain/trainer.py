@@ -281,16 +281,3 @@ def _check_resume(folder: Path, state: dict[str, Any], settings: config.Config, 
                     f"{folder} was trained with {part} {key} = {before} and the configuration says {now[key]}; "
                     "it would not be the same run: go back to that, or give a new run another run_dir"
                 )
-
-
-def main(argv: list[str]) -> int:
-    """`pretrain train`: what `prepare` raises ends as one line; an error in the loop keeps its traceback."""
-    from pretrain.cli import fail
-
-    try:
-        run = prepare(config.parse(argv))
-    except (ValueError, FileNotFoundError) as error:
-        fail("pretrain train", error)
-    status = train(run)
-    parallel.leave()
-    return status

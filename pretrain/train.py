@@ -1,0 +1,18 @@
+"""`pretrain train`: read the configuration, then train."""
+
+from pretrain import config
+from pretrain.cli import fail
+
+
+def main(argv: list[str]) -> int:
+    """Train, or go on with, a run. What a user can mend ends as one line; an error in the loop keeps its traceback."""
+    try:
+        settings = config.parse(argv)
+        from pretrain import parallel, trainer  # torch and lightning take seconds: a typing error should not
+
+        run = trainer.prepare(settings)
+    except (ValueError, FileNotFoundError) as error:
+        fail("pretrain train", error)
+    status = trainer.train(run)
+    parallel.leave()
+    return status

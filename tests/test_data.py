@@ -1,0 +1,194 @@
+"""The order of the data: exact shares, coverage, disjointness, and nothing but its five arguments."""
+
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VOCAB_SIZE, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.shard import TokenDataset
+from pretrain import data
+from pretrain.config import DataConfig, SourceConfig
+
+
+def make_mixture(lengths: list[int], weights: list[int], batch: int, seed: int = 1) -> data.Mixture:
+    keys = [f"{seed}:{s}" for s in range(len(lengths))]
+    return data.Mixture(lengths, [Fraction(w) for w in weights], keys, batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40))
+def test_an_epoch_is_a_permutation(length: int, key: int, epoch: int) -> None:
+    position = np.arange(length)
+    image = data.permute(position, length, key, np.full(length, epoch))
+    assert np.array_equal(np.sort(image), position)
+    some = position[:: max(1, length // 7)]  # one by one it is the same as all at once
+    assert np.array_equal(data.permute(some, length, key, np.full(len(some), epoch)), image[some])
+
+
+def test_epochs_and_keys_give_unrelated_permutations() -> None:
+    n = 50_000
+    position = np.arange(n)
+    images = [data.permute(position, n, key, np.full(n, epoch)) for key in (1, 2) for epoch in (0, 1, 2)]
+    for i, a in enumerate(images):
+        # Neighbours are not correlated: the serial correlation of a random permutation is about 1 / sqrt(n).
+        assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / np.sqrt(n)
+        assert abs(np.corrcoef(a, position)[0, 1]) < 5 / np.sqrt(n)
+        assert np.sum(a == position) < 12  # a random permutation has one fixed point on average
+        for b in images[:i]:
+            assert np.sum(a == b) < 12
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    batch=st.integers(100, 400),
+    step=st.integers(1, 10**6),
+)
+def test_shares_are_exact_and_never_drift(weights: list[int], batch: int, step: int) -> None:
+    mixture = make_mixture([1000] * len(weights), weights, batch)
+    before, after = mixture.drawn(step - 1), mixture.drawn(step)
+    assert sum(after) == step * batch
+    for taken, earlier, weight in zip(after, before, weights):
+        due = Fraction(weight, sum(weights)) * batch
+        assert abs(taken - due * step) <= 1
+        assert abs((taken - earlier) - due) < 2
+        assert taken > earlier
+
+
+def test_seven_to_three_is_716_or_717_of_1024_in_every_step() -> None:
+    mixture = make_mixture([9999, 7777], [7, 3], 1024)
+    counts = Counter(int((mixture.sequences(step)[0] == 0).sum()) for step in range(1, 201))
+    assert set(counts) == {716, 717}
+    assert counts[717] / 200 == pytest.approx(0.8, abs=0.01)  # 716.8 on average
+
+
+def test_decimal_weights_are_taken_by_their_digits(datasets: Path) -> None:
+    def drawn(a: float, b: float) -> list[int]:
+        entries = [SourceConfig(n, str(datasets / n / "train"), w) for n, w in (("a", a), ("b", b))]
+        sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
+        return data.make_mixture(sources, 32, 1, 5).drawn(123_457)
+
+    assert drawn(0.7, 0.3) == drawn(7, 3) == drawn(70, 30)
+
+
+def test_every_sequence_once_an_epoch() -> None:
+    lengths, batch = [140, 60], 20
+    mixture = make_mixture(lengths, [7, 3], batch)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for step in range(1, 31):  # 14 and 6 a step: 3 epochs of each
+        for s, epoch, sequence in zip(*mixture.sequences(step)):
+            seen.setdefault((int(s), int(epoch)), []).append(int(sequence))
+    assert sorted(seen) == [(s, e) for s in (0, 1) for e in (0, 1, 2)]
+    for (s, _), sequences in seen.items():
+        assert sorted(sequences) == list(range(lengths[s]))
+    assert seen[0, 0] != seen[0, 1]
+
+
+def test_a_million_positions_are_disjoint_and_spread() -> None:
+    mixture = make_mixture([2_000_003, 900_001], [7, 3], 1024)
+    drawn = [mixture.sequences(step) for step in range(1, 980)]
+    for s, length in enumerate((2_000_003, 900_001)):
+        sequence = np.concatenate([d[2][d[0] == s] for d in drawn])
+        assert len(np.unique(sequence)) == len(sequence)  # less than an epoch: nothing twice
+        assert sequence.mean() == pytest.approx(length / 2, rel=5 / np.sqrt(12 * len(sequence)) * 2)
+
+
+def test_any_step_is_reached_at_once_and_alike() -> None:
+    mixture = make_mixture([500_000_000, 140_000_000], [7, 3], 1024)  # 1.3T tokens of 2,048
+    source, epoch, sequence = mixture.sequences(1_000_000)
+    again = make_mixture([500_000_000, 140_000_000], [7, 3], 1024).sequences(1_000_000)
+    assert all(np.array_equal(a, b) for a, b in zip((source, epoch, sequence), again))
+    assert epoch[source == 0].tolist() == [1] * int((source == 0).sum())
+    assert set(epoch[source == 1]) == {2}
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (2, 3), (4, 2), (1, 4), (8, 3)])
+def test_ranks_and_micro_batches_only_divide_a_step(datasets: Path, world_size: int, micro_batch: int) -> None:
+    entries = [SourceConfig(n, str(datasets / n / "train"), w) for n, w in (("a", 7.0), ("b", 3.0))]
+    sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
+    mixture = data.make_mixture(sources, 32, 5, 24)
+    source, _, sequence = mixture.sequences(3)
+    expected = Counter(
+        sources[s].train.sequences(np.array([i]), 32).tobytes() for s, i in zip(source.tolist(), sequence.tolist())
+    )
+    got: Counter[bytes] = Counter()
+    for rank in range(world_size):
+        batches = data.MicroBatches(sources, mixture, 32, micro_batch, rank, world_size)
+        a = batches.grad_accum_steps
+        for item in range(2 * a, 3 * a):
+            batch = batches[item]
+            assert batch.shape == (micro_batch, 33)
+            got.update(row.tobytes() for row in batch.numpy())
+    assert got == expected
+
+
+def test_every_micro_batch_sees_the_mixture() -> None:
+    mixture = make_mixture([99_999, 77_777], [7, 3], 1024)
+    source = mixture.sequences(77)[0]
+    from_first = (source.reshape(-1, 8) == 0).sum(axis=1)
+    assert set(from_first) <= {5, 6}
+
+
+def test_workers_do_not_change_the_order(datasets: Path) -> None:
+    entries = [SourceConfig("a", str(datasets / "a" / "train"))]
+    sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
+    batches = data.MicroBatches(sources, data.make_mixture(sources, 32, 5, 8), 32, 4, 0, 1)
+
+    def read(workers: int, first: int) -> list[bytes]:
+        return [batch.numpy().tobytes() for batch in data.train_loader(batches, first, 9, workers, pin=False)]
+
+    straight = read(0, 1)
+    assert len(straight) == 18
+    assert read(2, 1) == straight
+    assert read(2, 6) == straight[10:]
+
+
+def test_validation_counts_each_sequence_once_on_any_number_of_ranks(datasets: Path) -> None:
+    dataset = TokenDataset(datasets / "a" / "validation")
+    assert dataset.num_sequences(32) == 31
+    whole = Counter(dataset.sequences(np.arange(31), 32)[i].tobytes() for i in range(31))
+    for world_size in (1, 2, 3, 50):
+        counted: Counter[bytes] = Counter()
+        lengths = set()
+        for rank in range(world_size):
+            batches = list(data.validation_batches(dataset, 32, 1000, 4, rank, world_size))
+            lengths.add(len(batches))
+            for batch, count in batches:
+                assert batch.shape == (4, 33)
+                counted.update(row.tobytes() for row in batch.numpy()[:count])
+        assert len(lengths) == 1, "ranks forward together"
+        assert counted == whole
+
+
+def test_unigram_entropy_of_known_tokens(tmp_path: Path) -> None:
+    dataset = TokenDataset(write_dataset(tmp_path / "d", 3_000, 3))
+    tokens = dataset.sequences(np.arange(dataset.num_sequences(10)), 10)[:, 1:].ravel()
+    p = np.bincount(tokens)[np.bincount(tokens) > 0] / len(tokens)
+    assert data.unigram_entropy(dataset, 10, 10**6) == pytest.approx(-(p * np.log(p)).sum())
+    assert data.unigram_entropy(dataset, 10, 10**6) < np.log(VOCAB_SIZE)
+
+
+def open_two(a: Path, b: Path, seq_len: int = 32, vocab_size: int = 320) -> None:
+    data.open_sources(DataConfig(seq_len, [SourceConfig("a", str(a)), SourceConfig("b", str(b))]), vocab_size)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(datasets: Path, tmp_path: Path) -> None:
+    good = datasets / "a" / "train"
+    with pytest.raises(ValueError, match="another tokenizer"):
+        open_two(good, write_dataset(tmp_path / "other", 500, 1, tokenizer="b"))
+    with pytest.raises(ValueError, match="append_eos=False"):
+        open_two(good, write_dataset(tmp_path / "policy", 500, 1, append_eos=False))
+    with pytest.raises(ValueError, match=r"500 tokens are not enough .* 601"):
+        open_two(good, write_dataset(tmp_path / "short", 500, 1), seq_len=600)
+    with pytest.raises(ValueError, match=r"300 tokens and model.vocab_size is 299"):
+        open_two(good, good, vocab_size=299)
+    with pytest.raises(FileNotFoundError):
+        open_two(good, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"0\.800 sequences a step.* 8 to at least 10"):
+        make_mixture([10, 10], [9, 1], 8)

@@ -1,0 +1,192 @@
+"""It is a Llama: the same logits, gradients and training as transformers' model; TinyLlama's size and initialisation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from pretrain.config import ModelConfig, OptimConfig
+from pretrain.model import KVCache, Llama, num_parameters
+from pretrain.ops import IGNORE_INDEX
+from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
+
+CPU = torch.device("cpu")
+
+
+def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformers.LlamaForCausalLM]:
+    """Our model and transformers' with the same random weights, large enough that every term matters."""
+    config = ModelConfig(
+        vocab_size=515,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=heads_kv,
+        max_position_embeddings=64,
+        rope_theta=5000.0,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        ours = Llama(config)
+    ours.materialize(CPU)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in ours.parameters():  # norms too: a weight of 1 would hide a norm that is left out
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.ndim > 1 else 0.3) + (p.ndim == 1))
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=515,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=heads_kv,
+            max_position_embeddings=64,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        )
+    )
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if tied else [])
+    return ours, theirs
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("heads_kv", [8, 2, 1])
+def test_logits_and_gradients_are_transformers(heads_kv: int, tied: bool) -> None:
+    ours, theirs = make_pair(heads_kv, tied)
+    tokens = torch.randint(0, 515, (3, 50), generator=torch.Generator().manual_seed(1))
+    input_ids, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = theirs(input_ids).logits
+    torch.testing.assert_close(ours(input_ids), expected, atol=1e-5, rtol=0)
+
+    ours(input_ids, targets).backward()
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    reference = dict(theirs.named_parameters())
+    compared = 0
+    for name, p in ours.named_parameters():
+        assert p.grad.abs().max() > 1e-6, f"{name} has no gradient"
+        torch.testing.assert_close(p.grad, reference[name].grad, atol=1e-4, rtol=0)
+        compared += 1
+    assert compared == len(reference)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_twenty_steps_are_those_of_a_plain_loop(tied: bool) -> None:
+    """AdamW with warm-up and cosine, clipping and accumulation, against a loop written with torch's parts alone."""
+    ours, theirs = make_pair(tied=tied)
+    steps, accumulate, settings = 20, 3, OptimConfig(max_lr=3e-3, min_lr=3e-4, warmup_steps=5, max_grad_norm=1.0)
+    no_decay = [p for n, p in theirs.named_parameters() if p.ndim == 1 or "embed" in n]
+    decay = [p for n, p in theirs.named_parameters() if not (p.ndim == 1 or "embed" in n)]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    warmup = torch.optim.lr_scheduler.LinearLR(reference, 1 / 5, 1.0, total_iters=4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=15, eta_min=3e-4)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(reference, [warmup, cosine], milestones=[4])
+
+    optimizer = make_optimizer(ours, settings)
+    generator = torch.Generator().manual_seed(5)
+    losses, clipped = [], 0
+    for step in range(1, steps + 1):
+        batch = torch.randint(0, 64, (accumulate, 4, 33), generator=generator)
+        total = [0.0, 0.0]
+        for tokens in batch:
+            loss = ours(tokens[:, :-1], tokens[:, 1:]) / accumulate
+            loss.backward()
+            expected = theirs(input_ids=tokens, labels=tokens).loss / accumulate
+            expected.backward()
+            total = [total[0] + loss.item(), total[1] + expected.item()]
+        norm = clip_gradients(ours, settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings, steps)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12)
+        assert step_if_finite(optimizer, norm).item() == 0
+        optimizer.zero_grad()
+        clipped += norm.item() > settings.max_grad_norm
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        reference.step()
+        scheduler.step()
+        reference.zero_grad()
+        losses.append(total)
+    assert clipped >= 5, "the clipping never acted"
+    assert losses[-1][1] < losses[0][1] - 0.5, "nothing was learnt"
+    for mine, expected in losses:
+        assert mine == pytest.approx(expected, abs=1e-4)
+
+
+def test_tinyllama_has_its_parameters() -> None:
+    total, in_products = num_parameters(ModelConfig())
+    assert total == 1_100_048_384
+    assert in_products == 1_034_420_224
+
+
+def test_tied_embeddings_are_counted_once_and_stand_in_a_product() -> None:
+    config = ModelConfig(
+        vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = ModelConfig(**{**vars(config), "num_key_value_heads": 2})
+    total, in_products = num_parameters(config)
+    tied_total, tied_in_products = num_parameters(ModelConfig(**{**vars(config), "tie_word_embeddings": True}))
+    assert total - tied_total == 100 * 8
+    assert in_products == tied_in_products
+
+
+def test_initialisation_is_tinyllamas() -> None:
+    """The standard deviations of TinyLlama's initialisation, each within five standard errors of its estimate."""
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8
+    )
+    with torch.device("meta"):
+        model = Llama(config)
+    model.materialize(CPU)
+    model.init_weights(seed=1)
+    seen = set()
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 1 / math.sqrt(256) / 5 if residual else math.sqrt(2.0 / 5 / 256)
+        assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name
+        assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+        seen.add(tuple(p.flatten()[:4].tolist()))
+    assert len(seen) == sum(p.ndim > 1 for p in model.parameters()), "two parameters hold the same numbers"
+
+
+def test_initialisation_follows_the_seed() -> None:
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+
+    def weights(seed: int) -> torch.Tensor:
+        with torch.device("meta"):
+            model = Llama(config)
+        model.materialize(CPU)
+        model.init_weights(seed)
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.isclose(weights(1), weights(2)).any(dim=0).all()
+
+
+def test_ignored_targets_do_not_count() -> None:
+    ours, _ = make_pair()
+    tokens = torch.randint(0, 515, (4, 20), generator=torch.Generator().manual_seed(2))
+    masked = tokens[:, 1:].clone()
+    masked[2:] = IGNORE_INDEX
+    torch.testing.assert_close(ours(tokens[:, :-1], masked), ours(tokens[:2, :-1], tokens[:2, 1:]))
+
+
+def test_cached_logits_are_the_uncached_ones() -> None:
+    ours, _ = make_pair()
+    tokens = torch.randint(0, 515, (2, 30), generator=torch.Generator().manual_seed(4))
+    expected = ours(tokens)
+    cache = KVCache(ours.config, batch_size=2, max_length=30, device=CPU, dtype=torch.float32)
+    pieces = [ours(tokens[:, :11], cache=cache)] + [ours(tokens[:, t : t + 1], cache=cache) for t in range(11, 30)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="holds 30 tokens; 31"):
+        ours(tokens[:, :1], cache=cache)

@@ -1,0 +1,82 @@
+"""The schedule's end points, the parameter groups, and the step that is left out."""
+
+import pytest
+import torch
+
+from pretrain.config import ModelConfig, OptimConfig
+from pretrain.model import Llama
+from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
+
+SMALL = ModelConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
+
+def small_model() -> Llama:
+    with torch.device("meta"):
+        model = Llama(SMALL)
+    model.materialize(torch.device("cpu"))
+    model.init_weights(1)
+    return model
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(2000, 1_430_512), (0, 10), (1, 2), (10, 10), (3, 400)])
+def test_schedule_meets_its_end_points(warmup: int, steps: int) -> None:
+    config = OptimConfig(max_lr=4e-4, min_lr=4e-5, warmup_steps=warmup)
+    at = {step: learning_rate(step, config, steps) for step in {1, max(1, warmup), warmup + 1, steps // 2 + 1, steps}}
+    if warmup:
+        assert at[1] == pytest.approx(4e-4 / warmup)
+        assert at[warmup] == pytest.approx(4e-4)
+    if steps > warmup:
+        assert at[steps] == pytest.approx(4e-5)
+    assert all(4e-5 - 1e-15 <= lr <= 4e-4 + 1e-15 for step, lr in at.items() if step > warmup)
+
+
+def test_schedule_rises_then_falls_and_is_half_way_in_the_middle() -> None:
+    config = OptimConfig(max_lr=1.0, min_lr=0.1, warmup_steps=100)
+    lrs = [learning_rate(step, config, 1100) for step in range(1, 1101)]
+    assert lrs[:100] == sorted(lrs[:100])
+    assert lrs[99:] == sorted(lrs[99:], reverse=True)
+    assert lrs[599] == pytest.approx(0.55)  # step 600 is half way from 100 to 1,100
+
+
+def test_norms_and_the_embedding_are_not_decayed_unless_asked() -> None:
+    model = small_model()
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.1))
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(names)
+    for name, value in decay.items():
+        assert value == (0.0 if "norm" in name or "embed_tokens" in name else 0.1), name
+    everything = make_optimizer(model, OptimConfig(weight_decay=0.1, decay_norms_and_embeddings=True))
+    assert [(g["weight_decay"], len(g["params"])) for g in everything.param_groups] == [(0.1, len(names))]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_updates_nothing(bad: float) -> None:
+    model = small_model()
+    optimizer = make_optimizer(model, OptimConfig())
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def step(spoil: bool) -> float:
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        if spoil:
+            model.model.layers[1].mlp.up_proj.weight.grad[3, 4] = bad
+        skipped = step_if_finite(optimizer, clip_gradients(model, 1.0)).item()
+        optimizer.zero_grad()
+        return skipped
+
+    assert step(spoil=False) == 0
+    before = [p.clone() for p in model.parameters()]
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()]
+    assert step(spoil=True) == 1
+    for p, old, old_state in zip(model.parameters(), before, state):
+        assert torch.equal(p, old)
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in old_state.items())
+    assert step(spoil=False) == 0
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before))
