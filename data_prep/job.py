@@ -70,7 +70,7 @@ class Job:
                 raise ValueError(
                     f"{self.out} was begun with other settings: {differences}. Give these, or another --out"
                 )
-        elif self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(entry.name != path.name + ".tmp" for entry in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and was not begun by data-prep; give another --out")
         Manifest(*self._head(), shards=())  # refuses a policy that the tokenizer has no token for, before any work
         self.out.mkdir(parents=True, exist_ok=True)

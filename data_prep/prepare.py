@@ -12,6 +12,7 @@ restarts. A unit that fails fails the command, after the units under way are don
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from data_prep.job import Job, UnitRecord
 from data_prep.progress import Display, print_totals
-from data_prep.shard import Manifest
+from data_prep.shard import MANIFEST_NAME, Manifest
 from data_prep.sources import SlimPajama, Source, Split, StarCoder
 from data_prep.tokenizer import load
 
@@ -88,6 +89,8 @@ def run(options: PrepareOptions) -> Manifest:
     job.begin(tokenizer)
     done = {unit: record for unit in units if (record := job.finished(unit))}
     todo = [unit for unit in units if unit not in done]
+    if todo:  # while shards are replaced, no manifest may vouch for them
+        (out / MANIFEST_NAME).unlink(missing_ok=True)
     workers = min(options.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
     with Display(f"{source.name} {source.split}", len(todo), sum(map(job.source_bytes, todo))) as display:
         for record in _prepare_all(job, todo, workers):
@@ -110,7 +113,7 @@ def _prepare_all(job: Job, units: list[str], workers: int) -> Iterator[UnitRecor
         yield from map(job.prepare_unit, units)
         return
     # Spawned, not forked: pyarrow and the tokenizers have threads, which a fork would leave with locks held.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker)
     try:
         for future in as_completed([pool.submit(job.prepare_unit, unit) for unit in units]):
             yield future.result()
@@ -123,8 +126,9 @@ def _prepare_all(job: Job, units: list[str], workers: int) -> Iterator[UnitRecor
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """In a worker: end at once when the command is killed, instead of waiting for work for ever."""
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the command, and end at once when that is killed instead of waiting for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

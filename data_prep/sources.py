@@ -87,6 +87,8 @@ class SlimPajama(Source):
             try:
                 subset, text = record["meta"]["redpajama_set_name"], record["text"]
             except (KeyError, TypeError):
+                subset = None
+            if not isinstance(subset, str):
                 raise ValueError(f'{unit} line {row + 1}: no "text" and "meta.redpajama_set_name"') from None
             _check_text(unit, row, text)
             dropped = "excluded subset" if subset in self.excluded else "" if text else "empty"

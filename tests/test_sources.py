@@ -1,0 +1,152 @@
+"""Sources: every record of the publishers' layouts is seen once, in order; what can't be read is named."""
+
+from collections import Counter
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep.sources import Document, SlimPajama, StarCoder, read_jsonl
+
+
+def write_jsonl(path: Path, *lines: bytes, frames: int = 1) -> Path:
+    """A jsonl.zst file of the lines as they are, in one or several zstd frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cuts = [lines[n::frames] for n in range(frames)] if frames > 1 else [lines]
+    compress = zstandard.ZstdCompressor().compress
+    path.write_bytes(b"".join(compress(b"".join(line + b"\n" for line in part)) for part in cuts))
+    return path
+
+
+def line(text: object, subset: str = "RedPajamaC4") -> bytes:
+    """A line as SlimPajama has it."""
+    return orjson.dumps({"text": text, "meta": {"redpajama_set_name": subset}})
+
+
+def write_parquet(path: Path, contents: list[object]) -> Path:
+    """A file as StarCoderData has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {
+        "id": [str(n) for n in range(len(contents))],
+        "content": contents,
+        "max_stars_count": [None] * len(contents),
+    }
+    pq.write_table(pa.table(table), path, row_group_size=100)
+    return path
+
+
+def everything(source: SlimPajama | StarCoder) -> list[tuple[str, Document]]:
+    return [(unit, document) for unit in source.units() for document in source.documents(unit)]
+
+
+def test_slimpajama_is_read_in_sorted_order_and_github_dropped(tmp_path: Path) -> None:
+    for name in (
+        "chunk2/example_train_0",
+        "chunk10/example_train_1",
+        "chunk1/example_train_1",
+        "chunk1/example_train_0",
+    ):
+        write_jsonl(tmp_path / f"train/{name}.jsonl.zst", line(name), line("code", "RedPajamaGithub"), b"", line(""))
+    write_jsonl(tmp_path / "validation/chunk1/example_holdout_0.jsonl.zst", line("held out"))
+    source = SlimPajama(tmp_path, "train")
+    assert source.units() == [
+        f"train/{name}.jsonl.zst"
+        for name in (
+            "chunk1/example_train_0",
+            "chunk1/example_train_1",
+            "chunk10/example_train_1",
+            "chunk2/example_train_0",
+        )
+    ]
+    documents = everything(source)
+    assert [d.text for _, d in documents if not d.dropped] == [u[6:-10] for u in source.units()]
+    assert Counter((d.subset, d.dropped) for _, d in documents) == {
+        ("RedPajamaC4", ""): 4,
+        ("RedPajamaGithub", "excluded subset"): 4,
+        ("RedPajamaC4", "empty"): 4,
+    }
+    assert [d.row for _, d in documents[:3]] == [0, 1, 3]  # line 2 is blank
+    assert [d.text for _, d in everything(SlimPajama(tmp_path, "validation"))] == ["held out"]
+
+
+def test_jsonl_of_several_frames_and_a_long_line(tmp_path: Path) -> None:
+    texts = ["x" * 5_000_000, "é\u2028\x85\\n", "third", "\ud7ff\U0010ffff"]
+    path = write_jsonl(tmp_path / "a.jsonl.zst", *(line(text) for text in texts), frames=4)
+    assert [record["text"] for _, record in read_jsonl(path)] == texts
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"text": "cut', r"a\.jsonl\.zst line 3 is not JSON"),
+        (b'{"text": "\xff", "meta": {}}', r"a\.jsonl\.zst line 3 is not JSON"),
+        (b'{"text": "\\ud800", "meta": {}}', r"a\.jsonl\.zst line 3 is not JSON"),
+        (b'{"text": "no meta"}', r'a\.jsonl\.zst line 3: no "text" and "meta\.redpajama_set_name"'),
+        (b'{"text": "", "meta": {"redpajama_set_name": null}}', r'line 3: no "text" and "meta\.redpajama_set_name"'),
+        (b'["text"]', r"a\.jsonl\.zst line 3: no"),
+        (line(None), r"a\.jsonl\.zst line 3: the document is NoneType, not text"),
+        (line(17), r"a\.jsonl\.zst line 3: the document is int, not text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
+    write_jsonl(tmp_path / "train/a.jsonl.zst", line("1"), line("2"), bad, line("4"))
+    with pytest.raises(ValueError, match=message):
+        everything(SlimPajama(tmp_path, "train"))
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_cut_file_is_no_short_file(tmp_path: Path, keep: float) -> None:
+    lines = [line(f"{n} {n**n}") for n in range(300)]
+    jsonl = write_jsonl(tmp_path / "train/a.jsonl.zst", *lines, frames=3)
+    parquet = write_parquet(tmp_path / "python/train-00000-of-00001.parquet", [str(n**n) for n in range(300)])
+    for path in (jsonl, parquet):
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst can't be decompressed after line"):
+        everything(SlimPajama(tmp_path, "train"))
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        everything(StarCoder(tmp_path, "train", 0.5))
+
+
+def test_starcoder_splits_are_disjoint_and_everything(tmp_path: Path) -> None:
+    special = ["jupyter-scripts-dedup-filtered", "github-issues-filtered-structured", "git-commits-cleaned"]
+    for language in ("python", "c-sharp", *special):
+        for n in range(2):
+            contents = [f"{language} {n} {row}" for row in range(1000)]
+            write_parquet(tmp_path / f"{language}/train-{n:05d}-of-00002.parquet", contents)
+    train, validation = (everything(StarCoder(tmp_path, split, 0.1)) for split in ("train", "validation"))
+    assert len(train) == len(validation) == 10_000
+    kept = [{d.text for _, d in split if not d.dropped} for split in (train, validation)]
+    assert not kept[0] & kept[1]
+    assert kept[0] | kept[1] == {d.text for _, d in train}
+    assert 900 < len(kept[1]) < 1100
+    assert {d.dropped for _, d in train} == {"", "other split"}
+    assert {d.subset for _, d in train} == {"python", "c-sharp", *special}
+    assert all(d.text == f"{d.subset} {int(unit.split('train-')[1][:5])} {d.row}" for unit, d in train)
+    assert [u for u, _ in train] == sorted(u for u, _ in train)
+    (tmp_path / "moved").mkdir()
+    for language in ("python", "c-sharp", *special):
+        (tmp_path / language).rename(tmp_path / "moved" / language)
+    assert everything(StarCoder(tmp_path / "moved", "train", 0.1)) == train
+
+
+def test_a_parquet_file_without_content_is_named(tmp_path: Path) -> None:
+    (tmp_path / "python").mkdir()
+    pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "python/a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'content', only text, id"):
+        everything(StarCoder(tmp_path, "train", 0.1))
+    write_parquet(tmp_path / "python/a.parquet", ["a", None])
+    with pytest.raises(ValueError, match=r"python/a\.parquet line 2: the document is NoneType"):
+        everything(StarCoder(tmp_path, "train", 0.1))
+
+
+def test_where_there_is_nothing_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        SlimPajama(tmp_path / "absent", "train")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.jsonl\.zst file in .*validation"):
+        SlimPajama(tmp_path, "validation").units()
+    for holdout in (0, 1, -0.1, 10):
+        with pytest.raises(ValueError, match=f"holdout {holdout} is not a share"):
+            StarCoder(tmp_path, "train", holdout)

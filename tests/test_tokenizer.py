@@ -1,0 +1,243 @@
+"""Tokenizers: the converted one gives the ids of the original, text stays text, and training is repeatable."""
+
+import json
+import string
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import tokenizer_train
+from data_prep.tokenizer import Tokenizer, load
+
+LLAMA_MODEL = Path(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
+"""A real model of Llama's kind: 32,000 pieces, byte fallback."""
+
+TRICKY = [
+    "",
+    " ",
+    " a",
+    "a ",
+    "▁",
+    "▁a",
+    " ▁ ",
+    "\n",
+    "\r\n",
+    "\0",
+    "a\0b",
+    "<0x0A>",
+    "e\u0301é",
+    "你好世界",
+    "\ufeffx",
+]
+TRICKY += [
+    "👩\u200d👩\u200d👧",
+    "abababababa",
+    "1234567890",
+    "=" * 99,
+    "\t" * 33,
+    "\u00a0 \u3000",
+    "\ud7ff\ue000\uffff",
+]
+CONTROLS = ["<s>", "</s>", "<unk>", "a<s>b", "</s></s>", " <unk> ", "x </s>\n<s> y"]
+
+
+def library_texts() -> list[str]:
+    """Real code and prose: modules of the standard library with all kinds of text in them."""
+    import encodings.cp1252
+    import json.decoder
+    import pydoc_data.topics
+    import statistics
+    import this
+    import turtle
+
+    modules = (encodings.cp1252, json.decoder, pydoc_data.topics, statistics, this, turtle)
+    return [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Tokenizer:
+    return load(LLAMA_MODEL)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model trained here, with long runs of spaces and of "=" among its pieces."""
+    folder = tmp_path_factory.mktemp("small")
+    lines = (line for text in library_texts() for line in text.split("\n"))
+    (folder / "tokenizer.model").write_bytes(tokenizer_train.train(lines, 2000))
+    load(folder / "tokenizer.model").save(folder, prepend_bos=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Tokenizer]]:
+    """Two SentencePiece models, each with its conversion loaded from nothing but the tokenizer.json."""
+    folder = tmp_path_factory.mktemp("llama")
+    load(LLAMA_MODEL).save(folder, prepend_bos=False)
+    return [(load(f / "tokenizer.model"), load(f / "tokenizer.json")) for f in (small_model, folder)]
+
+
+def assert_same(pair: tuple[Tokenizer, Tokenizer], texts: list[str]) -> None:
+    for text, expected, got in zip(texts, *(tokenizer.encode_batch(texts) for tokenizer in pair), strict=True):
+        assert expected.tolist() == got.tolist(), repr(text[:80])
+        assert pair[0].decode(expected) == pair[1].decode(got)
+
+
+def test_conversion_gives_the_ids_of_sentencepiece(converted: list[tuple[Tokenizer, Tokenizer]]) -> None:
+    runs = [f"x{character * n}y" for character in " =-\n\ta#" for n in range(1, 70)]
+    runs += [character * n for character in " =" for n in range(1, 70)]
+    for pair in converted:
+        assert_same(pair, library_texts() + TRICKY + CONTROLS + runs)
+
+
+_LIKELY = st.text(alphabet=" ab=-\n\t▁<s>/0x1é.,_eiou" + string.ascii_letters, max_size=60)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.one_of(_LIKELY, st.text(max_size=40), st.sampled_from(CONTROLS)), max_size=4).map("".join))
+def test_conversion_is_exact_for_any_text(converted: list[tuple[Tokenizer, Tokenizer]], text: str) -> None:
+    for pair in converted:
+        assert_same(pair, [text])
+
+
+def test_ids_are_those_of_sentencepiece_itself(llama: Tokenizer) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA_MODEL))
+    texts = library_texts() + TRICKY
+    for text, ids in zip(texts, llama.encode_batch(texts), strict=True):
+        assert ids.tolist() == reference.encode(text)
+    assert llama.info.vocab_size == 32000
+    assert (llama.info.bos_id, llama.info.eos_id) == (1, 2)
+    rare = "\n\U0010fffd"  # neither is a piece: byte b is piece b + 3
+    np.testing.assert_array_equal(llama.encode_batch(["a" + rare])[0][-5:], np.array(list(rare.encode())) + 3)
+
+
+def test_control_tokens_in_text_are_text(llama: Tokenizer, converted: list[tuple[Tokenizer, Tokenizer]]) -> None:
+    for tokenizer in (llama, *converted[0], *converted[1]):
+        for text, ids in zip(CONTROLS, tokenizer.encode_batch(CONTROLS), strict=True):
+            assert not set(ids.tolist()) & {0, 1, 2}, text
+            assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+@pytest.mark.parametrize("with_model_config", [False, True])
+def test_transformers_loads_the_folder(
+    tmp_path: Path, llama: Tokenizer, prepend_bos: bool, with_model_config: bool
+) -> None:
+    llama.save(tmp_path, prepend_bos=prepend_bos)
+    if with_model_config:  # an exported model's folder
+        transformers.LlamaConfig(vocab_size=32000).save_pretrained(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = library_texts()[:3] + TRICKY
+    for text, ids in zip(texts, llama.encode_batch(texts), strict=True):
+        assert auto.encode(text) == [1] * prepend_bos + ids.tolist(), repr(text[:80])
+        assert auto.encode(text, add_special_tokens=False) == ids.tolist()
+        assert auto.decode(ids.tolist()) == llama.decode(ids)
+    assert (auto.bos_token_id, auto.eos_token_id, auto.unk_token_id, len(auto)) == (1, 2, 0, 32000)
+    assert set(auto("a")) == {"input_ids", "attention_mask"}
+    assert (tmp_path / "tokenizer.model").read_bytes() == LLAMA_MODEL.read_bytes()
+
+
+def test_a_fingerprint_names_the_ids(tmp_path: Path, llama: Tokenizer, small_model: Path) -> None:
+    llama.save(tmp_path, prepend_bos=True)
+    assert load(tmp_path).info == llama.info  # a saved folder is the tokenizer that it was saved from
+    assert load(small_model).info.fingerprint != llama.info.fingerprint
+    plain = load(tmp_path / "tokenizer.json").info
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["post_processor"] = None
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw, indent=3))
+    same = load(tmp_path / "tokenizer.json")
+    assert same.info == plain
+    assert len(same.encode_batch(["many more than four tokens " * 9])[0]) > 40  # truncation is none of ours
+    raw["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert load(tmp_path / "tokenizer.json").info.fingerprint != plain.fingerprint
+
+
+def test_a_byte_level_tokenizer_of_hugging_face(tmp_path: Path) -> None:
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator(library_texts()[:2], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load(tmp_path)
+    assert (ours.info.kind, ours.info.vocab_size, ours.info.eos_id) == ("huggingface", 600, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}}')
+    ours = load(tmp_path)
+    assert ours.info.eos_id == 0
+    for text in (*library_texts(), "a<|end|>b"):
+        (ids,) = ours.encode_batch([text])
+        assert ours.decode(ids) == text
+        assert 0 not in ids
+    ours.save(tmp_path / "saved", prepend_bos=False)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert auto.encode("def f():\n") == ours.encode_batch(["def f():\n"])[0].tolist()
+    assert auto.eos_token_id == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|fin|>"}')
+    with pytest.raises(ValueError, match=r"no token '<\|fin\|>'"):
+        load(tmp_path)
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, small_model: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        load(tmp_path / "absent.model")
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.model nor tokenizer\.json"):
+        load(tmp_path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"what is this?")
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / name)
+    lines = iter(library_texts()[1].split("\n"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(tmp_path / "u"), model_type="unigram", vocab_size=200, minloglevel=2
+    )
+    with pytest.raises(ValueError, match=r"not BPE, it has no byte fallback.*tokenizer.json"):
+        load(tmp_path / "u.model")
+
+
+def test_training_makes_llamas_kind_again_and_again(small_model: Path) -> None:
+    lines = (line for text in library_texts() for line in text.split("\n"))
+    assert tokenizer_train.train(lines, 2000) == (small_model / "tokenizer.model").read_bytes()
+    tokenizer = load(small_model)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(small_model / "tokenizer.model"))
+    pieces = [processor.id_to_piece(i) for i in range(2000)]
+    assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert processor.pad_id() == -1
+    assert "▁▁▁▁" in pieces
+    assert not any("\n" in piece for piece in pieces)
+    assert not any(len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces if piece[0] != "<")
+    for text in library_texts() + TRICKY:
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text.replace("▁", " ")
+
+
+def test_the_sample_is_bounded_and_spread_over_the_files(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for n in range(4):
+        texts = [f"{n}" * 100] * (1 if n == 0 else 50)
+        pq.write_table(pa.table({"content": texts}), tmp_path / f"{n}.parquet")
+    paths = sorted(tmp_path.iterdir())
+    taken = list(tokenizer_train.sample(paths, 3100))
+    assert [sum(text[0] == str(n) for text in taken) for n in range(4)] == [1, 10, 10, 10]
+    assert len(list(tokenizer_train.sample(paths, 10**9))) == 151
+
+
+def test_training_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nor a folder with one"):
+        tokenizer_train.run(tokenizer_train.TokenizerOptions([str(tmp_path)], str(tmp_path), 1000))
+    with pytest.raises(ValueError, match="vocab_size 100 is below 300"):
+        tokenizer_train.run(tokenizer_train.TokenizerOptions([str(tmp_path)], str(tmp_path), 100))
+    with pytest.raises(ValueError, match="smaller --vocab_size"):
+        tokenizer_train.train(iter(["too little text"]), 5000)
