@@ -24,7 +24,7 @@ import sentencepiece
 import tokenizers
 
 from data_prep.shard import TokenizerInfo, write_atomically
-from data_prep.tokenizer_convert import SentencePieceModel, add_bos, to_huggingface
+from data_prep.tokenizer_convert import SentencePieceModel, bos_template, to_huggingface
 
 MODEL_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: str | Path, prepend_bos: bool) -> None:
         """See Tokenizer. The SentencePiece model goes with it, byte for byte."""
         model, folder = self._model, Path(directory)
-        converted = to_huggingface(model)
+        converted = json.loads(to_huggingface(model).to_str())
         names = {"bos_token": self.info.bos_id, "eos_token": self.info.eos_id, "unk_token": self._processor.unk_id()}
         tokens = {name: model.pieces[i].text for name, i in names.items() if i is not None}
         _write_folder(folder, converted, tokens, self.info.bos_id if prepend_bos else None)
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Load `file` and its neighbours; raises ValueError as `load` does."""
         data = file.read_bytes()
         try:
-            raw = json.loads(data)
+            self._raw = json.loads(data)
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from None
@@ -124,7 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
         bos, eos = (self._token_id(file, name) for name in ("bos_token", "eos_token"))
         vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         # What decides on the ids, and nothing of decoding, padding, truncation or templates.
-        decisive = {name: raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        decisive = {name: self._raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()
         self.info = TokenizerInfo(
             f"sha256:{hashlib.sha256(canonical).hexdigest()}", "huggingface", vocab_size, bos, eos
@@ -148,9 +148,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def save(self, directory: str | Path, prepend_bos: bool) -> None:
-        """See Tokenizer."""
-        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        _write_folder(Path(directory), copy, self._tokens, self.info.bos_id if prepend_bos else None)
+        """See Tokenizer. What decides on the ids is written as it was read, so that the fingerprint stays."""
+        _write_folder(Path(directory), self._raw, self._tokens, self.info.bos_id if prepend_bos else None)
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
@@ -166,12 +165,11 @@ def _named_tokens(folder: Path) -> dict[str, str]:
     return named
 
 
-def _write_folder(
-    folder: Path, tokenizer: tokenizers.Tokenizer, tokens: dict[str, str], prepend_bos_id: int | None
-) -> None:
-    """Write tokenizer.json and tokenizer_config.json. `tokens` maps "bos_token", ... to their text."""
+def _write_folder(folder: Path, raw: dict[str, Any], tokens: dict[str, str], prepend_bos_id: int | None) -> None:
+    """Write tokenizer.json, which is `raw` but for BOS, and tokenizer_config.json. `tokens`: "bos_token" to "<s>", ..."""
     folder.mkdir(parents=True, exist_ok=True)
-    add_bos(tokenizer, tokens["bos_token"] if prepend_bos_id is not None else None, prepend_bos_id)
+    template = bos_template(tokens["bos_token"], prepend_bos_id) if prepend_bos_id is not None else None
+    raw = {**raw, "truncation": None, "padding": None, "post_processor": template}
     config: dict[str, Any] = {
         # The class that takes tokenizer.json as it is; LlamaTokenizer would rebuild it with another normalizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -181,5 +179,5 @@ def _write_folder(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
     }
-    write_atomically(folder / JSON_NAME, tokenizer.to_str(pretty=True).encode())
+    write_atomically(folder / JSON_NAME, (json.dumps(raw, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())

@@ -12,7 +12,9 @@ falling score. Where a piece has several splits, see `_splits`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -92,14 +94,13 @@ def to_huggingface(model: SentencePieceModel) -> Tokenizer:
     return tokenizer
 
 
-def add_bos(tokenizer: Tokenizer, bos_token: str | None, bos_id: int | None) -> None:
-    """Make `tokenizer` put BOS before each text, or nothing when it is None."""
-    if bos_token is None or bos_id is None:
-        tokenizer.post_processor = processors.Sequence([])
-    else:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[(bos_token, bos_id)]
-        )
+def bos_template(bos_token: str, bos_id: int) -> dict[str, Any]:
+    """The "post_processor" of a tokenizer.json that puts BOS before each text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[(bos_token, bos_id)]
+    )
+    return json.loads(tokenizer.to_str())["post_processor"]
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:

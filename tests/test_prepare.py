@@ -269,5 +269,6 @@ def test_policy_without_the_token_is_refused_before_any_work(corpus: Path, tmp_p
     with pytest.raises(ValueError, match="append_eos is set, but the tokenizer has no EOS token"):
         run(options(corpus, tmp_path / "out", tokenizer=bare))
     assert not (tmp_path / "out").exists()
-    run(options(corpus, tmp_path / "out", tokenizer=bare, append_eos=False))
+    manifest = run(options(corpus, tmp_path / "out", tokenizer=bare, append_eos=False))
+    assert manifest.tokenizer == load(tmp_path / "out/tokenizer").info
     assert json.loads((tmp_path / "out/settings.json").read_text())["tokenizer eos_id"] is None
