@@ -1,0 +1,165 @@
+"""What metrics.jsonl tells of a run, read back.
+
+    metrics.jsonl ── a line a record, only ever appended to ──> read() ──> History: the last record of each kind and step
+
+A run that was killed may have left half a line; a run that was resumed wrote some steps twice, and the last ones count.
+This is apart from `pretrain.metrics`, which writes the file, because reading needs neither torch nor Lightning.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """A run so far. Steps are finished optimizer steps, and sorted."""
+
+    starts: list[Record]
+    """One a process start, in the order of the file; all but the first are resumes."""
+    train: list[Record]
+    validation: list[Record]
+    stop: Record | None
+    """How the last process ended; None: it has not, or was killed."""
+    torn_lines: int
+    """Lines that are no record: a process was killed while it wrote them."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step with any record (steps)."""
+        return max(record["step"] for record in [*self.starts, *self.train, *self.validation])
+
+    @property
+    def resumes(self) -> list[int]:
+        """The steps after which the run was taken up again."""
+        return [record["step"] for record in self.starts[1:]]
+
+    @property
+    def about(self) -> Record:
+        """The newest start record, which describes model, data and device; empty if the file has none."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def sources(self) -> dict[str, Record]:
+        """What the start says of each source, by name; also sources that occur only in validation records."""
+        described = self.about.get("sources", {})
+        validated = [name for record in self.validation for name in record["losses"]]
+        return {**described, **{name: {} for name in validated if name not in described}}
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a figure of the train records, float64 both; NaN where a record has none."""
+        return _columns([(record["step"], record.get(name)) for record in self.train])
+
+    def validation_series(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and validation losses of one source (nats a token), where it has one."""
+        return _columns([(r["step"], r["losses"][source]) for r in self.validation if source in r["losses"]])
+
+    def typical(self, name: str) -> float | None:
+        """Median of a figure over the train records; without the first, which holds the warming up, if there are more."""
+        values = self.series(name)[1]
+        values = values[1:] if len(values) > 1 else values
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def status(self) -> str:
+        """How far the run is, in words."""
+        of = f" of {self.about['max_steps']:,}" if "max_steps" in self.about else ""
+        if self.stop is None:
+            return f"step {self.last_step:,}{of}; no end is recorded: it is running, or was killed"
+        reason = self.stop.get("reason")
+        ended = "finished" if reason == "finished" else f"stopped by {reason}"
+        return f"step {self.last_step:,}{of}; {ended}"
+
+    def source_lines(self) -> list["SourceLine"]:
+        """One a source, in the order of the configuration."""
+        lines = []
+        for name, about in self.sources.items():
+            steps, losses = self.validation_series(name)
+            before = float(losses[0]) if len(steps) and steps[0] == 0 else None
+            after = float(losses[-1]) if len(steps) and steps[-1] > 0 else None
+            entropy = about.get("unigram_entropy")
+            below = None if after is None or entropy is None else after < entropy
+            figures = (about.get("train_tokens"), about.get("share"), before, after, entropy, below)
+            lines.append(SourceLine(name, *figures))
+        return lines
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """What there is to say of a source; None: not known, or not validated."""
+
+    name: str
+    train_tokens: int | None
+    """Prepared for training (tokens)."""
+    share: float | None
+    """Of every step's sequences, in [0, 1]."""
+    loss_before: float | None
+    """Validation loss before the first step (nats a token)."""
+    loss_after: float | None
+    """The newest validation loss after it (nats a token)."""
+    unigram_entropy: float | None
+    """Of its validation tokens: what knowing their frequencies alone would reach (nats a token)."""
+    below_entropy: bool | None
+    """Whether `loss_after` is lower."""
+
+
+def read(run_dir: Path) -> History:
+    """Read RUN_DIR/metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it has no record yet.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run_dir} has no metrics.jsonl; name the folder of a run (run_dir in its configuration)"
+        )
+    starts: list[Record] = []
+    by_step: dict[str, dict[int, Record]] = {"train": {}, "validation": {}}
+    stop, torn = None, 0
+    for line in path.read_bytes().splitlines():
+        record = _parse(line)
+        if record is None:
+            torn += 1
+        elif record["kind"] == "start":
+            starts.append(record)
+            stop = None
+        elif record["kind"] == "stop":
+            stop = record
+        elif record["kind"] in by_step:
+            by_step[record["kind"]][record["step"]] = record
+    train, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
+    if not starts and not train and not validation:
+        raise ValueError(f"{path} has no record yet; wait for the first one")
+    return History(starts, train, validation, stop, torn)
+
+
+def _parse(line: bytes) -> Record | None:
+    """A record, or None for half a one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _columns(pairs: list[tuple[int, float | None]]) -> tuple[np.ndarray, np.ndarray]:
+    steps = np.array([step for step, _ in pairs], dtype=np.float64)
+    return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=np.float64)
+
+
+def short(number: float) -> str:
+    """A count as people say it: 950, 12.3k, 4.2M, 3T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
