@@ -34,16 +34,25 @@ def staged(directory: Path, origin: dict[str, Any]) -> Iterator[Path]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
     try:
-        folder.chmod(0o755)  # mkdtemp's 0o700 would keep a lab's other users out
         yield folder
         mark = {**origin, "files": sorted(path.name for path in folder.iterdir())}
         (folder / MARK).write_text(json.dumps(mark, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in [*folder.iterdir(), folder]:
-            _sync(path)
+        _finish(folder)
         _refuse_foreign(directory)  # writing took its time
         _rename(folder, directory)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish(folder: Path) -> None:
+    """Give the modes that the user's umask asks for (mkdtemp and safetensors shut others out), and flush to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+        _sync(path)
+    folder.chmod(0o777 & ~umask)
+    _sync(folder)
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -114,12 +114,15 @@ def continue_text(
 
 
 def first_ids(bos_id: int | None, eos_ids: tuple[int, ...]) -> list[int]:
-    """What an empty prompt starts from: BOS, or EOS, which in packed training data stands before every text too."""
-    if bos_id is not None:
-        return [bos_id]
+    """What an empty prompt starts from, where the tokenizer puts no BOS before it of its own accord.
+
+    That is EOS, which in packed training data stands before every text but the first; else BOS.
+    """
     if eos_ids:
         return [eos_ids[0]]
-    raise ValueError("an empty prompt needs a BOS or EOS token, and the tokenizer has neither; give a --prompt")
+    if bos_id is not None:
+        return [bos_id]
+    raise ValueError("an empty prompt needs an EOS or BOS token, and the tokenizer has neither; give a --prompt")
 
 
 def generate(

@@ -49,6 +49,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
+    "lines.markersize": 4.5,
     "agg.path.chunksize": 20000,
 }
 
@@ -75,7 +76,8 @@ def draw(history: History, folder: Path, max_grad_norm: float | None) -> dict[st
             _frame(ax, history, title)
             handles, labels = ax.get_legend_handles_labels()
             if handles:  # below the axes, where it never lies on a curve
-                figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
+                columns = min(len(labels), 3) if len(labels) != 4 else 2  # filled downwards: a source above its entropy
+                figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
             files[title] = folder / f"{name}.png"
             figure.savefig(files[title], dpi=DPI, metadata={"Software": None})  # the same bytes from any version
             plt.close(figure)
@@ -118,10 +120,10 @@ def _validation(ax: Axes, history: History) -> None:
         steps, losses = history.validation_series(name)
         if len(steps):
             label = f"{name}, last {losses[-1]:.3f}"
-            ax.plot(steps, losses, color=colour, linewidth=1.8, marker=_marker(steps), markersize=4.5, label=label)
+            ax.plot(steps, losses, color=colour, linewidth=1.8, marker=_marker(steps), label=label)
         entropy = about.get("unigram_entropy")
         if entropy is not None:
-            label = f"its unigram entropy, {entropy:.3f}"
+            label = f"{name}, unigram entropy {entropy:.3f}"
             ax.axhline(entropy, color=colour, linestyle=(0, (5, 4)), linewidth=1.3, label=label)
     ax.set_ylabel("validation loss (nats a token)")
 

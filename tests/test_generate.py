@@ -214,7 +214,7 @@ def test_the_command_prints_text_on_stdout_and_reasons_on_stderr(
     assert "96 positions are full" in capsys.readouterr().err
 
 
-def test_an_empty_prompt_starts_from_bos_or_eos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_prompt_starts_from_eos_or_bos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = write_tokenizer(tmp_path / "bare", special_ids=False)
     with staged(tmp_path / "model", {}) as staging:
         hf.write(staging, TINY, weights_of(make_model(TINY)), bare)
@@ -222,7 +222,7 @@ def test_an_empty_prompt_starts_from_bos_or_eos(tmp_path: Path, capsys: pytest.C
         main([str(tmp_path / "model")])
     assert "give a --prompt" in capsys.readouterr().err
     file = tmp_path / "model" / "generation_config.json"
-    for ids, first in (('"bos_token_id": 1, "eos_token_id": 2', 1), ('"eos_token_id": [7, 2]', 7)):
+    for ids, first in (('"bos_token_id": 1, "eos_token_id": [7, 2]', 7), ('"bos_token_id": 1', 1)):
         file.write_text("{" + ids + "}")
         main([str(tmp_path / "model"), "--max_new_tokens", "3", "--temperature", "0"])
         model = hf.load_model(tmp_path / "model", torch.device("cpu"))

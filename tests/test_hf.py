@@ -246,6 +246,19 @@ def test_an_earlier_export_is_replaced_whole(tmp_path: Path, tokenizer: Path) ->
     assert sorted(os.listdir(tmp_path)) == ["empty", "new", "out"]
 
 
+@pytest.mark.parametrize(("umask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_an_export_is_as_readable_as_the_umask_says(
+    tmp_path: Path, tokenizer: Path, umask: int, folder_mode: int, file_mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "out", TINY, tokenizer)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {file_mode}
+
+
 def test_a_folder_with_anything_else_is_refused_untouched(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")

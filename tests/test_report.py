@@ -209,7 +209,7 @@ def test_the_enlargement_never_covers_the_curve(tmp_path: Path, figures: list[An
         past = history.read(write(tmp_path / str(number), records))
         pictures.draw(past, tmp_path / str(number), None)
         inside = figures[4 * number].axes[0].child_axes
-        enlarged.append("second half" in [child.get_title() for child in inside])
+        enlarged.append("second half" in [child.get_title(loc="left") for child in inside])
     assert enlarged == [True, False]
 
 
