@@ -11,13 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import pretrain, tiny_config, write_config, write_dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import config
+from pretrain import config, data, trainer
 from pretrain.__main__ import main
+from pretrain.progress import Display
 
 
 def records(run_dir: Path, kind: str) -> dict[int, dict]:
@@ -104,7 +109,7 @@ def wait_for(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group, loader workers included."""
-    sections = {"train": {"max_steps": 400}, "data": {"num_workers": 2}, "checkpoint": {"every_steps": 0}}
+    sections = {"train": {"max_steps": 250}, "data": {"num_workers": 2}, "checkpoint": {"every_steps": 0}}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -115,7 +120,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     stopped = max(records(tmp_path / "run", "train"))
-    assert 30 <= stopped < 400
+    assert 30 <= stopped < 250
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 
     second = pretrain("train", "--config", config_file)
@@ -262,6 +267,67 @@ def test_help_explains_every_field_with_its_unit() -> None:
 
 
 UNITS = (
-    r"\((steps|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|tokens|layers|heads|processes"
+    r"\((steps|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads|processes"
     r"|[Cc]heckpoints"
 )
+
+
+def test_a_step_waits_for_the_device_only_where_it_is_logged(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would synchronise on a GPU is an operator that returns a number: none in the step, one transfer in a logged line."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen[str(function)] += 1
+            return function(*args, **(kwargs or {}))
+
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    run = trainer.prepare(config.load(config_file))
+    micro_batches = iter(
+        data.train_loader(data.MicroBatches(run.sources, run.mixture, 32, 2, 0, 1), 1, 9, 0, pin=False)
+    )
+    seen: Counter[str] = Counter()
+    trainer.optimizer_step(run, micro_batches)  # AdamW makes its state in the first step
+    with Operators():
+        for _ in range(3):
+            loss, grad_norm = trainer.optimizer_step(run, micro_batches)
+    assert seen["aten._fused_adamw_.default"] == 3 * 2, "the operators of the step were not seen"
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "_to_cpu")
+    assert not [name for name in seen if any(word in name for word in waits)]
+
+    transfers = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or tolist(tensor))
+    seen.clear()
+    with Operators():
+        trainer._log_step(run, Display(20, 4, show=False), loss, grad_norm)
+    assert transfers == [(3,)]
+    assert "aten._local_scalar_dense.default" not in seen
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] == loss.item()
+
+
+def test_tensorboard_gets_the_numbers(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", logger="tensorboard", train={"max_steps": 4})
+    pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == {
+        step: pytest.approx(r["loss"], rel=1e-6) for step, r in records(tmp_path / "run", "train").items()
+    }
+    assert len(logged) == 4
+    assert "validation/losses/a" in events.Tags()["scalars"]
+    assert "train/tokens_per_sec_per_gpu" in events.Tags()["scalars"]
+
+
+def test_wandb_works_offline_and_its_key_is_written_nowhere(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 4})
+    secret = "0123456789abcdef" * 2 + "01234567"
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": secret, "WANDB_SILENT": "true"}
+    done = pretrain(
+        "train", "--config", write_config(tmp_path / "c.yaml", tree), "--logger", "wandb", env=environment, cwd=tmp_path
+    )
+    (written,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    assert b"tokens_per_sec_per_gpu" in written.read_bytes()
+    assert secret not in done.stdout + done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]

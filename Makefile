@@ -1,0 +1,55 @@
+# make demo | make test are all that a new user needs; both set everything up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+# The commands as a user types them, found in the environment that setup made.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test lint bench-cpu clean
+
+help:
+	@echo "make setup      an environment in .venv, pinned by constraints.txt"
+	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
+	@echo "make test       lint, types and all tests"
+	@echo "make bench-cpu  a training step against transformers' model, into benchmarks/results"
+	@echo "make clean      remove runs/demo"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Cria needs Python >= 3.11, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	data-prep demo --out $(DEMO)/corpus
+	data-prep tokenizer --input $(DEMO)/corpus --vocab_size 4096 --out $(DEMO)/tokenizer
+	data-prep slimpajama --input $(DEMO)/corpus/slimpajama --split train --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards/slimpajama/train
+	data-prep slimpajama --input $(DEMO)/corpus/slimpajama --split validation --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards/slimpajama/validation
+	data-prep starcoder --input $(DEMO)/corpus/starcoderdata --split train --holdout 0.03 --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards/starcoder/train
+	data-prep starcoder --input $(DEMO)/corpus/starcoderdata --split validation --holdout 0.03 --tokenizer $(DEMO)/tokenizer --out $(DEMO)/shards/starcoder/validation
+	pretrain train --config configs/demo.yaml
+	pretrain export $(DEMO)/run --out $(DEMO)/model
+	pretrain generate $(DEMO)/model --prompt "The file object" --max_new_tokens 60
+	pretrain report $(DEMO)/run
+	@echo "model                     $(DEMO)/model"
+
+test: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	OMP_NUM_THREADS=1 pytest
+
+lint: setup
+	ruff check --fix .
+	ruff format .
+	mypy
+
+bench-cpu: setup
+	python benchmarks/train_step.py
+
+clean:
+	rm -rf $(DEMO)

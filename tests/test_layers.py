@@ -1,0 +1,83 @@
+"""The house: each module imports only from the layers above its own; the two packages meet at one door."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = [
+    {"cli", "folder", "history", "progress"},
+    {"config"},
+    {"ops", "optim", "data", "metrics", "pictures", "page"},
+    {"model", "checkpoint"},
+    {"parallel", "hf"},
+    {"validation"},
+    {"trainer"},
+    {"train", "report", "export", "generate"},
+    {"__main__"},
+]
+"""Modules of `pretrain`, from the ground up; the commands are the last but one and never import each other."""
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, functions' imports included; `from pretrain import data` is pretrain.data."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules(package: str) -> dict[str, Path]:
+    return {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set().union(*LAYERS) == set(modules("pretrain"))
+
+
+@pytest.mark.parametrize("name", sorted(modules("pretrain")))
+def test_pretrain_imports_downwards_only(name: str) -> None:
+    (own,) = [number for number, layer in enumerate(LAYERS) if name in layer]
+    below = set().union(*LAYERS[:own])
+    for module in imported(modules("pretrain")[name]):
+        parts = module.split(".")
+        if parts[0] == "pretrain" and len(parts) > 1 and parts[1] in modules("pretrain"):
+            assert parts[1] in below, f"pretrain.{name} imports {module}, which is not in a layer below"
+        if parts[0] == "data_prep":
+            assert module == "data_prep.shard" or module.startswith("data_prep.shard."), (
+                f"pretrain.{name} imports {module}"
+            )
+
+
+def test_data_prep_does_not_know_pretrain() -> None:
+    assert len(modules("data_prep")) > 5
+    for path in modules("data_prep").values():
+        assert not [m for m in imported(path) if m.split(".")[0] == "pretrain"], path
+
+
+def test_the_door_needs_numpy_and_the_standard_library_alone() -> None:
+    todo, seen = ["shard"], set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        for module in imported(modules("data_prep")[name]):
+            parts = module.split(".")
+            if parts[0] == "data_prep":
+                todo += (
+                    [parts[1]] if len(parts) > 1 and parts[1] not in seen and parts[1] in modules("data_prep") else []
+                )
+            else:
+                assert parts[0] == "numpy" or parts[0] in sys.stdlib_module_names, f"data_prep.{name} imports {module}"
+    assert "shard" in seen
+
+
+def test_there_is_no_utils() -> None:
+    assert not list(ROOT.glob("*/*util*.py"))
