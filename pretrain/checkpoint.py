@@ -132,16 +132,18 @@ def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return chosen[0]
 
 
-def latest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run, for reading only: nothing is set aside.
+def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
+    """The newest whole checkpoint of a run, for reading only: a corrupt one is named to `warn`, and nothing is set aside.
 
     Raises:
         FileNotFoundError: there is none, or none is whole.
     """
     committed = [folder for _, folder in _committed(run_dir)]
     for folder in committed:
-        if verify(folder) is None:
+        problem = verify(folder)
+        if problem is None:
             return folder
+        warn(f"checkpoint {folder.name} is corrupt ({problem}); the one before is taken")
     found = f"{len(committed)} checkpoints and none is whole" if committed else "no checkpoint"
     raise FileNotFoundError(f"{run_dir} has {found}; train it first: pretrain train --run_dir {run_dir} --config ...")
 

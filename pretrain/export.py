@@ -58,7 +58,7 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
             f"{run_dir} has no config.yaml; name the folder of a run (run_dir in its configuration)"
         )
     model = config.load(run_dir / "config.yaml").model
-    source = checkpoint.latest(run_dir) if step is None else _checkpoint_of(run_dir, step)
+    source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
     taken = checkpoint.read_state(source)["step"]
     with staged(out, {"run": run_dir.name, "step": taken}) as folder:

@@ -10,7 +10,7 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning.fabric import Fabric
@@ -95,7 +95,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, fabric: Fabric):
         self._fabric = fabric
-        self._file = open(run_dir / "metrics.jsonl", "a", buffering=1) if fabric.is_global_zero else None  # noqa: SIM115
+        self._file = _open_for_lines(run_dir / "metrics.jsonl") if fabric.is_global_zero else None
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
@@ -111,6 +111,14 @@ class MetricsLog:
             self._file.close()
             for logger in self._fabric.loggers:
                 logger.finalize("success")
+
+
+def _open_for_lines(path: Path) -> TextIO:
+    """Open for appending lines; a line that a killed run left unfinished must not swallow the next one."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", buffering=1)  # noqa: SIM115
+    file.write("\n" if torn else "")
+    return file
 
 
 def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:

@@ -5,6 +5,8 @@
 These are the reference: plain PyTorch, written so that torch.compile fuses them well.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,11 +57,57 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean over the counted targets of -log softmax(hidden @ weight.T)[target], in fp32.
 
     hidden: (B, T, D); weight: (V, D); targets: (B, T) int64, `IGNORE_INDEX` where nothing counts. Returns a scalar in nats
-    a token; NaN where no target counts.
+    a token; NaN where no target counts. The logits, the largest tensor of a step, exist for a chunk of tokens at a time only
+    (`LOGITS_BYTES`): their gradient, softmax - one_hot, is known as soon as they are, so it is used up on the spot.
     """
-    logits = F.linear(hidden, weight)  # (B, T, V): the largest tensor of the step
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which F.linear would follow by itself
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten())
+    return total / (targets != IGNORE_INDEX).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies, with both gradients computed along with it and kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden: (N, D); weight: (V, D); targets: (N,). Returns a fp32 scalar."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        compute = weight.to(hidden.dtype)
+        wanted = any(ctx.needs_input_grad)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        chunk = max(256, LOGITS_BYTES[hidden.device.type] // (4 * len(weight)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for first in range(0, len(hidden), chunk):
+                part = slice(first, first + chunk)
+                logits = (hidden[part] @ compute.T).float()  # (chunk, V)
+                counted = (targets[part] != IGNORE_INDEX)[:, None]
+                index = targets[part, None].where(counted, 0)
+                log_sum = logits.logsumexp(dim=-1, keepdim=True)
+                total += (log_sum - logits.gather(1, index)).where(counted, 0).sum()
+                if d_hidden is None or d_weight is None:
+                    continue
+                # In place, and without a pass for what does not count: exp(logit - inf) is 0.
+                d_logits = logits.sub_(log_sum.where(counted, torch.inf)).exp_()
+                d_logits = d_logits.scatter_add_(1, index, -counted.float()).to(hidden.dtype)
+                d_hidden[part] = d_logits @ compute
+                d_weight += d_logits.T @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """Both gradients, times that of the sum."""
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None

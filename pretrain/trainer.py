@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+import pretrain
 from data_prep.shard import TOKENIZER_DIR
 from pretrain import checkpoint, config, data, metrics, parallel, validation
 from pretrain.model import num_parameters
@@ -44,7 +46,7 @@ class Run:
     clock: metrics.Clock
     step: int = 0
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Steps left out since the start of this process because a gradient was not finite; a scalar on the device."""
+    """Steps of the run that were left out because a gradient was not finite; a scalar on the device."""
 
 
 def optimizer_step(run: Run, micro_batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,11 @@ def _log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "tokens_per_step": tokens_per_step,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "cria": pretrain.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "lightning")},
+        },
         "sources": validation.describe_sources(run.sources, run.mixture, settings.data.seq_len, settings.validation),
     }
     run.log.write("start", run.step, record)
@@ -215,13 +221,13 @@ def _save(run: Run, display: Display) -> None:
     state = {
         "step": run.step,
         "model": asdict(run.config.model),
-        "data": _data_fingerprint(run.config, run.sources),
+        "data": _data_fingerprint(run.config, run.sources, run.mixture),
         "tokens_per_source": {
             source.name: drawn * run.config.data.seq_len
             for source, drawn in zip(run.sources, run.mixture.drawn(run.step))
         },
         "world_size": run.fabric.world_size,
-        "versions": {"torch": torch.__version__},
+        "versions": {"cria": pretrain.__version__, "torch": torch.__version__},
     }
     folder = checkpoint.save(run.run_dir, run.step, parallel.unwrap(run.model), run.optimizer, state)
     if run.fabric.is_global_zero:
@@ -243,7 +249,8 @@ def prepare(settings: config.Config) -> Run:
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     found = checkpoint.find(run_dir, warn=print)
     if found is not None:
-        _check_resume(found, checkpoint.read_state(found), settings, sources)
+        facts = {"model": asdict(settings.model), "data": _data_fingerprint(settings, sources, mixture)}
+        _check_resume(found, checkpoint.read_state(found), facts)
     if fabric.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         config.write(settings, run_dir / "config.yaml")
@@ -252,29 +259,31 @@ def prepare(settings: config.Config) -> Run:
 
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    step = 0
+    step, skipped_steps = 0, torch.zeros((), device=fabric.device)
     if found is not None:
-        step = checkpoint.load(found, parallel.unwrap(model), optimizer)["step"]
+        state = checkpoint.load(found, parallel.unwrap(model), optimizer)
+        step = state["step"]
+        skipped_steps += step - state["updates"]
     flops = metrics.flops_per_token(settings.model, settings.data.seq_len, *num_parameters(settings.model))
     return Run(
         config=settings, run_dir=run_dir, fabric=fabric, model=model, optimizer=optimizer, sources=sources, mixture=mixture,
         grad_accum_steps=accumulate, flops_per_token=flops, log=metrics.MetricsLog(run_dir, fabric),
-        clock=metrics.Clock(fabric.device), step=step, skipped_steps=torch.zeros((), device=fabric.device),
+        clock=metrics.Clock(fabric.device), step=step, skipped_steps=skipped_steps,
     )  # fmt: skip
 
 
-def _data_fingerprint(settings: config.Config, sources: list[data.Source]) -> dict[str, Any]:
+def _data_fingerprint(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, Any]:
     """What the order of the data depends on, besides the step."""
     return {
         "seed": settings.seed,
         "seq_len": settings.data.seq_len,
         "global_batch_size": settings.train.global_batch_size,
-        "mixture": [[str(source.weight), source.train.manifest.fingerprint] for source in sources],
+        "mixture": [[str(share), source.train.manifest.fingerprint] for source, share in zip(sources, mixture.shares)],
     }
 
 
-def _check_resume(folder: Path, state: dict[str, Any], settings: config.Config, sources: list[data.Source]) -> None:
-    for part, now in (("model", asdict(settings.model)), ("data", _data_fingerprint(settings, sources))):
+def _check_resume(folder: Path, state: dict[str, Any], facts: dict[str, dict[str, Any]]) -> None:
+    for part, now in facts.items():
         for key, before in state[part].items():
             if before != now[key]:
                 raise ValueError(

@@ -91,6 +91,16 @@ def test_the_micro_batch_does_not_change_the_run(
     assert all(other[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-5) for step in one)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_follows_fp32(datasets: Path, straight: Path, tmp_path: Path, ranks: int) -> None:
+    """Autocast on one device, FSDP2's policy on two: near the fp32 run, and not it."""
+    tree = tiny_config(datasets, tmp_path / "run", parallel={"precision": "bf16"})
+    pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=ranks)
+    one, other = records(straight, "train"), records(tmp_path / "run", "train")
+    assert all(other[step]["loss"] == pytest.approx(one[step]["loss"], abs=2e-2) for step in one)
+    assert any(abs(other[step]["loss"] - one[step]["loss"]) > 1e-5 for step in one), "bf16 was not used"
+
+
 def start(config_file: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "pretrain", "train", "--config", str(config_file), *overrides]
     return subprocess.Popen(

@@ -1,0 +1,151 @@
+"""A checkpoint is whole or it is not one: damage is found, set aside, and the one before is taken."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+
+from pretrain import checkpoint
+from pretrain.config import ModelConfig, OptimConfig
+from pretrain.model import Llama
+from pretrain.optim import make_optimizer
+
+
+def make_state(seed: int) -> tuple[Llama, torch.optim.AdamW]:
+    """A model and an optimizer that have taken a step, different for every seed."""
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**TINY_MODEL))
+    model.materialize(torch.device("cpu"))
+    model.init_weights(seed)
+    optimizer = make_optimizer(model, OptimConfig())
+    tokens = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(seed))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def snapshot(model: Llama, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(model, optimizer).items()}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 5 and 10."""
+    for step in (5, 10):
+        checkpoint.save(tmp_path, step, *make_state(step), {"step": step, "note": "kept"})
+    return tmp_path
+
+
+def test_what_is_saved_is_what_is_loaded(run_dir: Path) -> None:
+    model, optimizer = make_state(99)
+    state = checkpoint.load(run_dir / "checkpoints" / "step-00000010", model, optimizer)
+    assert state == {"step": 10, "note": "kept", "updates": 1}
+    expected = snapshot(*make_state(10))
+    loaded = snapshot(model, optimizer)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert all(s["step"] == 1 for s in optimizer.state.values())
+    weights = checkpoint.load_weights(run_dir / "checkpoints" / "step-00000010")
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+
+
+def test_it_can_be_loaded_before_the_first_step(run_dir: Path) -> None:
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**TINY_MODEL))
+    model.materialize(torch.device("cpu"))
+    optimizer = make_optimizer(model, OptimConfig())
+    checkpoint.load(run_dir / "checkpoints" / "step-00000005", model, optimizer)
+    expected = snapshot(*make_state(5))
+    assert all(torch.equal(t, expected[name]) for name, t in snapshot(model, optimizer).items())
+
+
+FILES = ["tensors/__0_0.distcp", "tensors/.metadata", "state.json", "manifest.json"]
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    elif how == "truncate":
+        del data[-1:]
+    elif how == "zero":
+        data[len(data) // 3 : len(data) // 3 + 64] = bytes(64)
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "zero", "delete"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_taken(run_dir: Path, name: str, how: str) -> None:
+    folders = run_dir / "checkpoints"
+    damage(folders / "step-00000010" / name, how)
+    warnings: list[str] = []
+    assert checkpoint.latest(run_dir, warnings.append) == folders / "step-00000005"
+    assert (folders / "step-00000010").exists(), "reading sets nothing aside"
+    assert checkpoint.find(run_dir, warnings.append) == folders / "step-00000005"
+    assert len(warnings) == 2
+    assert all("step-00000010 is corrupt" in warning for warning in warnings)
+    if name != "manifest.json":
+        assert name in warnings[0]
+    assert sorted(p.name for p in folders.iterdir()) == ["corrupt-step-00000010.1", "step-00000005"]
+
+
+def test_a_shard_of_another_checkpoint_is_found(run_dir: Path) -> None:
+    folders = run_dir / "checkpoints"
+    shutil.copy(folders / "step-00000005" / FILES[0], folders / "step-00000010" / FILES[0])
+    assert FILES[0] in str(checkpoint.verify(folders / "step-00000010"))
+
+
+def test_what_is_not_committed_is_not_looked_at(run_dir: Path) -> None:
+    folders = run_dir / "checkpoints"
+    shutil.copytree(folders / "step-00000010", folders / ".staging-step-00000015")
+    shutil.copytree(folders / "step-00000010", folders / ".deleting-step-00000020")
+    assert checkpoint.find(run_dir, pytest.fail) == folders / "step-00000010"
+    checkpoint.save(run_dir, 15, *make_state(15), {"step": 15})
+    assert checkpoint.find(run_dir, pytest.fail) == folders / "step-00000015"
+    assert not (folders / ".staging-step-00000015").exists()
+
+
+def test_the_newest_is_the_largest_number(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 960_000):
+        checkpoint.save(tmp_path, step, *make_state(1), {"step": step})
+    assert checkpoint.find(tmp_path, pytest.fail).name == "step-100000000"
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, *make_state(1), {"step": step})
+    checkpoint.prune(tmp_path, keep_last=0)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_step_saved_again_replaces_and_keeps_the_old_one(run_dir: Path) -> None:
+    checkpoint.save(run_dir, 10, *make_state(77), {"step": 10})
+    folders = run_dir / "checkpoints"
+    assert sorted(p.name for p in folders.iterdir()) == ["replaced-step-00000010.1", "step-00000005", "step-00000010"]
+    assert checkpoint.verify(folders / "step-00000010") is None
+    expected = dict(make_state(77)[0].named_parameters())
+    assert all(torch.equal(t, expected[n]) for n, t in checkpoint.load_weights(folders / "step-00000010").items())
+
+
+def test_a_manifest_that_is_not_ours_is_refused(run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / "step-00000010" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "version": 99}))
+    assert "version 99" in str(checkpoint.verify(path.parent))
+    path.write_text("[]")
+    assert "cannot be read" in str(checkpoint.verify(path.parent))
+
+
+def test_a_run_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:
+    assert checkpoint.find(tmp_path, pytest.fail) is None
+    with pytest.raises(FileNotFoundError, match="pretrain train"):
+        checkpoint.latest(tmp_path, pytest.fail)

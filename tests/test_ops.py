@@ -1,0 +1,100 @@
+"""Each operation against its definition, written with torch's plainest parts in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain import ops
+
+
+def plain_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=ops.IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("chunk_rows", [256, 10_000])
+@pytest.mark.parametrize(("B", "T", "D", "V"), [(3, 301, 24, 515), (1, 1, 8, 3), (2, 256, 16, 1000), (1, 257, 8, 64)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_linear_cross_entropy_is_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_rows: int,
+    B: int,
+    T: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    monkeypatch.setitem(ops.LOGITS_BYTES, "cpu", chunk_rows * 4 * V)
+    generator = torch.Generator().manual_seed(B * T + V)
+    hidden = torch.randn(B, T, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator)
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    if T > 1:
+        targets[torch.rand(B, T, generator=generator) < 0.3] = ops.IGNORE_INDEX
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    reference = [hidden.double().requires_grad_(), weight.to(dtype).double().requires_grad_()]
+    loss, expected = ops.linear_cross_entropy(*ours, targets), plain_cross_entropy(*reference, targets)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for mine, theirs in zip(ours, reference):
+        assert mine.grad.dtype == mine.dtype
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < tolerance
+
+
+def test_linear_cross_entropy_without_gradient_is_the_same() -> None:
+    hidden, weight = torch.randn(2, 40, 8), torch.randn(30, 8)
+    targets = torch.randint(0, 30, (2, 40))
+    with torch.no_grad():
+        loss = ops.linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss, plain_cross_entropy(hidden, weight, targets))
+    assert math.isnan(ops.linear_cross_entropy(hidden, weight, torch.full_like(targets, ops.IGNORE_INDEX)))
+
+
+def test_linear_cross_entropy_of_large_logits_does_not_overflow() -> None:
+    hidden = torch.full((1, 3, 4), 100.0, requires_grad=True)
+    weight = torch.tensor([[1.0] * 4, [2.0] * 4, [-1.0] * 4])
+    loss = ops.linear_cross_entropy(hidden, weight, torch.tensor([[0, 1, 2]]))
+    loss.backward()
+    assert loss.item() == pytest.approx((400 + 0 + 1200) / 3)
+    assert hidden.grad.isfinite().all()
+
+
+def test_rope_turns_scores_into_functions_of_the_distance() -> None:
+    """What the rotation is for: q at m and k at n score by m - n alone; and it keeps lengths."""
+    rope = ops.rope_table(50, 16, 10000.0, torch.device("cpu"))
+    q, k = torch.randn(16, generator=torch.Generator().manual_seed(0)), torch.randn(16)
+    q = ops.apply_rope(q.expand(1, 1, 50, 16), rope)[0, 0]
+    k = ops.apply_rope(k.expand(1, 1, 50, 16), rope)[0, 0]
+    scores = q @ k.T
+    for distance in range(-10, 11):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    assert scores.diagonal(1)[0] != pytest.approx(scores.diagonal(7)[0].item(), abs=1e-3)
+    torch.testing.assert_close(q.norm(dim=-1), q.norm(dim=-1)[:1].expand(50), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("H_kv", [1, 2, 6])
+def test_attention_is_causal_and_shares_heads(H_kv: int) -> None:
+    B, H, T, d = 2, 6, 9, 8
+    generator = torch.Generator().manual_seed(H_kv)
+    q = torch.randn(B, H, T, d, generator=generator)
+    k, v = (torch.randn(B, H_kv, T, d, generator=generator) for _ in "kv")
+    scores = q @ k.repeat_interleave(H // H_kv, 1).transpose(-1, -2) / math.sqrt(d)
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(H // H_kv, 1)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=True), expected, atol=1e-5, rtol=1e-5)
+    last = ops.attention(q[:, :, -1:], k, v, causal=False)
+    torch.testing.assert_close(last, expected[:, :, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_rms_norm_and_swiglu_are_their_formulas() -> None:
+    x, w = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.randn(7)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w
+    torch.testing.assert_close(ops.rms_norm(x, w, 1e-5), expected)
+    assert ops.rms_norm(x.bfloat16(), w, 1e-5).dtype == torch.bfloat16
+    torch.testing.assert_close(ops.swiglu(x, x + 1), x * torch.sigmoid(x) * (x + 1))
