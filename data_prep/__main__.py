@@ -1,6 +1,6 @@
 """The command `data-prep`: text to shards.
 
-    data-prep demo | tokenizer | slimpajama | starcoder
+    data-prep demo | tokenizer | slimpajama | starcoder | finish
 
 The command line becomes the options of one command, and its `run` gets them; only the module that is asked for is
 imported. What a user can do wrong ends in one line and exit status 2.
@@ -22,6 +22,7 @@ class Command(NamedTuple):
     module: str
     options: str
     help: str
+    run: str = "run"
 
 
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "tokenizer": Command("data_prep.tokenizer_train", "TokenizerOptions", "train a tokenizer of Llama's kind"),
     "slimpajama": Command("data_prep.prepare", "SlimPajamaOptions", "SlimPajama to shards"),
     "starcoder": Command("data_prep.prepare", "StarCoderOptions", "StarCoderData to shards"),
+    "finish": Command("data_prep.prepare", "FinishOptions", "join what the tasks of an array have made", "finish"),
 }
 
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
         command = COMMANDS[argv[0]]
         module = importlib.import_module(command.module)
-        module.run(_parse(argv[0], getattr(module, command.options), argv[1:]))
+        getattr(module, command.run)(_parse(argv[0], getattr(module, command.options), argv[1:]))
     except (ArgumentError, ValueError, OSError) as error:
         print(f"data-prep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

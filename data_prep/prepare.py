@@ -1,42 +1,38 @@
-"""Documents to shards: parallel, restartable, nothing lost. The commands `data-prep slimpajama` and `starcoder`.
+"""Documents to shards: parallel, restartable, nothing lost. `data-prep slimpajama`, `starcoder`, `text`, `hf`, `finish`.
 
-    Source.units --> those without a record, shared out --> worker processes: Job.prepare_unit
-                                                               |  records
-                                     Job.finish: manifest <----+
+    Source.units --> those of this task without a record --> workers: one unit is one input file is one shard
+                                                               |  records; bad documents against the budget
+                             Folder.finish: manifest <---------+  (a single task; an array: data-prep finish)
 
-A unit is one input file. It is done when its record is there, its shard has the recorded length and the input file
-still has the recorded size; a rerun redoes the others. So the result is the same whatever the number of workers and
-restarts. A unit that fails fails the command, after the units under way are done.
+A unit is done when its record is there, its shard has the recorded length and the input file still has the recorded
+size; a rerun redoes the others. So the result is the same whatever the number of workers, tasks and restarts.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
-from pathlib import Path
 
-from data_prep.job import Job, UnitRecord
+from data_prep.budget import Budget
+from data_prep.encoder import Encoder, fast_encoder
+from data_prep.folder import Folder, Settings, UnitRecord
+from data_prep.lock import only_run
 from data_prep.progress import Display, print_totals
-from data_prep.shard import MANIFEST_NAME, Manifest
+from data_prep.shard import DTYPES, Manifest, token_dtype
 from data_prep.sources import SlimPajama, Source, Split, StarCoder
-from data_prep.tokenizer import load
+from data_prep.space import require_space
+from data_prep.tokenizer import Tokenizer, load
+from data_prep.unit import Job
+from data_prep.workers import prepare_units
+
+_SPACE_CHECK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """What every source needs to become a dataset."""
+class WorkOptions:
+    """What it takes to make a dataset, from whatever source."""
 
-    input: str
-    """Folder in the publisher's layout."""
-    split: Split
-    """Which part of the source: train or validation."""
     tokenizer: str
     """A tokenizer.model (SentencePiece), a tokenizer.json (Hugging Face), or a folder with one."""
     out: str
@@ -47,10 +43,37 @@ class PrepareOptions:
     """Put BOS before each document."""
     workers: int = 0
     """Processes; 0 takes one a CPU core. The result is the same with any number."""
+    task: str = "1/1"
+    """K/N does every N-th input file from the K-th on, for an array of N jobs; `data-prep finish OUT` joins them."""
+    max_bad_documents: float = 0.0001
+    """Share of the documents that may be broken: they are named and skipped, more of them stop the work."""
+    encoder: str = "auto"
+    """auto takes gigatoken where it is exact; "reference" takes SentencePiece or tokenizers, ten times slower."""
+    check_every: int = 1000
+    """Every so many documents are encoded by the reference too, and a difference stops the work; 0 for none."""
+    check_space: bool = True
+    """Estimate before and during the work whether the disk has room for the shards."""
 
     def source(self) -> Source:
         """The source that these options describe."""
         raise NotImplementedError
+
+    def task_of(self) -> tuple[int, int]:
+        """K and N. Raises ValueError unless 1 <= K <= N."""
+        k, _, n = self.task.partition("/")
+        if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+            raise ValueError(f"task {self.task!r} is not K/N with 1 <= K <= N, like 3/16")
+        return int(k), int(n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(WorkOptions):
+    """What a source in a publisher's layout needs to become a dataset."""
+
+    input: str
+    """Folder in the publisher's layout."""
+    split: Split
+    """Which part of the source: train or validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,82 +81,142 @@ class SlimPajamaOptions(PrepareOptions):
     """Prepare SlimPajama: SPLIT/chunk*/*.jsonl.zst, without RedPajamaGithub."""
 
     def source(self) -> Source:
-        """See PrepareOptions."""
+        """See WorkOptions."""
         return SlimPajama(self.input, self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StarCoderOptions(PrepareOptions):
-    """Prepare StarCoderData: LANGUAGE/train-*.parquet, column `content`."""
+    """Prepare StarCoderData: FOLDER/train-*.parquet, column `content`, special folders included."""
 
     holdout: float = 0.001
     """Share of the documents that is held out of train for validation; the same for both splits."""
 
     def source(self) -> Source:
-        """See PrepareOptions."""
+        """See WorkOptions."""
         return StarCoder(self.input, self.split, self.holdout)
 
 
-def run(options: PrepareOptions) -> Manifest:
-    """Prepare a dataset, or what is left of it, and write its manifest.
+def run(options: WorkOptions) -> Manifest | None:
+    """Prepare a dataset, one task's part of it, or what is left; gives the manifest, None when it is only a part.
 
-    Raises ValueError and OSError for what is wrong with the input, the tokenizer or the settings; what was done until
-    then stays done.
+    Raises ValueError and OSError for what is wrong with the input, the tokenizer, the settings or the disk; what was
+    done until then stays done.
     """
-    if options.workers < 0:
-        raise ValueError(f"workers is {options.workers}; give a number of processes, or 0 for one a CPU core")
-    start = time.monotonic()
-    source, tokenizer, out = options.source(), load(options.tokenizer), Path(options.out)
-    units = source.units()
-    job = Job(out, source, tokenizer.info, options.append_eos, options.prepend_bos)
-    job.begin(tokenizer)
-    done = {unit: record for unit in units if (record := job.finished(unit))}
-    todo = [unit for unit in units if unit not in done]
-    if todo:  # while shards are replaced, no manifest may vouch for them
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
-    workers = min(options.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
-    with Display(f"{source.name} {source.split}", len(todo), sum(map(job.source_bytes, todo))) as display:
-        for record in _prepare_all(job, todo, workers):
-            done[record.shard.source_file] = record
-            display.advance(record.source_bytes, record.shard.tokens)
-    manifest = job.finish([done[unit] for unit in units])
-    seconds = time.monotonic() - start
-    new_tokens = sum(done[unit].shard.tokens for unit in todo)
+    if options.workers < 0 or options.check_every < 0:
+        raise ValueError(f"workers {options.workers} and check_every {options.check_every} must not be below 0")
+    task, tasks = options.task_of()
+    Budget(options.max_bad_documents, 0)
+    source, tokenizer, folder = options.source(), load(options.tokenizer), Folder(options.out)
+    policy = (options.append_eos, options.prepend_bos)
+    settings = Settings(source.name, source.split, tokenizer.info, *policy, source.settings)
+    inputs = {unit: source.source_bytes(unit) for unit in source.units()}
+    folder.check(settings)
+    encoder = _choose(tokenizer, options.encoder)
+    with only_run(folder.out, task, tasks):
+        folder.begin(settings, tokenizer, inputs)
+        mine = dict(list(inputs.items())[task - 1 :: tasks])
+        job = Job(folder, source, settings, encoder.engine, options.check_every)
+        records = _prepare(job, encoder, mine, options)
+        if tasks > 1:
+            print(f"{folder.out}: task {task} of {tasks} is done; after the last one: data-prep finish {folder.out}")
+            return None
+        manifest = folder.finish(settings, (records[unit] for unit in inputs))
     print_totals(manifest)
-    print(
-        f"{out}: {len(todo):,} of {len(units):,} input files done now in {seconds:.1f} s (workers: {workers}), "
-        f"{new_tokens / seconds / 1e6:.2f}M tokens/s"
-    )
     return manifest
 
 
-def _prepare_all(job: Job, units: list[str], workers: int) -> Iterator[UnitRecord]:
-    """Do all `units`, yielding each record as it comes. The first failure ends it, after the units under way."""
-    if workers == 1:
-        yield from map(job.prepare_unit, units)
-        return
-    # Spawned, not forked: pyarrow and the tokenizers have threads, which a fork would leave with locks held.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker)
-    try:
-        for future in as_completed([pool.submit(job.prepare_unit, unit) for unit in units]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process was killed, perhaps for want of memory: run the same command again with fewer --workers; "
-            "finished files are kept"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _choose(tokenizer: Tokenizer, encoder: str) -> Encoder:
+    """The encoder, which is said."""
+    if encoder not in ("auto", "reference"):
+        raise ValueError(f"encoder {encoder!r} is neither auto nor reference")
+    asked = (Encoder(tokenizer, "reference"), f"{tokenizer.info.kind}, as asked")
+    chosen, words = fast_encoder(tokenizer) if encoder == "auto" else asked
+    print(f"encoding with {words}", flush=True)
+    return chosen
 
 
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the command, and end at once when that is killed instead of waiting for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
+def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOptions) -> dict[str, UnitRecord]:
+    """Do those of `inputs` that are not done, within the budget; gives the records of all."""
+    start = time.monotonic()
+    folder, bytes_a_token = job.folder, DTYPES[token_dtype(job.settings.tokenizer.vocab_size)].itemsize
+    done, budget = _begun(folder, inputs, options.max_bad_documents)
+    todo = {unit: size for unit, size in inputs.items() if unit not in done}
+    new: list[UnitRecord] = []
+    checked = start
+    if todo:
+        folder.unfinish()
+        if options.check_space:
+            require_space(folder.out, todo, done.values(), bytes_a_token)
+    workers = min(options.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
+    with Display(f"{job.source.name} {job.source.split}", len(todo), sum(todo.values())) as display:
+        for record in prepare_units(job, encoder, todo, workers, display.tick):
+            done[record.shard.source_file] = record
+            new.append(record)
+            budget.add(record)
+            budget.enforce(final=False)
+            display.file_done()
+            if options.check_space and time.monotonic() - checked > _SPACE_CHECK_SECONDS:
+                checked = time.monotonic()
+                left = {unit: size for unit, size in todo.items() if unit not in done}
+                require_space(folder.out, left, new, bytes_a_token)
+    budget.enforce(final=True)
+    seconds, tokens = time.monotonic() - start, sum(record.shard.tokens for record in new)
+    print(
+        f"{folder.out}: {len(todo):,} of {len(inputs):,} input files done now in {seconds:.1f} s (workers: {workers}), "
+        f"{tokens:,} tokens, {tokens / seconds / 1e6:.2f}M tokens/s"
+    )
+    return done
 
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _begun(folder: Folder, inputs: dict[str, int], max_bad: float) -> tuple[dict[str, UnitRecord], Budget]:
+    """What earlier runs have done, counted in a new budget.
+
+    When their bad documents exceed it already, the files with bad documents are done again: they may have been mended,
+    and a repaired file can have its old size.
+    """
+    total = sum(inputs.values())
+    done, budget = folder.records(inputs), Budget(max_bad, total)
+    for record in done.values():
+        budget.add(record, say=False)
+    if not budget.is_exceeded(final=False):
+        return done, budget
+    good, budget = {unit: record for unit, record in done.items() if not record.bad_documents}, Budget(max_bad, total)
+    for record in good.values():
+        budget.add(record)
+    return good, budget
+
+
+# --- joining the parts of an array -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishOptions:
+    """Join the parts that the tasks of an array have made: check that every input file is done, write the manifest."""
+
+    out: str
+    """Folder of the dataset."""
+    max_bad_documents: float = 0.0001
+    """Share of the documents that may be broken, as it was given to the tasks."""
+
+
+def finish(options: FinishOptions) -> Manifest:
+    """Write the manifest over all units. Raises ValueError, naming them, when units are missing or too much is bad."""
+    folder = Folder(options.out)
+    settings, inputs = folder.settings(), folder.inputs()
+    with only_run(folder.out, 1, 1):
+        records = folder.records(inputs)
+        missing = [unit for unit in inputs if unit not in records]
+        if missing:
+            named = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
+            raise ValueError(
+                f"{len(missing):,} of {len(inputs):,} input files are not done: {named}. Run the command that was begun "
+                "in this folder again, all of it or the task that has them; it does these and no others"
+            )
+        budget = Budget(options.max_bad_documents, sum(inputs.values()))
+        for record in records.values():
+            budget.add(record)
+        budget.enforce(final=True)
+        manifest = folder.finish(settings, records.values())
+    print_totals(manifest)
+    return manifest

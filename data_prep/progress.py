@@ -12,10 +12,11 @@ from rich.table import Table
 from data_prep.shard import Manifest
 
 SECONDS_A_LINE = 60.0
+SECONDS_A_FRAME = 0.25
 
 
 class Display:
-    """Counts finished input files over all workers; use as a context manager around the work."""
+    """Follows the work of all workers together; use as a context manager around the work."""
 
     def __init__(self, label: str, files: int, total_bytes: int) -> None:
         """`files` input files of `total_bytes` in all (compressed, as they lie on disk) are to be done."""
@@ -39,18 +40,22 @@ class Display:
             self._bar.start()
         return self
 
-    def advance(self, source_bytes: int, tokens: int) -> None:
-        """One more input file is done."""
-        self._files_done += 1
-        self._bytes_done += source_bytes
-        self._tokens_done += tokens
+    def tick(self, bytes_done: int, tokens_done: int) -> None:
+        """So many bytes have been read and tokens made by now, in all workers together."""
+        self._bytes_done, self._tokens_done = bytes_done, tokens_done
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._bytes_done, figures=self._figures(now - self._start))
+            if now - self._last_line >= SECONDS_A_FRAME:
+                self._last_line = now
+                self._bar.update(self._task, completed=self._bytes_done, figures=self._figures(now - self._start))
         elif now - self._last_line >= SECONDS_A_LINE:
             self._last_line = now
             left = (now - self._start) * (self._bytes - self._bytes_done) / max(1, self._bytes_done)
             self._console.print(f"{self._label}: {self._figures(now - self._start)}, {left / 60:.0f} min left")
+
+    def file_done(self) -> None:
+        """One more input file is done."""
+        self._files_done += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

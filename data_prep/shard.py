@@ -12,6 +12,7 @@ A dataset is a folder:
 
     DATASET/manifest.json    the order of the shards, their checksums, where they came from
             shards/*.npy     flat little-endian token ids: uint16 up to a vocabulary of 65,536, else uint32
+            documents/*.npy  uint32 (2n,): row in its input file and number of tokens of each of n documents
             tokenizer/       a complete Hugging Face tokenizer folder
 
 The order of the shards in the manifest is the order of the tokens; names and directory listings mean nothing.
@@ -80,9 +81,13 @@ class ShardWriter:
     The staged name is the same every time, so that a rerun overwrites what a killed run left. Memory: that of one call.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], path: str, dtype: str) -> None:
-        """`path` is relative to the dataset's folder `directory`; `dtype` is a key of DTYPES."""
+    def __init__(self, directory: str | os.PathLike[str], path: str, dtype: str, durable: bool = True) -> None:
+        """`path` is relative to the dataset's folder `directory`; `dtype` is a key of DTYPES.
+
+        Not `durable`: the file may be lost or torn with the power; for what is checked by other means.
+        """
         check_inside(path)
+        self._durable = durable
         self.path, self.dtype, self.tokens = path, dtype, 0
         self._target = Path(directory) / path
         self._staged = self._target.with_name(self._target.name + ".tmp")
@@ -116,7 +121,8 @@ class ShardWriter:
             if kind is None:
                 self._write_header()  # now with the number of tokens
                 file.flush()
-                os.fsync(file.fileno())
+                if self._durable:
+                    os.fsync(file.fileno())
         if kind is None:
             os.replace(self._staged, self._target)
         else:

@@ -1,36 +1,33 @@
-"""Where documents come from: the layouts of SlimPajama and StarCoderData.
+"""Where documents come from: what a source is, and the layouts of SlimPajama and StarCoderData.
 
     folder --> Source.units: input files in sorted order
                   |  one unit is one file
                   v
-    Source.documents(unit) --> Document, Document, ...    every line or row, those to drop included, with the reason
+    Source.documents(unit) --> Document, Document, ...    every line or row; those to drop with the reason, the broken
+                                                          ones with what is wrong with them
 
-Everything streams: a unit of any size takes the memory of its largest document and one decompression buffer. A record
-that can't be read raises ValueError with its file and line; nothing is skipped without a count.
+To add a source: a class with a `name`, `units` and `documents`; `data_prep.own_data` has two more examples. Everything
+streams: a unit of any size takes the memory of its largest document and one buffer.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
+from data_prep.readers import Bad, Position, read_jsonl, read_parquet
 
 Split = Literal["train", "validation"]
 
-_LINE_BUFFER_BYTES = 1 << 20
-_ROWS_A_BATCH = 64  # a row is a whole document, up to megabytes
+UNKNOWN = "unknown"
+"""The subset of a document that is too broken to say which it belongs to."""
 
 
 class Document(NamedTuple):
-    """One record of an input file."""
+    """One record of an input file, or what is left of it."""
 
     row: int
     """Position in its file, from 0: the line of a jsonl file, the row of a parquet file."""
@@ -39,6 +36,8 @@ class Document(NamedTuple):
     text: str
     dropped: str = ""
     """The reason for which the document is left out; empty when it is kept."""
+    bad: Bad | None = None
+    """What is wrong with it, when that is the reason; a few such are borne, more stop the work."""
 
 
 class Source(ABC):
@@ -47,7 +46,7 @@ class Source(ABC):
     name: ClassVar[str]
     """The name in the manifest."""
 
-    def __init__(self, root: str | Path, split: Split) -> None:
+    def __init__(self, root: str | Path, split: str) -> None:
         """`root` is the folder that the publisher's layout begins in."""
         self.root = Path(root)
         self.split = split
@@ -64,8 +63,12 @@ class Source(ABC):
         """Input files relative to the root, with "/", sorted. Raises FileNotFoundError when there are none."""
 
     @abstractmethod
-    def documents(self, unit: str) -> Iterator[Document]:
-        """All documents of an input file, in order. Raises ValueError and OSError, naming the file and the line."""
+    def documents(self, unit: str, position: Position | None = None) -> Iterator[Document]:
+        """All documents of an input file, in order; `position` follows the reading. Raises OSError, naming the file."""
+
+    def source_bytes(self, unit: str) -> int:
+        """Size of an input file now, in bytes; 0 where nobody knows."""
+        return (self.root / unit).stat().st_size
 
 
 class SlimPajama(Source):
@@ -79,24 +82,29 @@ class SlimPajama(Source):
 
     def units(self) -> list[str]:
         """See Source."""
-        return _find(self.root, self.split, ".jsonl.zst")
+        return find(self.root, self.split, ".jsonl.zst")
 
-    def documents(self, unit: str) -> Iterator[Document]:
+    def documents(self, unit: str, position: Position | None = None) -> Iterator[Document]:
         """See Source."""
-        for row, record in read_jsonl(self.root / unit):
-            try:
-                subset, text = record["meta"]["redpajama_set_name"], record["text"]
-            except (KeyError, TypeError):
-                subset = None
-            if not isinstance(subset, str):
-                raise ValueError(f'{unit} line {row + 1}: no "text" and "meta.redpajama_set_name"') from None
-            _check_text(unit, row, text)
-            dropped = "excluded subset" if subset in self.excluded else "" if text else "empty"
-            yield Document(row, subset, text, dropped)
+        for row, record in read_jsonl(self.root / unit, position):
+            subset, text = UNKNOWN, record
+            if not isinstance(record, Bad):
+                try:
+                    subset, text = record["meta"]["redpajama_set_name"], record["text"]
+                except (KeyError, TypeError):
+                    text = Bad("missing field", 'the line has no "text" and "meta.redpajama_set_name"')
+                if not isinstance(subset, str):
+                    subset, text = UNKNOWN, Bad("missing field", '"meta.redpajama_set_name" is not a name')
+            yield document(row, subset, text, "excluded subset" if subset in self.excluded else "")
+            record = text = None  # let go before the next is read: with documents of 100 MB it matters
 
 
 class StarCoder(Source):
-    """StarCoderData: LANGUAGE/train-*.parquet, the document in column `content`; jupyter-*, issues and commits likewise.
+    """StarCoderData: FOLDER/train-*.parquet, the document in column `content`; a folder a language.
+
+    The folders jupyter-scripts-dedup-filtered, jupyter-structured-clean-dedup, github-issues-filtered-structured and
+    git-commits-cleaned have other columns beside `content` than the languages do, and that is the only difference:
+    issues, notebooks and commits are already one text each, with StarCoder's markers in it. They count as subsets.
 
     The publisher ships only "train". A document is held out for validation when a hash of its file and row falls below
     `holdout`: train and validation are disjoint, are everything together, and stay so wherever and however often they
@@ -119,52 +127,27 @@ class StarCoder(Source):
 
     def units(self) -> list[str]:
         """See Source."""
-        return _find(self.root, "", ".parquet")
+        return find(self.root, "", ".parquet")
 
-    def documents(self, unit: str) -> Iterator[Document]:
+    def documents(self, unit: str, position: Position | None = None) -> Iterator[Document]:
         """See Source."""
         subset = unit.split("/")[0]
         validation = self.split == "validation"
-        for row, text in read_parquet(self.root / unit, "content"):
-            _check_text(unit, row, text)
-            elsewhere = _is_held_out(unit, row, self.holdout) != validation
-            yield Document(row, subset, text, "other split" if elsewhere else "" if text else "empty")
+        for row, text in read_parquet(self.root / unit, "content", position):
+            elsewhere = is_held_out(unit, row, self.holdout) != validation
+            yield document(row, subset, text, "other split" if elsewhere else "")
+            text = None  # as above
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """The line number (from 0) and the value of each line of a jsonl.zst file; blank lines are none.
-
-    Raises ValueError for a line that is not JSON in UTF-8 or for a cut zstd frame.
-    """
-    # pyarrow's stream notices a cut frame; python-zstandard's ends as if the file were complete.
-    with pa.OSFile(os.fspath(path)) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
-        row = -1
-        try:
-            for row, line in enumerate(io.BufferedReader(stream, _LINE_BUFFER_BYTES)):
-                if not line.isspace():
-                    yield row, orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{path} line {row + 1} is not JSON: {error}") from None
-        except OSError as error:
-            raise ValueError(f"{path} can't be decompressed after line {row + 1}: {error}") from None
+def document(row: int, subset: str, text: Any, dropped: str = "") -> Document:
+    """A Document of whatever was found where its text should be: a text, a `Bad`, or anything else, which is bad too."""
+    if isinstance(text, str):
+        return Document(row, subset, text, dropped or ("" if text else "empty"))
+    bad = text if isinstance(text, Bad) else Bad("not text", f"the document is {type(text).__name__}, not text")
+    return Document(row, subset, "", bad.reason, bad)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    """The row number (from 0) and the value of `column` of each row. Raises ValueError for a broken file."""
-    try:
-        with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}")
-            row = 0
-            for batch in file.iter_batches(_ROWS_A_BATCH, columns=[column], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    yield row, text
-                    row += 1
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-
-
-def _find(root: Path, folder: str, suffix: str) -> list[str]:
+def find(root: Path, folder: str, suffix: str) -> list[str]:
     """All files below root/folder with the suffix, relative to root, sorted: no order of a directory listing."""
     found = [path.relative_to(root).as_posix() for path in (root / folder).rglob(f"*{suffix}") if path.is_file()]
     if not found:
@@ -172,11 +155,7 @@ def _find(root: Path, folder: str, suffix: str) -> list[str]:
     return sorted(found)
 
 
-def _is_held_out(unit: str, row: int, holdout: float) -> bool:
+def is_held_out(unit: str, row: int, holdout: float) -> bool:
+    """Whether a document belongs to validation; a pure function of its place."""
     digest = hashlib.blake2b(f"{unit}\0{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < holdout * 2.0**64
-
-
-def _check_text(unit: str, row: int, text: Any) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"{unit} line {row + 1}: the document is {type(text).__name__}, not text")

@@ -35,6 +35,8 @@ class Tokenizer(ABC):
     """A tokenizer of either kind. Pickling one is not promised: a worker process loads its own."""
 
     info: TokenizerInfo
+    raw: dict[str, Any]
+    """The content of a tokenizer.json that gives the same ids."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -77,7 +79,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         """Load and check the model in `file`; raises ValueError as `load` does."""
         data = file.read_bytes()
-        self._model = SentencePieceModel.parse(data, str(file))
+        self.model = SentencePieceModel.parse(data, str(file))
+        self.raw = json.loads(to_huggingface(self.model).to_str())
         self._data = data
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
@@ -98,11 +101,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path, prepend_bos: bool) -> None:
         """See Tokenizer. The SentencePiece model goes with it, byte for byte."""
-        model, folder = self._model, Path(directory)
-        converted = json.loads(to_huggingface(model).to_str())
+        folder = Path(directory)
         names = {"bos_token": self.info.bos_id, "eos_token": self.info.eos_id, "unk_token": self._processor.unk_id()}
-        tokens = {name: model.pieces[i].text for name, i in names.items() if i is not None}
-        _write_folder(folder, converted, tokens, self.info.bos_id if prepend_bos else None)
+        tokens = {name: self.model.pieces[i].text for name, i in names.items() if i is not None}
+        _write_folder(folder, self.raw, tokens, self.info.bos_id if prepend_bos else None)
         write_atomically(folder / MODEL_NAME, self._data)
 
 
@@ -113,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Load `file` and its neighbours; raises ValueError as `load` does."""
         data = file.read_bytes()
         try:
-            self._raw = json.loads(data)
+            self.raw = json.loads(data)
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from None
@@ -124,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         bos, eos = (self._token_id(file, name) for name in ("bos_token", "eos_token"))
         vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         # What decides on the ids, and nothing of decoding, padding, truncation or templates.
-        decisive = {name: self._raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        decisive = {name: self.raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()
         self.info = TokenizerInfo(
             f"sha256:{hashlib.sha256(canonical).hexdigest()}", "huggingface", vocab_size, bos, eos
@@ -149,7 +151,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path, prepend_bos: bool) -> None:
         """See Tokenizer. What decides on the ids is written as it was read, so that the fingerprint stays."""
-        _write_folder(Path(directory), self._raw, self._tokens, self.info.bos_id if prepend_bos else None)
+        _write_folder(Path(directory), self.raw, self._tokens, self.info.bos_id if prepend_bos else None)
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:

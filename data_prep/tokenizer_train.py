@@ -15,8 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from data_prep.readers import Bad, read_jsonl, read_parquet
 from data_prep.shard import write_atomically
-from data_prep.sources import read_jsonl, read_parquet
 from data_prep.tokenizer import MODEL_NAME, load
 
 _MAX_FILES_AN_INPUT = 256
@@ -114,8 +114,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _texts(file: Path) -> Iterator[str]:
+    """The documents of a file that are text; a tokenizer is none the worse for those that are not. Raises ValueError."""
     if file.suffix == ".parquet":
-        records = (text for _, text in read_parquet(file, "content"))
+        records = read_parquet(file, "content")
     else:
-        records = (record.get("text") for _, record in read_jsonl(file))
-    return (text for text in records if text)
+        records = ((row, value.get("text") if isinstance(value, dict) else value) for row, value in read_jsonl(file))
+    for row, text in records:
+        if isinstance(text, Bad):
+            raise ValueError(f"{file} line {row + 1}: {text.reason}: {text.detail}")
+        if isinstance(text, str) and text:
+            yield text

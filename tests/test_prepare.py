@@ -155,7 +155,7 @@ def test_a_failed_unit_fails_the_command_and_keeps_the_others(
     victim = broken / "train/chunk2/example_train_1.jsonl.zst"
     good = victim.read_bytes()
     victim.write_bytes(good[:-40])
-    with pytest.raises(ValueError, match=r"example_train_1\.jsonl\.zst can't be decompressed"):
+    with pytest.raises(ValueError, match=r"1 of \d+ documents are bad .* max_bad_documents bears 0\.0100%"):
         run(options(broken, tmp_path / "out", workers=workers))
     assert not (tmp_path / "out/manifest.json").exists()
     assert len(list((tmp_path / "out").rglob("units/**/*.json"))) >= 3
@@ -217,8 +217,8 @@ def test_the_command_prepares_and_ends_with_a_table(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare"], "there is no command 'prepare'; there are demo, tokenizer, slimpajama, starcoder"),
-        (["slimpajama"], "required: input, split, tokenizer, out"),
+        (["prepare"], "there is no command 'prepare'; there are demo, tokenizer, slimpajama, starcoder, finish"),
+        (["slimpajama"], "required: tokenizer, out, input, split"),
         (["slimpajama", "--input", "{corpus}", "--split", "test", "--tokenizer", "x", "--out", "{out}"], '"split"'),
         (
             ["slimpajama", "--input", "{out}", "--split", "train", "--tokenizer", "x", "--out", "{out}"],
@@ -255,9 +255,9 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture) -> None:
             main([name, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         options = [field.name for field in fields(getattr(import_module(command.module), command.options))]
-        assert len(options) >= 3
+        assert len(options) >= 2
         for option in options:
-            assert re.search(rf"--{option} [^(]{{20,}}\([^)]*type: ", text), f"{name} --{option} is not explained"
+            assert re.search(rf"--{option} (?:(?! --).){{20,}}?type: ", text), f"{name} --{option} is not explained"
     assert main([]) == 2
     assert main(["--help"]) == 0
 
@@ -271,4 +271,4 @@ def test_policy_without_the_token_is_refused_before_any_work(corpus: Path, tmp_p
     assert not (tmp_path / "out").exists()
     manifest = run(options(corpus, tmp_path / "out", tokenizer=bare, append_eos=False))
     assert manifest.tokenizer == load(tmp_path / "out/tokenizer").info
-    assert json.loads((tmp_path / "out/settings.json").read_text())["tokenizer eos_id"] is None
+    assert json.loads((tmp_path / "out/settings.json").read_text())["tokenizer"]["eos_id"] is None

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.sources import Document, SlimPajama, StarCoder, read_jsonl
+from data_prep.readers import Bad, read_jsonl
+from data_prep.sources import Document, SlimPajama, StarCoder
 
 
 def write_jsonl(path: Path, *lines: bytes, frames: int = 1) -> Path:
@@ -79,35 +80,28 @@ def test_jsonl_of_several_frames_and_a_long_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "reason", "detail"),
     [
-        (b'{"text": "cut', r"a\.jsonl\.zst line 3 is not JSON"),
-        (b'{"text": "\xff", "meta": {}}', r"a\.jsonl\.zst line 3 is not JSON"),
-        (b'{"text": "\\ud800", "meta": {}}', r"a\.jsonl\.zst line 3 is not JSON"),
-        (b'{"text": "no meta"}', r'a\.jsonl\.zst line 3: no "text" and "meta\.redpajama_set_name"'),
-        (b'{"text": "", "meta": {"redpajama_set_name": null}}', r'line 3: no "text" and "meta\.redpajama_set_name"'),
-        (b'["text"]', r"a\.jsonl\.zst line 3: no"),
-        (line(None), r"a\.jsonl\.zst line 3: the document is NoneType, not text"),
-        (line(17), r"a\.jsonl\.zst line 3: the document is int, not text"),
+        (b'{"text": "cut', "bad JSON", "unexpected end of data"),
+        (b'{"text": "\xff", "meta": {}}', "bad UTF-8", "0xff in position 10"),
+        (b'{"text": "\\ud800", "meta": {}}', "bad JSON", "surrogate"),
+        (b'{"text": "no meta"}', "missing field", '"meta.redpajama_set_name"'),
+        (b'{"text": "", "meta": {"redpajama_set_name": null}}', "missing field", "is not a name"),
+        (b'{"meta": {"redpajama_set_name": "RedPajamaC4"}}', "missing field", '"text"'),
+        (b'["text"]', "missing field", '"text"'),
+        (line(None), "not text", "the document is NoneType, not text"),
+        (line(17), "not text", "the document is int, not text"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
-    write_jsonl(tmp_path / "train/a.jsonl.zst", line("1"), line("2"), bad, line("4"))
-    with pytest.raises(ValueError, match=message):
-        everything(SlimPajama(tmp_path, "train"))
-
-
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
-def test_a_cut_file_is_no_short_file(tmp_path: Path, keep: float) -> None:
-    lines = [line(f"{n} {n**n}") for n in range(300)]
-    jsonl = write_jsonl(tmp_path / "train/a.jsonl.zst", *lines, frames=3)
-    parquet = write_parquet(tmp_path / "python/train-00000-of-00001.parquet", [str(n**n) for n in range(300)])
-    for path in (jsonl, parquet):
-        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.zst can't be decompressed after line"):
-        everything(SlimPajama(tmp_path, "train"))
-    with pytest.raises(ValueError, match="not a readable parquet file"):
-        everything(StarCoder(tmp_path, "train", 0.5))
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, bad: bytes, reason: str, detail: str) -> None:
+    write_jsonl(tmp_path / "train/a.jsonl.zst", line("1"), b"", line("2"), bad, line("4"))
+    documents = [d for _, d in everything(SlimPajama(tmp_path, "train"))]
+    assert [(d.row, d.text) for d in documents] == [(0, "1"), (2, "2"), (3, ""), (4, "4")]
+    assert [d.dropped for d in documents] == ["", "", reason, ""]
+    fault = documents[2].bad
+    assert fault is not None
+    assert (fault.reason, fault.documents) == (reason, 1)
+    assert detail in fault.detail
 
 
 def test_starcoder_splits_are_disjoint_and_everything(tmp_path: Path) -> None:
@@ -132,14 +126,31 @@ def test_starcoder_splits_are_disjoint_and_everything(tmp_path: Path) -> None:
     assert everything(StarCoder(tmp_path / "moved", "train", 0.1)) == train
 
 
-def test_a_parquet_file_without_content_is_named(tmp_path: Path) -> None:
+def test_a_parquet_column_that_is_missing_or_holds_no_text(tmp_path: Path) -> None:
     (tmp_path / "python").mkdir()
-    pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "python/a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'content', only text, id"):
-        everything(StarCoder(tmp_path, "train", 0.1))
-    write_parquet(tmp_path / "python/a.parquet", ["a", None])
-    with pytest.raises(ValueError, match=r"python/a\.parquet line 2: the document is NoneType"):
-        everything(StarCoder(tmp_path, "train", 0.1))
+    pq.write_table(pa.table({"text": ["a", "b"], "id": [1, 2]}), tmp_path / "python/a.parquet")
+    ((_, missing),) = everything(StarCoder(tmp_path, "train", 0.1))
+    assert missing.bad == Bad("missing column", "there is no column 'content', only text, id", documents=2)
+    write_parquet(tmp_path / "python/a.parquet", ["a", None, "c"])
+    found = [(d.row, d.text, d.dropped) for _, d in everything(StarCoder(tmp_path, "train", 1e-9))]
+    assert found == [(0, "a", ""), (1, "", "not text"), (2, "c", "")]
+
+
+def test_special_folders_are_read_by_their_content_alone(tmp_path: Path) -> None:
+    """Issues, notebooks and commits have other columns than the languages, and the text in the same one."""
+    others = {
+        "python": {"max_stars_repo_path": "a.py", "max_stars_count": 3, "id": "0"},
+        "jupyter-scripts-dedup-filtered": {"max_stars_repo_path": "a.ipynb", "id": "0"},
+        "jupyter-structured-clean-dedup": {"path": "a.ipynb", "cells": [1, 2]},
+        "github-issues-filtered-structured": {"repo_id": 1, "issue_id": 2},
+        "git-commits-cleaned": {"commit": "0a1b", "old_contents": "never read", "subject": "never read"},
+    }
+    for folder, columns in others.items():
+        (tmp_path / folder).mkdir()
+        table = pa.table({**{name: [value] for name, value in columns.items()}, "content": [f"text of {folder}"]})
+        pq.write_table(table, tmp_path / folder / "train-00000-of-00001.parquet")
+    documents = [d for _, d in everything(StarCoder(tmp_path, "train", 1e-9))]
+    assert [(d.subset, d.text) for d in documents] == [(folder, f"text of {folder}") for folder in sorted(others)]
 
 
 def test_where_there_is_nothing_that_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+"""The fastest exact way to token ids: gigatoken where it gives the reference's ids, else the reference itself.
+
+    Tokenizer (SentencePiece or tokenizers: the reference)
+         |  fast_encoder: does gigatoken agree on every probe? chosen once, at load, and said
+         v
+    Encoder.encode(texts) -> flat ids (n,) and ends (texts,), no Python object a token
+    Encoder.encode_long(text) -> ids piece by piece, in bounded memory
+    Encoder.check(text) -> both ways, compared            every --check_every documents, while the work goes on
+
+gigatoken is young and SentencePiece is what others will decode with, so the latter has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.readers import Bad
+from data_prep.tokenizer import SentencePieceTokenizer, Tokenizer
+from data_prep.tokenizer_convert import SPACE
+
+LONG_CHARACTERS = 4 << 20
+"""Longer texts are encoded in pieces of at most this many characters."""
+_CHECK_CHARACTERS = 1 << 20
+_PROBES = 400
+
+
+class Encoded(NamedTuple):
+    """The ids of several texts."""
+
+    ids: np.ndarray
+    """(n,), unsigned integers; those of all texts, one behind the other."""
+    ends: np.ndarray
+    """(texts,) int64; where each text ends in `ids`."""
+
+
+class Difference(ValueError):
+    """The encoder and the reference disagree on a text. Nobody's input is wrong: nothing may be made of it."""
+
+
+class Encoder:
+    """Encodes with gigatoken, or with the reference when `engine` is its name. No special tokens are added or seen."""
+
+    def __init__(self, tokenizer: Tokenizer, engine: str) -> None:
+        """`engine` is "gigatoken", or "reference" for `tokenizer` itself."""
+        self.tokenizer, self.engine = tokenizer, engine
+        if engine == "gigatoken":
+            import gigatoken  # and awkward with it, which takes a quarter of a second
+
+            self._gigatoken = gigatoken.Tokenizer.from_json(json.dumps(without_controls(tokenizer.raw)))
+        self._cutter = _Cutter(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids of the texts, without BOS and EOS."""
+        if self.engine == "gigatoken":
+            # Sequential: a worker a core is parallel enough.
+            layout = self._gigatoken.encode_batch(list(texts), parallel=False).layout
+            start = layout.offsets[0]
+            return Encoded(np.asarray(layout.content.data)[start : layout.offsets[-1]], layout.offsets.data[1:] - start)
+        parts = self.tokenizer.encode_batch(texts)
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), ends)
+
+    def encode_long(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of one text in several arrays. Raises Uncuttable for one that has no place to be cut in 8M characters.
+
+        A tokenizer of Hugging Face's kind has no places that are known to be safe: it gets the text in one.
+        """
+        if self._cutter is None or len(text) <= LONG_CHARACTERS:
+            yield self.encode([text]).ids
+            return
+        for piece, skip in self._cutter.pieces(text, LONG_CHARACTERS):
+            yield self.encode([piece]).ids[skip:]
+
+    def refuse_uncuttable(self, text: str) -> None:
+        """Raise Uncuttable where encode_long would, before there is anything to undo."""
+        if self._cutter is not None and len(text) > LONG_CHARACTERS:
+            for _ in self._cutter.pieces(text, LONG_CHARACTERS):
+                pass
+
+    def check(self, text: str) -> None:
+        """Raise Difference when the reference gives other ids; of a long text the first piece is compared."""
+        if self.engine != "gigatoken":
+            return
+        if len(text) > _CHECK_CHARACTERS:
+            if self._cutter is None:
+                return
+            text = next(self._cutter.pieces(text, _CHECK_CHARACTERS))[0]
+        got, expected = self.encode([text]).ids, self.tokenizer.encode_batch([text])[0]
+        if not np.array_equal(got, expected):
+            n = min(len(got), len(expected))
+            first = int(np.argmax(np.append(got[:n] != expected[:n], True)))
+            raise Difference(
+                f"gigatoken gives {got[first : first + 4].tolist()} at token {first:,}, {self.tokenizer.info.kind} gives "
+                f"{expected[first : first + 4].tolist()}; prepare with --encoder reference and report the document"
+            )
+
+
+class Uncuttable(ValueError):
+    """A text that can't be cut without changing its ids, and is too long to be taken whole."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__(f"{characters:,} characters in a row without a place where tokens must end")
+        self.bad = Bad("no place to cut", str(self))
+
+
+def fast_encoder(tokenizer: Tokenizer) -> tuple[Encoder, str]:
+    """The fastest exact encoder for `tokenizer`, and what it is and why in words."""
+    reference = tokenizer.info.kind
+    try:
+        encoder = Encoder(tokenizer, "gigatoken")
+    except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+        words = f"{reference} itself: gigatoken can't load this vocabulary ({error})"
+        return Encoder(tokenizer, "reference"), words
+    probes = probe_texts(tokenizer)
+    ids, ends = encoder.encode(probes)
+    for text, got, expected in zip(probes, np.split(ids, ends[:-1]), tokenizer.encode_batch(probes), strict=True):
+        if not np.array_equal(got, expected):
+            words = f"{reference} itself: gigatoken gives other ids on the probe {text[:40]!r}"
+            return Encoder(tokenizer, "reference"), words
+    return encoder, f"gigatoken, which agrees with {reference} on {len(probes)} probes"
+
+
+def without_controls(raw: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json that takes special tokens in the text for text.
+
+    They are no added tokens any more; those that stand in the vocabulary get names that no merge leads to.
+    """
+    special = {token["content"]: token["id"] for token in raw["added_tokens"] if token["special"]}
+    added = [token for token in raw["added_tokens"] if not token["special"]]
+    model = dict(raw["model"])
+    if isinstance(model.get("vocab"), dict):
+        names = {content: f"\ue000control {n}\ue000" for content, n in special.items()}
+        model["vocab"] = {names.get(piece, piece): n for piece, n in model["vocab"].items()}
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+    return {**raw, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None, "model": model}
+
+
+def probe_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts that a wrong encoder would stumble over: the same ones for the same vocabulary."""
+    rng = random.Random(0)
+    added = [token["content"] for token in tokenizer.raw["added_tokens"]]
+    vocab = tokenizer.raw["model"]["vocab"]
+    pieces = sorted(vocab) if isinstance(vocab, dict) else [piece for piece, *_ in vocab]
+    texts = ["", " ", "a", " a ", "\n", "\0", "\r\n\t", SPACE, f" {SPACE}a", "<0x0A>", "e\u0301", "\ufeffx", *added]
+    texts += [f"x{character * n}y" for character in " =-\n\ta" for n in (2, 3, 7, 16, 17, 40, 65)]
+    texts += [f"a{token} {token}{token}\n{token}" for token in added]
+    for n in range(_PROBES):
+        kind = n % 4
+        if kind == 0:  # what merges: pieces side by side
+            parts = [piece.replace(SPACE, " ") for piece in rng.choices(pieces, k=40)]
+        elif kind == 1:  # any Unicode but surrogates
+            parts = [chr(rng.randrange(rng.choice((0x80, 0x800, 0xD800)))) for _ in range(60)]
+            parts += [chr(rng.randrange(0xE000, 0x110000)) for _ in range(10)]
+        elif kind == 2:  # near a piece, but not one
+            parts = [piece[: rng.randint(1, 4)] + rng.choice(" \n.,aé") for piece in rng.choices(pieces, k=40)]
+        else:  # few letters, many ties
+            parts = rng.choices("ab \n1<s>/", k=80)
+        texts.append("".join(parts))
+    return texts
+
+
+class _Cutter:
+    """Cuts a text where SentencePiece would not merge across, so that the ids of the pieces are those of the text.
+
+    BPE joins neighbours into pieces of the vocabulary. Two characters that stand side by side in no piece never come
+    into one token, and what happens left of them does not depend on what is right of them.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        self._prefix = tokenizer.model.add_dummy_prefix
+        # Control and byte pieces stand for no text.
+        texts = [piece.text for piece in tokenizer.model.pieces if piece.kind in ("NORMAL", "USER_DEFINED")]
+        self._joined = {text[n : n + 2] for text in texts for n in range(len(text) - 1)}
+
+    def pieces(self, text: str, size: int) -> Iterator[tuple[str, int]]:
+        """Pieces of `size` characters or a little less, with how many of the first ids of each are too many.
+
+        Raises Uncuttable.
+        """
+        start, skip = 0, 0
+        while len(text) - start > size and (end := self._find(text, start, size)) < len(text):
+            yield text[start:end], skip
+            start, skip = end, 0
+            if self._prefix:  # the tokenizer puts a space before each piece: leave out the text's own, else the token
+                is_space = text[end] in (" ", SPACE)
+                start, skip = end + is_space, 1 - is_space
+        yield text[start:], skip
+
+    def _find(self, text: str, start: int, size: int) -> int:
+        """The last safe place in (start, start + size], or the first one in the `size` behind, or the end."""
+        last = len(text) - 2  # something must be left behind the cut
+        before = range(min(start + size, last), start, -1)
+        behind = range(start + size + 1, min(start + 2 * size, last) + 1)
+        for end in chain(before, behind):
+            if self._is_safe(text[end - 1].replace(" ", SPACE), text[end].replace(" ", SPACE)):
+                return end
+        if len(text) - start > 2 * size:
+            raise Uncuttable(2 * size)
+        return len(text)
+
+    def _is_safe(self, left: str, right: str) -> bool:
+        """Whether a text may be cut between these two characters; the space put before `right` must stay apart too."""
+        apart = left + right not in self._joined
+        return apart and (not self._prefix or right == SPACE or SPACE + right not in self._joined)

@@ -1,0 +1,235 @@
+"""A dataset's folder while it is made: what is wanted, what is there, and when it is complete.
+
+    begin:   OUT/tokenizer/      the tokenizer
+             OUT/inputs.json     the input files and their sizes: the units of work, in order
+             OUT/settings.json   what was asked for; a run with other settings is refused, it would mix two datasets
+    a unit:  OUT/shards/UNIT.npy, OUT/documents/UNIT.npy, and OUT/units/UNIT.json, the record, after both
+    finish:  OUT/manifest.json   over the records of all units, in their order, last
+
+What a unit becomes depends on its file and the settings alone, so it does not matter who makes it, when, or how often.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_prep.lock import LOCK_NAME, locked
+from data_prep.shard import (
+    MANIFEST_NAME,
+    TOKENIZER_DIR,
+    Manifest,
+    Shard,
+    SubsetTotals,
+    TokenizerInfo,
+    write_atomically,
+)
+from data_prep.tokenizer import Tokenizer
+
+SETTINGS_NAME = "settings.json"
+INPUTS_NAME = "inputs.json"
+INDEX_HEADER_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides on the tokens of a dataset, apart from its input files."""
+
+    name: str
+    """The kind of the source."""
+    split: str
+    """Either "train" or "validation"."""
+    tokenizer: TokenizerInfo
+    append_eos: bool
+    prepend_bos: bool
+    source: dict[str, Any]
+    """Further settings of the source that decide which documents are in."""
+
+    def manifest(self, shards: Iterable[Shard], subsets: dict[str, SubsetTotals]) -> Manifest:
+        """The manifest over `shards`. Raises ValueError for a policy that the tokenizer has no token for."""
+        head = (self.name, self.split, self.tokenizer, self.append_eos, self.prepend_bos)
+        return Manifest(*head, shards=tuple(shards), subsets=subsets, settings=self.source)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under a name that a message can show."""
+        flat = asdict(self)
+        flat |= {f"tokenizer {name}": value for name, value in flat.pop("tokenizer").items()}
+        return flat | flat.pop("source")
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """A document, or the rest of a file, that could not be read."""
+
+    line: int
+    """Line of a jsonl or text file, row of a parquet file, from 1."""
+    reason: str
+    detail: str
+    count: int = 1
+    """Documents that were lost by it."""
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What became of one input file, `shard.source_file`."""
+
+    source_bytes: int
+    """Size of the input file when it was read."""
+    shard: Shard
+    subsets: dict[str, SubsetTotals]
+    bad_documents: int = 0
+    """Documents that could not be read; they are among the dropped."""
+    lost_bytes: int = 0
+    """Bytes of the input file behind damage that nobody could read past."""
+    bad: list[BadDocument] = field(default_factory=list)
+    """The first of them, one by one."""
+
+    @property
+    def documents_read(self) -> int:
+        """Documents kept and dropped."""
+        return self.shard.documents + sum(self.shard.dropped.values())
+
+
+class Folder:
+    """The folder of a dataset in the making."""
+
+    def __init__(self, out: str | Path) -> None:
+        """`out` need not exist."""
+        self.out = Path(out)
+
+    # --- begin -------------------------------------------------------------------------------------------------------
+
+    def check(self, settings: Settings) -> None:
+        """Raise ValueError when OUT is somebody else's, was begun with other settings, or the policy can't be."""
+        settings.manifest((), {})  # the policy
+        if (self.out / SETTINGS_NAME).is_file():
+            theirs, ours = self.settings().flat(), settings.flat()
+            changed = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+            if changed:
+                differences = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in changed)
+                raise ValueError(
+                    f"{self.out} was begun with other settings: {differences}. Give these, or another --out"
+                )
+        elif self.out.is_dir():
+            ours_begun = (TOKENIZER_DIR, INPUTS_NAME, SETTINGS_NAME, LOCK_NAME)
+            if any(not entry.name.startswith(ours_begun) for entry in self.out.iterdir()):
+                raise ValueError(f"{self.out} is not empty and was not begun by data-prep; give another --out")
+
+    def begin(self, settings: Settings, tokenizer: Tokenizer, inputs: dict[str, int]) -> None:
+        """Write down what is wanted, unless it stands there; `inputs` are the input files and their sizes in bytes."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out / f"{LOCK_NAME}.begin", wait=True):  # tasks of an array begin at the same moment
+            self.check(settings)
+            path, content = self.out / INPUTS_NAME, orjson.dumps(inputs, option=orjson.OPT_INDENT_2)
+            if not path.is_file() or path.read_bytes() != content:
+                write_atomically(path, content)
+            if not (self.out / SETTINGS_NAME).is_file():
+                tokenizer.save(self.out / TOKENIZER_DIR, settings.prepend_bos)
+                write_atomically(self.out / SETTINGS_NAME, (json.dumps(asdict(settings), indent=1) + "\n").encode())
+
+    def settings(self) -> Settings:
+        """What the folder was begun with. Raises FileNotFoundError when it was not."""
+        raw = self._load(SETTINGS_NAME)
+        return Settings(**{**raw, "tokenizer": TokenizerInfo(**raw["tokenizer"])})
+
+    def inputs(self) -> dict[str, int]:
+        """The input files and their sizes in bytes, in order. Raises FileNotFoundError when it was not begun."""
+        return self._load(INPUTS_NAME)
+
+    def _load(self, name: str) -> Any:
+        try:
+            return orjson.loads((self.out / name).read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.out} has no {name}: no data-prep command was begun there") from None
+
+    # --- units -------------------------------------------------------------------------------------------------------
+
+    def record(self, unit: str, source_bytes: int) -> UnitRecord | None:
+        """The record of a unit that is done with an input file of this size, else None."""
+        try:
+            raw = orjson.loads(self._record_path(unit).read_bytes())
+            shard = Shard(**raw.pop("shard"))
+            subsets = {name: SubsetTotals(**totals) for name, totals in raw.pop("subsets").items()}
+            bad = [BadDocument(**one) for one in raw.pop("bad")]
+            record = UnitRecord(shard=shard, subsets=subsets, bad=bad, **raw)
+            whole = os.stat(f"{self.out}/{shard.path}").st_size == shard.end
+            index_bytes = INDEX_HEADER_BYTES + 8 * shard.documents
+            whole &= os.stat(f"{self.out}/{index_path(unit)}").st_size == index_bytes
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None  # none there, or torn by a power failure
+        return record if whole and record.source_bytes == source_bytes else None
+
+    def records(self, inputs: dict[str, int]) -> dict[str, UnitRecord]:
+        """The records of all units that are done, in the order of `inputs`."""
+        return {unit: record for unit, size in inputs.items() if (record := self.record(unit, size)) is not None}
+
+    def write_record(self, record: UnitRecord) -> None:
+        """The last thing that happens to a unit. Without fsync: a torn record is none, and its shard is durable."""
+        path = self._record_path(record.shard.source_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(path.name + ".tmp")
+        staged.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        os.replace(staged, path)
+
+    def _record_path(self, unit: str) -> Path:
+        return self.out / "units" / f"{unit}.json"
+
+    # --- finish ------------------------------------------------------------------------------------------------------
+
+    def unfinish(self) -> None:
+        """While shards are replaced, no manifest may vouch for them."""
+        (self.out / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def finish(self, settings: Settings, records: Iterable[UnitRecord]) -> Manifest:
+        """Write the manifest over all units, in the order given. Raises ValueError when there is not one token."""
+        records = list(records)
+        counts: dict[str, Counts] = {}
+        for record in records:
+            for name, totals in record.subsets.items():
+                counts.setdefault(name, Counts()).add(totals)
+        manifest = settings.manifest((record.shard for record in records), frozen(counts))
+        if manifest.tokens == 0:
+            raise ValueError(
+                f"not one of {sum(manifest.dropped.values()):,} documents is in this dataset ({manifest.dropped}): "
+                f"check --input, --split and --holdout, and begin again in another folder than {self.out}"
+            )
+        os.sync()  # the names of the shards too, before a manifest vouches for them
+        manifest.save(self.out)
+        for lock in self.out.glob(f"{LOCK_NAME}.*"):
+            lock.unlink()
+        return manifest
+
+
+def index_path(unit: str) -> str:
+    """Where the rows and lengths of a unit's documents lie, relative to the dataset's folder."""
+    return f"documents/{unit}.npy"
+
+
+@dataclass
+class Counts:
+    """SubsetTotals while they grow."""
+
+    documents: int = 0
+    tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, totals: SubsetTotals) -> None:
+        """Add those of another unit."""
+        self.documents += totals.documents
+        self.tokens += totals.tokens
+        self.dropped.update(totals.dropped)
+
+
+def frozen(counts: dict[str, Counts]) -> dict[str, SubsetTotals]:
+    """The counts by subset, with all keys sorted: the same bytes whatever came first."""
+    return {
+        name: SubsetTotals(count.documents, count.tokens, dict(sorted(count.dropped.items())))
+        for name, count in sorted(counts.items())
+    }

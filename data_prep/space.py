@@ -1,0 +1,42 @@
+"""Is there room on the disk? Estimated before the work and again while it goes on.
+
+Shards take 2 bytes a token (4 beyond 65,536 pieces). Before anything is known, a byte of compressed text is taken for
+2 bytes of shard, a byte of plain text for 0.65; afterwards what the finished units took.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_prep.folder import UnitRecord
+
+_PLAIN = 0.65
+_COMPRESSED = 2.0
+_KNOWN_BYTES = 64 << 20
+_RESERVE_BYTES = 256 << 20
+_PLAIN_SUFFIXES = (".jsonl", ".json", ".txt")
+
+
+def require_space(out: Path, todo: dict[str, int], done: Iterable[UnitRecord], bytes_a_token: int) -> None:
+    """Raise OSError when the shards of the units `todo` (unit to bytes of input) will not fit beside `out`."""
+    need = int(estimate(todo, done, bytes_a_token))
+    free = shutil.disk_usage(out).free
+    if free < need + _RESERVE_BYTES:
+        raise OSError(
+            f"{out} has {free / 1e9:,.1f} GB free, the {len(todo):,} input files to do need about {need / 1e9:,.1f} GB and "
+            f"{_RESERVE_BYTES / 1e9:.1f} GB must stay: make room or give another --out (--check_space false if you know "
+            "better); finished files are kept"
+        )
+
+
+def estimate(todo: dict[str, int], done: Iterable[UnitRecord], bytes_a_token: int) -> float:
+    """Bytes that the shards of the units `todo` will take."""
+    records = list(done)
+    read = sum(record.source_bytes for record in records)
+    if read >= _KNOWN_BYTES:
+        written = sum(record.shard.tokens * bytes_a_token + 8 * record.shard.documents for record in records)
+        return sum(todo.values()) * written / read
+    plain = sum(size for unit, size in todo.items() if unit.endswith(_PLAIN_SUFFIXES))
+    return (_PLAIN * plain + _COMPRESSED * (sum(todo.values()) - plain)) * bytes_a_token / 2

@@ -1,0 +1,130 @@
+"""Units shared out to processes, and how far they all are.
+
+    units, the largest first --> groups --> worker processes: prepare_unit --> records, as they come
+                                                 |
+                                      counters in shared memory: bytes read, tokens made --> whoever draws the progress
+
+A unit that fails fails the work, after the groups under way are done; a worker that is killed does too. A worker whose
+parent is gone ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+from data_prep.encoder import Encoder
+from data_prep.folder import UnitRecord
+from data_prep.shard import TOKENIZER_DIR
+from data_prep.tokenizer import load
+from data_prep.unit import Job, Report, prepare_unit
+
+_GROUP_BYTES = 16 << 20
+_GROUP_UNITS = 64
+_TICK_SECONDS = 0.5
+
+Tick = Callable[[int, int], None]
+"""Told, twice a second, how many bytes have been read and tokens made in all."""
+
+
+def prepare_units(job: Job, encoder: Encoder, inputs: dict[str, int], workers: int, tick: Tick) -> Iterator[UnitRecord]:
+    """Do all units of `inputs` (unit to size in bytes), yielding each record as it comes.
+
+    One worker is this process, with `encoder`; more of them are processes, each with its own.
+    """
+    if workers == 1:
+        yield from _in_this_process(job, encoder, inputs, tick)
+        return
+    # Spawned, not forked: pyarrow and the tokenizers have threads, which a fork would leave with locks held.
+    context = get_context("spawn")
+    counters = context.RawArray("q", 2 * workers)
+    order = context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(job, counters, order))
+    groups = _groups(inputs)
+    running: set[Future[list[UnitRecord]]] = set()
+    try:
+        while True:
+            for group in groups:
+                running.add(pool.submit(_prepare_group, group))
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                break
+            done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
+            tick(sum(counters[::2]), sum(counters[1::2]))
+            for future in done:
+                yield from future.result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed, perhaps for want of memory: run the same command again, with fewer --workers "
+            "if need be; finished files are kept"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_this_process(job: Job, encoder: Encoder, inputs: dict[str, int], tick: Tick) -> Iterator[UnitRecord]:
+    totals = [0, 0]
+
+    def report(more_bytes: int, more_tokens: int) -> None:
+        totals[0] += more_bytes
+        totals[1] += more_tokens
+        tick(*totals)
+
+    for unit in inputs:
+        yield prepare_unit(job, encoder, unit, report)
+
+
+def _groups(inputs: dict[str, int]) -> Iterator[list[str]]:
+    """Units in the order in which to begin them: the largest first, so that no worker is left alone with one at the end;
+    small ones together, so that handing them out costs nothing.
+    """
+    group: list[str] = []
+    size = 0
+    for unit in sorted(inputs, key=lambda unit: -inputs[unit]):
+        group.append(unit)
+        size += inputs[unit]
+        if size >= _GROUP_BYTES or len(group) >= _GROUP_UNITS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# --- in a worker -----------------------------------------------------------------------------------------------------
+
+_worker: tuple[Job, Encoder, Report]
+
+
+def _begin_worker(job: Job, counters: Any, order: Any) -> None:
+    """Leave Ctrl-C to the command, and end at once when that is killed instead of waiting for work for ever."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with order.get_lock():
+        place = 2 * order.value
+        order.value += 1
+
+    def report(more_bytes: int, more_tokens: int) -> None:
+        counters[place] += more_bytes  # nobody else writes here
+        counters[place + 1] += more_tokens
+
+    _worker = (job, Encoder(load(job.folder.out / TOKENIZER_DIR), job.engine), report)
+
+
+def _prepare_group(units: list[str]) -> list[UnitRecord]:
+    job, encoder, report = _worker
+    return [prepare_unit(job, encoder, unit, report) for unit in units]

@@ -1,0 +1,143 @@
+"""The encoder: its ids are the reference's for any text, whole or in pieces, and a difference is never let pass."""
+
+import json
+import random
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import CONTROLS, LLAMA_MODEL, TRICKY, library_texts
+
+from data_prep import encoder as encoder_module
+from data_prep.encoder import Difference, Encoder, Uncuttable, fast_encoder
+from data_prep.tokenizer import Tokenizer, load
+from data_prep.unit import with_controls
+
+REFERENCE = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA_MODEL))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Tokenizer:
+    return load(LLAMA_MODEL)
+
+
+@pytest.fixture(scope="module")
+def fast(llama: Tokenizer) -> Encoder:
+    return Encoder(llama, "gigatoken")
+
+
+def split(encoded: encoder_module.Encoded) -> list[list[int]]:
+    return [part.tolist() for part in np.split(encoded.ids, encoded.ends[:-1])]
+
+
+def test_real_files_have_the_ids_of_sentencepiece(llama: Tokenizer, fast: Encoder) -> None:
+    chosen, words = fast_encoder(llama)
+    assert (chosen.engine, words) == ("gigatoken", "gigatoken, which agrees with sentencepiece on 460 probes")
+    texts = library_texts() + TRICKY + CONTROLS
+    assert split(fast.encode(texts)) == [REFERENCE.encode(text) for text in texts]
+
+
+_ANY = st.text(max_size=60)  # every code point but the surrogates
+_LIKELY = st.text(alphabet=" ab=-\n\t▁<s>/0x1é.,_eiouABC", max_size=60)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.lists(st.one_of(_ANY, _LIKELY, st.sampled_from(CONTROLS)), max_size=3).map("".join), max_size=5))
+def test_any_unicode_has_the_ids_of_sentencepiece(fast: Encoder, texts: list[str]) -> None:
+    if texts:
+        assert split(fast.encode(texts)) == [REFERENCE.encode(text) for text in texts]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(_ANY, _LIKELY, st.text(alphabet="the end of a word,\n ▁", min_size=20, max_size=200)), st.integers(1, 30)
+)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(fast: Encoder, text: str, size: int) -> None:
+    cutter = fast._cutter
+    assert cutter is not None
+    try:
+        pieces = list(cutter.pieces(text, size))
+    except Uncuttable:
+        return
+    ids = [token for piece, skip in pieces for token in REFERENCE.encode(piece)[skip:]]
+    assert ids == REFERENCE.encode(text)
+
+
+def test_long_documents_are_cut_often_and_exactly(fast: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "LONG_CHARACTERS", 100)
+    for text in (text[:60_000] for text in library_texts()):
+        parts = list(fast.encode_long(text))
+        assert len(parts) > len(text) / 150
+        assert np.concatenate(parts).tolist() == REFERENCE.encode(text)
+    with pytest.raises(Uncuttable, match="200 characters in a row"):
+        list(fast.encode_long("a" * 1000))
+    with pytest.raises(Uncuttable):
+        fast.refuse_uncuttable("word " * 100 + "a" * 1000)
+
+
+def test_literal_control_tokens_stay_text(fast: Encoder) -> None:
+    for ids in split(fast.encode(CONTROLS)):
+        assert not {0, 1, 2} & set(ids)
+
+
+def test_a_difference_is_named_and_chosen_against(llama: Tokenizer, fast: Encoder) -> None:
+    broken = Encoder(llama, "gigatoken")
+    raw = json.loads(json.dumps(llama.raw))
+    del raw["model"]["merges"][5000:5100]
+    broken._gigatoken = type(fast._gigatoken).from_json(json.dumps(encoder_module.without_controls(raw)))
+    text = library_texts()[0]
+    with pytest.raises(Difference, match=r"gigatoken gives \[.*\] at token [\d,]+, sentencepiece gives \["):
+        broken.check(text)
+    fast.check(text)
+    llama_with_lost_merges = load(LLAMA_MODEL)
+    llama_with_lost_merges.raw = raw
+    chosen, words = fast_encoder(llama_with_lost_merges)
+    assert chosen.engine == "reference"
+    assert "sentencepiece itself: gigatoken gives other ids on the probe" in words
+    reference = Encoder(llama, "reference")
+    assert split(reference.encode([text, "", "a"])) == [REFERENCE.encode(t) for t in (text, "", "a")]
+
+
+def test_without_gigatoken_the_reference_does_it(llama: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    chosen, words = fast_encoder(llama)
+    assert chosen.engine == "reference"
+    assert words.startswith("sentencepiece itself: gigatoken can't load")
+
+
+def test_a_byte_level_tokenizer_is_encoded_as_tokenizers_does(tmp_path: Path) -> None:
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator(library_texts()[:2], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load(tmp_path)
+    chosen, _ = fast_encoder(ours)
+    texts = [*library_texts(), "a<|end|>b<|end|>"]
+    got = split(chosen.encode(texts))
+    assert chosen.engine == "gigatoken"
+    assert got == [ids.tolist() for ids in ours.encode_batch(texts)]
+    assert 0 not in got[-1]
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+@pytest.mark.parametrize("eos", [None, 2])
+def test_bos_and_eos_stand_where_they_belong(bos: int | None, eos: int | None) -> None:
+    rng = random.Random(0)
+    texts = [[rng.randrange(3, 60000) for _ in range(n)] for n in (4, 0, 1, 0, 0, 7)]
+    ends = np.cumsum([len(text) for text in texts])
+    ids, lengths = with_controls(np.array(list(chain(*texts)), np.uint32), ends, bos, eos, np.dtype("<u2"))
+    expected = [[i for i in (bos, *text, eos) if i is not None] for text in texts]
+    assert ids.dtype == np.dtype("<u2")
+    assert ids.tolist() == list(chain(*expected))
+    assert lengths.tolist() == [len(text) for text in expected]

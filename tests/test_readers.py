@@ -1,0 +1,133 @@
+"""Readers: what is good comes out as it is, what is broken is named by its line, and nothing grows without bound."""
+
+import gzip
+import itertools
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep import readers
+from data_prep.readers import Bad, Position, read_jsonl, read_parquet, read_text
+
+LINES = [b'{"n": %d, "text": "%s"}' % (n, b"abc " * (n % 40)) for n in range(5000)]
+BODY = b"\n".join(LINES) + b"\n"
+MANY = [b'{"n": %d, "text": "%x"}' % (n, n**9) for n in range(60_000)]
+
+
+def compress(codec: str, data: bytes, members: int = 1) -> bytes:
+    parts = [data[n * len(data) // members : (n + 1) * len(data) // members] for n in range(members)]
+    one = {"zst": zstandard.ZstdCompressor(write_checksum=True).compress, "gz": gzip.compress, "jsonl": bytes}[codec]
+    return b"".join(map(one, parts))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("codec", ["zst", "gz", "jsonl"])
+def test_all_compressions_give_the_same(tmp_path: Path, codec: str, members: int) -> None:
+    path = tmp_path / f"a.{codec}"
+    path.write_bytes(compress(codec, BODY, members))
+    position = Position()
+    assert [value["n"] for _, value in read_jsonl(path, position)] == list(range(5000))
+    assert position.bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize("codec", ["zst", "gz"])
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.77, 0.999])
+def test_a_cut_file_gives_all_that_is_whole_and_then_says_so(tmp_path: Path, codec: str, keep: float) -> None:
+    path = tmp_path / f"a.{codec}"
+    data = compress(codec, b"\n".join(MANY))
+    path.write_bytes(data[: int(keep * len(data))])
+    *good, (row, bad) = read_jsonl(path)
+    assert isinstance(bad, Bad)
+    assert bad.reason == readers.UNREADABLE
+    assert row == len(good)
+    assert f"from line {row + 1} on" in bad.detail
+    assert [value for _, value in good] == [orjson.loads(line) for line in MANY[: len(good)]]
+    if keep == 0.77:  # a decompressor that throws its last block away would lose a tenth more
+        assert 0.7 < len(good) / len(MANY) < 0.8
+
+
+def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.zst"
+    data = bytearray(compress("zst", b"\n".join(MANY), members=2))
+    data[len(data) * 3 // 4] ^= 255
+    path.write_bytes(data)
+    *good, (_, bad) = read_jsonl(path)
+    assert 25_000 < len(good) < 60_000
+    assert isinstance(bad, Bad)
+    assert bad.reason == readers.UNREADABLE
+
+
+def test_too_long_a_line_is_skipped_in_passing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 3 << 20)
+    for size, codec in itertools.product(((3 << 20) - 2, (3 << 20) - 1, 9 << 20), ("zst", "jsonl")):
+        path = tmp_path / f"a.{codec}"
+        path.write_bytes(compress(codec, b'"1"\n"' + b"x" * (size - 2) + b'"x\n"3"\n'.replace(b'"x', b'"')))
+        values = dict(read_jsonl(path))
+        assert (values[0], values[2]) == ("1", "3")
+        if size <= 3 << 20:
+            assert values[1] == "x" * (size - 2)
+        else:
+            assert values[1].reason == "too long"
+
+
+def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 4 << 20)
+    path = tmp_path / "a.zst"
+    path.write_bytes(zstandard.compress(b'{"text": "a"}\n' * 1_500_000))
+    *good, (row, bad) = read_jsonl(path)
+    limit = 500 * path.stat().st_size + (4 << 20)
+    assert limit < 14 * 1_500_000
+    assert limit - (1 << 20) < 14 * len(good) <= limit
+    assert isinstance(bad, Bad)
+    assert (row, bad.reason) == (len(good), readers.UNREADABLE)
+    assert "500 times its size" in bad.detail
+
+
+@pytest.mark.parametrize(
+    ("separator", "expected"),
+    [
+        (None, [(0, "one\n\n  two\n<|end|>\nthree<|end|>\n<|end|>\nfour")]),
+        ("<|end|>", [(0, "one\n\n  two"), (4, "three<|end|>"), (6, "four")]),
+    ],
+)
+def test_plain_text(tmp_path: Path, separator: str | None, expected: list) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\n  two\n<|end|>\nthree<|end|>\n<|end|>\nfour\n")
+    assert list(read_text(tmp_path / "a.txt", separator)) == expected
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"good\n<|end|>\nb\xffd\n<|end|>\ngood again"))
+    found = list(read_text(tmp_path / "b.txt.gz", "<|end|>"))
+    assert [row for row, _ in found] == [0, 2, 4]
+    assert (found[0][1], found[2][1]) == ("good", "good again")
+    assert isinstance(found[1][1], Bad)
+    assert found[1][1].reason == "bad UTF-8"
+
+
+def test_a_broken_row_group_costs_its_rows_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{n} " + str(n**n) for n in range(300)]
+    pq.write_table(pa.table({"id": list(range(300)), "content": texts}), path, row_group_size=100, compression="zstd")
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(data)
+    records = list(read_parquet(path, "content"))
+    assert [value for _, value in records if isinstance(value, str)] == texts[:100] + texts[200:]
+    ((row, bad),) = [(row, value) for row, value in records if isinstance(value, Bad)]
+    assert (row, bad.reason, bad.documents) == (100, "broken row group", 100)
+    path.write_bytes(data[:-50])
+    ((row, bad),) = read_parquet(path, "content")
+    assert (row, bad.reason, bad.lost_bytes) == (0, readers.UNREADABLE, len(data) - 50)
+
+
+def test_bad_utf8_in_a_row_costs_that_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    values = pa.array([b"one", b"tw\xff", b"three"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"content": values}), path)
+    found = [value for _, value in read_parquet(path, "content")]
+    assert (found[0], found[2]) == ("one", "three")
+    assert isinstance(found[1], Bad)
+    assert found[1].reason == "bad UTF-8"
