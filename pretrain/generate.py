@@ -93,7 +93,8 @@ def continue_text(
     prompt_ids = tokenizer.encode(prompt).ids or first_ids(bos_id, eos_ids)
     stream = TextStream(tokenizer, prompt_ids)
     generator = torch.Generator(device).manual_seed(seed)
-    token_ids = generate(model, prompt_ids, max_new_tokens, eos_ids, sampling, generator)
+    known_ids = tokenizer.get_vocab_size(with_added_tokens=True)
+    token_ids = generate(model, prompt_ids, max_new_tokens, eos_ids, sampling, generator, known_ids)
 
     print(prompt, end="", flush=True)
     started, new_ids = time.perf_counter(), []
@@ -132,8 +133,11 @@ def generate(
     eos_ids: tuple[int, ...],
     sampling: Sampling,
     generator: torch.Generator,
+    known_ids: int | None = None,
 ) -> Iterator[int]:
     """Yield new token ids: at most `max_new_tokens`, up to the model's last position, and nothing after one of `eos_ids`.
+
+    Only ids below `known_ids` are drawn: a model may have more rows in its embedding than its tokenizer has tokens.
 
     Raises:
         ValueError: at once, for a prompt that fills all positions, or has ids that the model does not know.
@@ -147,7 +151,7 @@ def generate(
         )
     if max(prompt_ids) >= config.vocab_size:
         raise ValueError(f"the prompt has token id {max(prompt_ids)}; the model knows {config.vocab_size} ids")
-    return _generate(model, prompt_ids, min(max_new_tokens, room), eos_ids, sampling, generator)
+    return _generate(model, prompt_ids, min(max_new_tokens, room), eos_ids, sampling, generator, known_ids)
 
 
 @torch.inference_mode()
@@ -158,12 +162,13 @@ def _generate(
     eos_ids: tuple[int, ...],
     sampling: Sampling,
     generator: torch.Generator,
+    known_ids: int | None,
 ) -> Iterator[int]:
     weight = model.model.embed_tokens.weight
     cache = KVCache(model.config, 1, len(prompt_ids) + new_tokens, weight.device, weight.dtype)
     input_ids = prompt_ids
     for _ in range(new_tokens):
-        logits = model(torch.tensor([input_ids], device=weight.device), cache=cache)[0, -1]  # (V,)
+        logits = model(torch.tensor([input_ids], device=weight.device), cache=cache)[0, -1, :known_ids]  # (V,)
         token_id = sample(logits, sampling, generator)
         yield token_id
         if token_id in eos_ids:

@@ -84,6 +84,8 @@ def test_it_ends_at_eos_at_the_limit_and_at_the_last_position() -> None:
     whole = list(generate(model, PROMPT, 1000, (), GREEDY, generator()))
     assert len(PROMPT) + len(whole) == TINY.max_position_embeddings
     assert list(generate(model, PROMPT, 7, (), GREEDY, generator())) == whole[:7]
+    few = list(generate(model, PROMPT, 60, (), Sampling(top_k=0), generator(), known_ids=5))
+    assert set(few) == set(range(5)), "rows of the embedding without a token are never drawn"
     end = whole[9]
     first = whole.index(end)
     assert first > 0

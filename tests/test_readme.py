@@ -1,0 +1,138 @@
+"""Every command on the README's page is run, in its order, on a miniature; and `make demo` is made of these commands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+
+MINIATURE_MODEL = (
+    "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 4 "
+    "--model.num_key_value_heads 2 --data.seq_len 64 --train.max_steps 3 --train.global_batch_size 4 "
+    "--train.micro_batch_size 2 --optim.warmup_steps 1 --validation.max_sequences 8"
+)
+ON_THE_CPU = "--parallel.accelerator cpu --parallel.precision fp32 --parallel.compile false"
+
+MINIATURE = [
+    (r"^data-prep demo", "--scale 0.1 --max_code_mb 1"),
+    (r"^data-prep tokenizer", "--vocab_size 512"),
+    (r"^data-prep starcoder .* --out data/", "--holdout 0.3"),
+    (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
+    (r"^data-prep slimpajama", ""),
+    (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", MINIATURE_MODEL),
+    (
+        r"^torchrun --nnodes=2 .* -m pretrain train --config configs/tinyllama-1.1b.yaml",
+        f"{MINIATURE_MODEL} {ON_THE_CPU}",
+    ),
+    (r"^pretrain (export|report)", ""),
+    (r"^pretrain generate", "--max_new_tokens 5"),
+]
+"""What is added to a command so that it takes seconds (a later option overrides an earlier one). Each must match one row."""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_make_demo_is_what_the_page_shows() -> None:
+    """Every command of `make demo` stands on the page, to the letter and in that order."""
+    dry = subprocess.run(
+        ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True, env=ENVIRONMENT
+    ).stdout
+    made = [line for line in dry.splitlines() if line.startswith(("data-prep ", "pretrain "))]
+    assert len(made) == 10
+    shown = [line for line in commands() if line in made]
+    assert shown == made
+
+
+def test_make_test_and_ci_run_the_tests() -> None:
+    dry = subprocess.run(
+        ["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True, env=ENVIRONMENT
+    ).stdout
+    for step in ("ruff check", "ruff format --check", "mypy", "pytest"):
+        assert step in dry
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def miniature(command: str) -> list[str]:
+    added = [extra for pattern, extra in MINIATURE if re.search(pattern, command)]
+    assert len(added) == 1, f"{command}: {len(added)} rows of MINIATURE match"
+    return shlex.split(f"{command} {added[0]}")
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_on_two_nodes(command: list[str], folder: Path) -> str:
+    """The line that a user types on each of two nodes: two torchrun agents on this host, one process each."""
+    with_one_process = [re.sub(r"^--nproc_per_node=8$", "--nproc_per_node=1", part) for part in command]
+    local = [part.replace("node1:29500", "localhost:29517") for part in with_one_process]
+    assert local != command
+    agents = [
+        subprocess.Popen(
+            local, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    return "".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: the configurations, and `data/` where the publishers' files will lie."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    published = folder / "published"
+    published.mkdir()
+    (published / "SlimPajama-627B").symlink_to(folder / "runs/demo/corpus/slimpajama")
+    (published / "starcoderdata").symlink_to(folder / "runs/demo/corpus/starcoderdata")
+    (published / "tokenizer.model").symlink_to(folder / "runs/demo/tokenizer/tokenizer.model")
+    return folder
+
+
+def test_every_command_on_the_page_works(folder: Path) -> None:
+    outputs = {}
+    for command in commands():
+        if command.startswith("make "):
+            continue
+        parts = [
+            part.replace("/data/", f"{folder}/published/", 1) if part.startswith("/data/") else part
+            for part in miniature(command)
+        ]
+        outputs[command] = run_on_two_nodes(parts, folder) if "--nnodes=2" in command else run(parts, folder)
+    assert len(outputs) == 17
+
+    generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
+    assert generated.startswith("The file object")
+    assert len(generated.strip()) > len("The file object")
+    report = outputs["pretrain report runs/demo/run"]
+    assert "slimpajama" in report
+    assert (folder / "runs/demo/run/report/index.html").is_file()
+    two_nodes = next(output for command, output in outputs.items() if "--nnodes=2" in command)
+    assert "on 2 x cpu" in two_nodes
+    assert (folder / "runs/tinyllama-1.1b/checkpoints/step-00000003/manifest.json").is_file()
+    assert list((folder / "runs/tinyllama-1.1b/wandb").glob("offline-run-*"))
+
+    script = (
+        "import transformers as t; m = t.AutoModelForCausalLM.from_pretrained('runs/demo/model'); "
+        "k = t.AutoTokenizer.from_pretrained('runs/demo/model'); "
+        "print(k.decode(m.generate(**k('The file object', return_tensors='pt'), max_new_tokens=3, do_sample=False)[0]))"
+    )
+    assert run([sys.executable, "-c", script], folder).startswith("The file object")
