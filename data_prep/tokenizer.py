@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import sentencepiece
 import tokenizers
 
@@ -29,6 +30,8 @@ from data_prep.tokenizer_convert import SentencePieceModel, bos_template, to_hug
 MODEL_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+
+_PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
 class Tokenizer(ABC):
@@ -181,5 +184,5 @@ def _write_folder(folder: Path, raw: dict[str, Any], tokens: dict[str, str], pre
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
     }
-    write_atomically(folder / JSON_NAME, (json.dumps(raw, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(folder / JSON_NAME, orjson.dumps(raw, option=_PRETTY))
+    write_atomically(folder / CONFIG_NAME, orjson.dumps(config, option=_PRETTY))
