@@ -1,0 +1,175 @@
+"""Documents to tokens: data-prep against the usual way, datatrove and litdata, on the same files, cores and tokenizer.
+
+    python benchmarks/data_prep.py [--megabytes 250] [--rounds 3] [--peers_python /path/to/python]
+
+Every way is a fresh command, timed from its start to its end: imports, workers, reading, encoding, writing. They take
+turns, so that a machine whose speed drifts slows all; the figure is the median over the rounds. The tokenizer is a real
+one of 32,000 pieces with byte fallback. Peers that the Python of --peers_python does not have are named as missing.
+Results: benchmarks/results/data_prep.json and .md.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import data_prep_corpus
+import numpy as np
+
+from data_prep.shard import Manifest
+from data_prep.tokenizer import load
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = Path(__file__).with_name("data_prep_peers.py")
+COMMANDS = {"prose": ("slimpajama", "jsonl.zst"), "code": ("starcoder", "parquet")}
+HOLDOUT = "1e-12"
+
+
+def ours(kind: str, work: Path, out: Path, workers: int) -> list[str]:
+    """The command of data-prep over a corpus."""
+    extra = ["--holdout", HOLDOUT] if kind == "code" else []
+    command = [sys.executable, "-m", "data_prep", COMMANDS[kind][0], "--input", work / kind, "--split", "train", *extra]
+    return [str(part) for part in (*command, "--tokenizer", work / "tokenizer", "--out", out, "--workers", workers)]
+
+
+def measure(command: list[str], out: Path) -> tuple[float, str]:
+    """Seconds from start to end, and what it printed."""
+    shutil.rmtree(out, ignore_errors=True)
+    if "-m" not in command:
+        out.mkdir(parents=True)
+    os.sync()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+    return seconds, done.stdout
+
+
+def has(python: str, module: str) -> str | None:
+    """The version of a package in another Python, None when it is not installed there."""
+    code = f"from importlib.metadata import version; import {module}; print(version('{module}'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return done.stdout.split()[-1] if done.returncode == 0 else None
+
+
+def same_tokens(ours_out: Path, usual_out: Path) -> bool:
+    """Whether data-prep's shards hold, file by file, the very tokens of the usual way."""
+    manifest = Manifest.load(ours_out)
+    for shard in manifest.shards:
+        theirs = np.fromfile(usual_out / f"{Path(shard.source_file).name}.bin", dtype=np.uint16)
+        if not np.array_equal(np.load(ours_out / shard.path), theirs):
+            return False
+    return bool(manifest.shards)
+
+
+def compare(kind: str, work: Path, args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
+    """All ways over one corpus, in turns."""
+    outs = {way: work / "out" / kind / way for way in ("cria", "usual", *(p for p, v in peers.items() if v))}
+    seconds: dict[str, list[float]] = {way: [] for way in outs}
+    tokens: dict[str, int] = {}
+    for n in range(args.rounds):
+        for way, out in outs.items():
+            if n and way in peers and args.peers_once:
+                continue
+            if way == "cria":
+                command = ours(kind, work, out, args.workers)
+            else:
+                python = args.peers_python if way in peers else sys.executable
+                command = [
+                    python,
+                    str(PEERS),
+                    way,
+                    str(work / kind),
+                    str(work / "tokenizer"),
+                    str(out),
+                    str(args.workers),
+                ]
+            took, printed = measure(command, out)
+            seconds[way].append(took)
+            tokens[way] = Manifest.load(out).tokens if way == "cria" else json.loads(printed.splitlines()[-1])["tokens"]
+            print(f"{kind:5} {way:9} {took:7.2f} s  {tokens[way] / took / 1e6:6.2f}M tokens/s", flush=True)
+    assert same_tokens(outs["cria"], outs["usual"]), "data-prep and the usual way made different tokens"
+    median = {way: statistics.median(times) for way, times in seconds.items()}
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_sec": {way: tokens[way] / median[way] for way in median},
+        "times_as_fast_as": {way: median[way] / median["cria"] for way in median if way != "cria"},
+        "tokens_equal_to_the_usual_way": True,
+    }
+
+
+def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
+    """What the figures were measured on and with."""
+    names = ("gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "numpy", "tokenizers")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "machine": {"cpu": model, "cores": os.cpu_count(), "workers": args.workers, "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}, **peers},
+    }
+
+
+def table(result: dict) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "| corpus | way | seconds | tokens/s | data-prep is so many times as fast |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for kind, figures in result["corpora"].items():
+        for way, rate in figures["tokens_per_sec"].items():
+            median = statistics.median(figures["seconds"][way])
+            ratio = figures["times_as_fast_as"].get(way)
+            lines.append(f"| {kind} | {way} | {median:.2f} | {rate / 1e6:.2f}M | {f'{ratio:.1f}' if ratio else ''} |")
+    missing = [peer for peer, found in result["versions"].items() if found is None]
+    note = f"\nNot installed, so not measured: {', '.join(missing)}.\n" if missing else ""
+    m = result["machine"]
+    return (
+        f"{m['cpu']}, {m['workers']} workers; {', '.join(f'{n / 1e6:.0f} MB of {k}' for k, n in result['bytes'].items())};"
+        f" from start to end, median. Token streams equal to SentencePiece's.\n\n" + "\n".join(lines) + "\n" + note
+    )
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=250.0, help="text of each kind at most; there may be less")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, help="folder for corpus and output, kept; default: a temporary one")
+    parser.add_argument("--peers_python", default=sys.executable, help="a Python that has datatrove and litdata")
+    parser.add_argument("--peers_once", action="store_true", help="measure the peers in the first round only")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        sizes = data_prep_corpus.make(work, args.megabytes)
+        load(str(files("mistral_common") / "data" / "tokenizer.model.v1")).save(work / "tokenizer", prepend_bos=False)
+        peers = {peer: has(args.peers_python, peer) for peer in ("datatrove", "litdata")}
+        result = {**machine(args, peers), "bytes": sizes}
+        result["corpora"] = {kind: compare(kind, work, args, peers) for kind in COMMANDS}
+        digest = {
+            k: hashlib.sha256((work / "out" / k / "cria" / "manifest.json").read_bytes()).hexdigest() for k in COMMANDS
+        }
+        result["manifest_sha256"] = digest
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "data_prep.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "data_prep.md").write_text(table(result))
+    print("\n" + table(result))
+
+
+if __name__ == "__main__":
+    main()
