@@ -3,15 +3,18 @@
     docstrings and text files of all packages --> WORK/prose/train/chunk1/*.jsonl.zst       SlimPajama's layout
     their Python files                        --> WORK/code/python/train-*.parquet          StarCoderData's layout
 
-Every document is there once: a repeated corpus would flatter encoders that remember words.
+There is less prose than code. It is stretched by dealing its paragraphs out anew, into other documents: no document is
+there twice, but its words are, which flatters encoders that remember words by a tenth or so. The result names the factor.
 """
 
 import ast
 import hashlib
+import random
 import site
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import orjson
@@ -22,7 +25,7 @@ import zstandard
 FILES = 16
 
 
-def make(work: Path, megabytes: float) -> dict[str, int]:
+def make(work: Path, megabytes: float) -> dict[str, float]:
     """Write both corpora, each of at most `megabytes` of text, unless they are there; gives the bytes of text of each."""
     marker = work / "corpus.json"
     if marker.is_file():
@@ -30,12 +33,36 @@ def make(work: Path, megabytes: float) -> dict[str, int]:
     files = sorted(_files(), key=lambda path: hashlib.blake2b(str(path).encode()).digest())
     with ProcessPoolExecutor() as pool:
         code, prose = zip(*pool.map(_texts, files, chunksize=64))
+    return write(work, _limit(prose, megabytes), _limit(code, megabytes), megabytes)
+
+
+def write(work: Path, prose: list[str], code: list[str], megabytes: float) -> dict[str, float]:
+    """Write the two corpora and the marker."""
+    unique = sum(map(len, prose))
+    prose = stretch(prose, megabytes)
     sizes = {
-        "prose": _write_prose(work / "prose" / "train" / "chunk1", _limit(prose, megabytes)),
-        "code": _write_code(work / "code" / "python", _limit(code, megabytes)),
+        "prose": _write_prose(work / "prose" / "train" / "chunk1", prose),
+        "code": _write_code(work / "code" / "python", code),
+        "times_each_paragraph_of_prose": round(sum(map(len, prose)) / unique, 1),
     }
-    marker.write_bytes(orjson.dumps(sizes))
+    (work / "corpus.json").write_bytes(orjson.dumps(sizes))
     return sizes
+
+
+def stretch(texts: list[str], megabytes: float) -> list[str]:
+    """`texts`, and more of the same paragraphs in other documents until there are `megabytes` of them."""
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+    shuffler, stretched, size = random.Random(0), list(texts), sum(map(len, texts))
+    while size < megabytes * 1e6:
+        shuffler.shuffle(paragraphs)
+        rest = iter(paragraphs)
+        for text in texts:
+            if size >= megabytes * 1e6:
+                break
+            stretched.append("\n\n".join(islice(rest, text.count("\n\n") + 1)))
+            size += len(stretched[-1])
+    shuffler.shuffle(stretched)
+    return stretched
 
 
 def _files() -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """The command `data-prep`: text to shards.
 
-    data-prep demo | tokenizer | slimpajama | starcoder | finish
+    data-prep demo | tokenizer | slimpajama | starcoder | text | hf | finish | import | verify | inspect | stats
 
 The command line becomes the options of one command, and its `run` gets them; only the module that is asked for is
 imported. What a user can do wrong ends in one line and exit status 2.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -23,6 +23,10 @@ class Command(NamedTuple):
     options: str
     help: str
     run: str = "run"
+    """The function that does it, "MODULE:FUNCTION" when it lives elsewhere than its options."""
+
+
+_PREPARE = "data_prep.prepare:run"
 
 
 COMMANDS = {
@@ -30,7 +34,13 @@ COMMANDS = {
     "tokenizer": Command("data_prep.tokenizer_train", "TokenizerOptions", "train a tokenizer of Llama's kind"),
     "slimpajama": Command("data_prep.prepare", "SlimPajamaOptions", "SlimPajama to shards"),
     "starcoder": Command("data_prep.prepare", "StarCoderOptions", "StarCoderData to shards"),
+    "text": Command("data_prep.own_data", "TextOptions", "your own jsonl, parquet or text to shards", _PREPARE),
+    "hf": Command("data_prep.own_data", "HubOptions", "a dataset of the Hugging Face Hub to shards", _PREPARE),
     "finish": Command("data_prep.prepare", "FinishOptions", "join what the tasks of an array have made", "finish"),
+    "import": Command("data_prep.foreign", "ImportOptions", "take token files that others packed, as they are"),
+    "verify": Command("data_prep.verify", "VerifyOptions", "re-read a dataset and check everything"),
+    "inspect": Command("data_prep.inspect", "InspectOptions", "a sequence as text, with file and line"),
+    "stats": Command("data_prep.stats", "StatsOptions", "tokens by subset, document lengths, epochs of a mixture"),
 }
 
 
@@ -46,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
         command = COMMANDS[argv[0]]
         module = importlib.import_module(command.module)
-        getattr(module, command.run)(_parse(argv[0], getattr(module, command.options), argv[1:]))
+        options = _parse(argv[0], getattr(module, command.options), argv[1:])
+        home, _, function = command.run.rpartition(":")
+        getattr(importlib.import_module(home) if home else module, function)(options)
     except (ArgumentError, ValueError, OSError) as error:
         print(f"data-prep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -56,15 +68,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(name: str, options: Any, argv: list[str]) -> Any:
+def _parse(command: str, options: Any, argv: list[str]) -> Any:
     """The options of a command, an instance of the dataclass `options`. Raises ArgumentError."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"data-prep {name}", description=options.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=f"data-prep {command}", description=options.__doc__, exit_on_error=False)
     # A list is given as a shell writes it, --input A B; jsonargparse's own way would be --input [A,B].
-    lists = {field.name: field.metadata for field in fields(options) if "nargs" in field.metadata}
-    parser.add_class_arguments(options, as_group=False, skip=set(lists))
-    for field_name, settings in lists.items():
-        parser.add_argument(f"--{field_name}", type=str, required=True, **settings)
+    own = {each.name: each for each in fields(options) if each.metadata}
+    parser.add_class_arguments(options, as_group=False, skip=set(own))
+    for name, each in own.items():
+        settings = {"type": str, **each.metadata}
+        if settings.pop("positional", False):
+            parser.add_argument(name, **settings)
+        elif each.default_factory is not MISSING:
+            parser.add_argument(f"--{name}", default=each.default_factory(), **settings)
+        else:
+            parser.add_argument(f"--{name}", required=True, **settings)
     parsed: Namespace = parser.parse_args(argv)
     return options(**parsed.as_dict())
 

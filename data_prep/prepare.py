@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data_prep.budget import Budget
 from data_prep.encoder import Encoder, fast_encoder
@@ -194,15 +194,14 @@ def _begun(folder: Folder, inputs: dict[str, int], max_bad: float) -> tuple[dict
 class FinishOptions:
     """Join the parts that the tasks of an array have made: check that every input file is done, write the manifest."""
 
-    out: str
-    """Folder of the dataset."""
+    directory: str = field(metadata={"positional": True, "help": "Folder of the dataset"})
     max_bad_documents: float = 0.0001
     """Share of the documents that may be broken, as it was given to the tasks."""
 
 
 def finish(options: FinishOptions) -> Manifest:
     """Write the manifest over all units. Raises ValueError, naming them, when units are missing or too much is bad."""
-    folder = Folder(options.out)
+    folder = Folder(options.directory)
     settings, inputs = folder.settings(), folder.inputs()
     with only_run(folder.out, 1, 1):
         records = folder.records(inputs)

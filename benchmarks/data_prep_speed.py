@@ -1,11 +1,11 @@
 """Documents to tokens: data-prep against the usual way, datatrove and litdata, on the same files, cores and tokenizer.
 
-    python benchmarks/data_prep.py [--megabytes 250] [--rounds 3] [--peers_python /path/to/python]
+    python benchmarks/data_prep_speed.py [--megabytes 250] [--rounds 3] [--peers_python /path/to/python]
 
 Every way is a fresh command, timed from its start to its end: imports, workers, reading, encoding, writing. They take
 turns, so that a machine whose speed drifts slows all; the figure is the median over the rounds. The tokenizer is a real
 one of 32,000 pieces with byte fallback. Peers that the Python of --peers_python does not have are named as missing.
-Results: benchmarks/results/data_prep.json and .md.
+Results: benchmarks/results/data_prep_speed.json and .md.
 """
 
 import argparse
@@ -136,8 +136,9 @@ def table(result: dict) -> str:
     missing = [peer for peer, found in result["versions"].items() if found is None]
     note = f"\nNot installed, so not measured: {', '.join(missing)}.\n" if missing else ""
     m = result["machine"]
+    corpora = ", ".join(f"{result['corpus'][kind] / 1e6:.0f} MB of {kind}" for kind in COMMANDS)
     return (
-        f"{m['cpu']}, {m['workers']} workers; {', '.join(f'{n / 1e6:.0f} MB of {k}' for k, n in result['bytes'].items())};"
+        f"{m['cpu']}, {m['workers']} workers; {corpora};"
         f" from start to end, median. Token streams equal to SentencePiece's.\n\n" + "\n".join(lines) + "\n" + note
     )
 
@@ -159,15 +160,15 @@ def main() -> None:
         sizes = data_prep_corpus.make(work, args.megabytes)
         load(str(files("mistral_common") / "data" / "tokenizer.model.v1")).save(work / "tokenizer", prepend_bos=False)
         peers = {peer: has(args.peers_python, peer) for peer in ("datatrove", "litdata")}
-        result = {**machine(args, peers), "bytes": sizes}
+        result = {**machine(args, peers), "corpus": sizes}
         result["corpora"] = {kind: compare(kind, work, args, peers) for kind in COMMANDS}
         digest = {
             k: hashlib.sha256((work / "out" / k / "cria" / "manifest.json").read_bytes()).hexdigest() for k in COMMANDS
         }
         result["manifest_sha256"] = digest
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "data_prep.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "data_prep.md").write_text(table(result))
+    (args.results / "data_prep_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "data_prep_speed.md").write_text(table(result))
     print("\n" + table(result))
 
 

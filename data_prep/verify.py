@@ -1,0 +1,100 @@
+"""Re-read a dataset and check everything that its manifest says. The command `data-prep verify`.
+
+manifest.json --> Manifest.load: itself consistent, all files there and long enough
+--> every shard: header, checksum, ids below the vocabulary size, as many EOS (BOS) as documents
+--> every documents file: as many rows as documents, their lengths the shard's tokens
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.folder import index_path
+from data_prep.progress import Display
+from data_prep.scan import Scan, Stretch, scan_all
+from data_prep.shard import DTYPES, Manifest, Shard
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read all of a dataset and check it against its manifest."""
+
+    directory: str = field(metadata={"positional": True, "help": "Folder of the dataset"})
+
+
+def run(options: VerifyOptions) -> None:
+    """Check everything and say so. Raises ValueError, after naming all that is wrong on stdout, when something is."""
+    start = time.monotonic()
+    root = Path(options.directory)
+    manifest = Manifest.load(root)
+    stretches = [Stretch(root / s.path, s.dtype, s.offset, s.tokens) for s in manifest.shards]
+    total = sum(s.tokens * DTYPES[s.dtype].itemsize for s in manifest.shards)
+    problems, read, tokens = [], 0, 0
+    with Display(f"verify {root}", len(stretches), total) as display:
+        for shard, found in zip(manifest.shards, scan_all(stretches, manifest.tokenizer), strict=True):
+            problems += [f"{shard.path}: {problem}" for problem in _problems(root, manifest, shard, found)]
+            read, tokens = read + found.tokens * DTYPES[shard.dtype].itemsize, tokens + found.tokens
+            display.file_done()
+            display.tick(read, tokens)
+    for problem in problems:
+        print(problem)
+    seconds = max(time.monotonic() - start, 1e-9)
+    speed = f"{read / 1e9:.2f} GB in {seconds:.1f} s, {read / seconds / 1e6:,.0f} MB/s"
+    if problems:
+        raise ValueError(
+            f"{root}: {len(problems):,} problems in {len(stretches):,} shards ({speed}): delete the shards that are named "
+            "and run the command that made the dataset again, it makes these anew"
+        )
+    print(
+        f"{root}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in {len(stretches):,} shards are what "
+        f"the manifest says ({speed})"
+    )
+
+
+def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iterator[str]:
+    """What is wrong with a shard."""
+    if found.tokens != shard.tokens:
+        yield f"{found.tokens:,} tokens instead of {shard.tokens:,}"
+    elif found.checksum != shard.checksum:
+        yield f"its tokens have the checksum {found.checksum}, the manifest says {shard.checksum}: the file is damaged"
+    if found.smallest < 0 or found.largest >= manifest.tokenizer.vocab_size:
+        ids = f"{found.smallest} to {found.largest}"
+        yield f"ids from {ids} are not all in a vocabulary of {manifest.tokenizer.vocab_size}"
+    for wanted, name, count in ((manifest.append_eos, "EOS", found.eos), (manifest.prepend_bos, "BOS", found.bos)):
+        if wanted and count != shard.documents:
+            yield f"{count:,} {name} for {shard.documents:,} documents"
+    if shard.path.endswith(".npy"):
+        yield from _header_problems(root, shard)
+    index = root / index_path(shard.source_file)
+    if index.is_file():
+        yield from _index_problems(index, shard)
+
+
+def _header_problems(root: Path, shard: Shard) -> Iterator[str]:
+    try:
+        array = np.load(root / shard.path, mmap_mode="r") if shard.tokens else np.load(root / shard.path)
+    except (ValueError, OSError, EOFError) as error:
+        yield f"not a readable .npy file: {error}"
+        return
+    if array.shape != (shard.tokens,) or array.dtype != DTYPES[shard.dtype]:
+        yield f"its header says {array.shape} of {array.dtype}, the manifest {shard.tokens:,} of {shard.dtype}"
+
+
+def _index_problems(index: Path, shard: Shard) -> Iterator[str]:
+    try:
+        rows, lengths = np.load(index).reshape(-1, 2).T.astype(np.int64)
+    except (ValueError, OSError, EOFError) as error:
+        yield f"{index.name} is not a readable list of documents: {error}"
+        return
+    if len(rows) != shard.documents or int(lengths.sum()) != shard.tokens:
+        yield (
+            f"its list has {len(rows):,} documents of {int(lengths.sum()):,} tokens in all, the manifest "
+            f"{shard.documents:,} of {shard.tokens:,}"
+        )
+    if (np.diff(rows) <= 0).any():
+        yield "the lines of its documents are not in order"

@@ -1,0 +1,114 @@
+"""Imported files: the tokens of others, read where they lie; what contradicts itself is refused."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tokenizer import LLAMA_MODEL
+
+from data_prep.__main__ import main
+from data_prep.foreign import ImportOptions, run
+from data_prep.shard import Manifest, TokenDataset
+
+RNG = np.random.default_rng(0)
+PARTS = [RNG.integers(3, 32000, n) for n in (1000, 1, 777)]
+for part in PARTS:
+    part[-1] = 2  # EOS
+
+
+def litpkds(path: Path, ids: np.ndarray, dtype: str = "<u2") -> None:
+    code = {"<u2": 8, "<i4": 4}[dtype]
+    path.write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, code, len(ids)) + ids.astype(dtype).tobytes())
+
+
+def megatron(path: Path, documents: list[np.ndarray], dtype: str = "<u2") -> None:
+    code = {"<u2": 8, "<i4": 4}[dtype]
+    lengths = np.array([len(document) for document in documents], "<i4")
+    places = ((np.cumsum(lengths) - lengths) * np.dtype(dtype).itemsize).astype("<i8")
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(documents), len(documents) + 1)
+    index = head + lengths.tobytes() + places.tobytes() + np.arange(len(documents) + 1, dtype="<i8").tobytes()
+    path.with_suffix(".idx").write_bytes(index)
+    path.write_bytes(np.concatenate(documents).astype(dtype).tobytes())
+
+
+def options(folder: Path, **changes: object) -> ImportOptions:
+    defaults = {"tokenizer": str(LLAMA_MODEL), "append_eos": True, "prepend_bos": False}
+    return ImportOptions(directory=str(folder), **(defaults | changes))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4"])
+@pytest.mark.parametrize("kind", ["litpkds", "megatron", "raw"])
+def test_the_tokens_are_read_where_they_lie(tmp_path: Path, kind: str, dtype: str) -> None:
+    for n, ids in enumerate(PARTS):
+        path = tmp_path / f"train_{n}.bin"
+        if kind == "litpkds":
+            litpkds(path, ids, dtype)
+        elif kind == "megatron":
+            megatron(path, [ids[:400], ids[400:]] if len(ids) > 400 else [ids], dtype)
+        else:
+            path.write_bytes(ids.astype(dtype).tobytes())
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
+    run(options(tmp_path, dtype={"<u2": "uint16", "<i4": "int32"}[dtype]))
+    run(options(tmp_path, dtype={"<u2": "uint16", "<i4": "int32"}[dtype]))  # again is no error
+    assert {path: (path.read_bytes(), path.stat().st_ino) for path in before} == before
+    expected = np.concatenate(PARTS)
+    dataset = TokenDataset(tmp_path)
+    np.testing.assert_array_equal(dataset.sequences([0], len(expected) - 1)[0], expected)
+    np.testing.assert_array_equal(dataset.sequences([1], 800)[0], expected[800:1601])
+    assert dataset.manifest.documents == np.count_nonzero(expected == 2) >= 3
+    assert (dataset.manifest.name, dataset.manifest.tokenizer.vocab_size) == (f"import {kind}", 32000)
+    assert main(["verify", str(tmp_path)]) == 0
+    assert main(["inspect", str(tmp_path), "--sequence", "3", "--seq_len", "300"]) == 0
+
+
+def spoil(path: Path, at: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("at", "data", "message"),
+    [
+        (7, b"\2", "is of version 2; only 1 is known"),
+        (15, b"\5", "type code 5; only 8"),
+        (16, b"\xff\xff", "header says 65,535 tokens, which need 131,094"),
+        (24, b"\xff\xff", "ids from 2 to 65535, the tokenizer 32000 pieces"),
+    ],
+)
+def test_a_contradiction_is_refused(tmp_path: Path, at: int, data: bytes, message: str) -> None:
+    litpkds(tmp_path / "a.bin", PARTS[0])
+    spoil(tmp_path / "a.bin", at, data)
+    with pytest.raises(ValueError, match=message):
+        run(options(tmp_path))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_megatron_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    megatron(tmp_path / "a.bin", PARTS)
+    good = (tmp_path / "a.idx").read_bytes()
+    for change, message in [
+        (good[:-9], "too short for 3 sequences and 4 documents"),
+        (b"x" + good[1:], "not an index of Megatron's"),
+        (good[:38] + b"\7" + good[39:], "do not lie one behind the other"),
+    ]:
+        (tmp_path / "a.idx").write_bytes(change)
+        with pytest.raises(ValueError, match=message):
+            run(options(tmp_path))
+    (tmp_path / "a.idx").write_bytes(good)
+    (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
+    with pytest.raises(ValueError, match="they don't belong together"):
+        run(options(tmp_path))
+
+
+def test_a_dataset_of_ours_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\3\0" * 10)
+    manifest = run(options(tmp_path, append_eos=False))
+    Manifest("slimpajama", "train", manifest.tokenizer, False, False, manifest.shards).save(tmp_path)
+    with pytest.raises(ValueError, match="is a dataset of data-prep already"):
+        run(options(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "a.bin").write_bytes(b"\3\0\1")
+    with pytest.raises(ValueError, match="no whole tokens of 2 bytes"):
+        run(options(tmp_path))

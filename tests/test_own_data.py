@@ -1,0 +1,125 @@
+"""Anyone's data: every format and compression gives the same documents, and the commands make datasets of them."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from test_tokenizer import LLAMA_MODEL
+
+from data_prep.__main__ import main
+from data_prep.own_data import HubDataset, TextFiles
+from data_prep.readers import Bad
+from data_prep.shard import Manifest, TokenDataset
+from data_prep.tokenizer import load
+
+TEXTS = [f"Text {n}: naïve </s> {'word ' * (n % 7)}\n" for n in range(60)]
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def jsonl(records: list[object]) -> bytes:
+    return b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_every_format_gives_the_same_documents(tmp_path: Path, suffix: str) -> None:
+    compress = COMPRESSIONS[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(jsonl([{"body": {"text": text}} for text in TEXTS])))
+    (tmp_path / f"b.txt{suffix}").write_bytes(compress("\n<|end|>\n".join(TEXTS).encode()))
+    pq.write_table(pa.table({"body.text": TEXTS}), tmp_path / "c.parquet")
+    source = TextFiles([str(tmp_path / "*")], text_key="body.text", separator="<|end|>")
+    assert source.units() == [f"a.jsonl{suffix}", f"b.txt{suffix}", "c.parquet"]
+    found = {unit: [d.text for d in source.documents(unit) if not d.dropped] for unit in source.units()}
+    assert found[f"a.jsonl{suffix}"] == found["c.parquet"] == TEXTS
+    assert found[f"b.txt{suffix}"] == [*TEXTS[:-1], TEXTS[-1].rstrip("\n")]
+
+
+def test_units_subsets_and_bad_lines(tmp_path: Path) -> None:
+    for name in ("x/en/a.jsonl", "x/de/b.jsonl", "x/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([{"text": name, "meta": {"kind": "k"}}, "just text", {"other": 1}, 7]))
+    (tmp_path / "x/ignored.bin").touch()
+    source = TextFiles([f"{tmp_path}/x/**/*.jsonl"])
+    assert source.units() == ["c.jsonl", "de/b.jsonl", "en/a.jsonl"]
+    found = list(source.documents("en/a.jsonl"))
+    assert [(d.subset, d.text, d.dropped) for d in found] == [
+        ("en", "x/en/a.jsonl", ""),
+        ("en", "just text", ""),
+        ("en", "", "missing field"),
+        ("en", "", "missing field"),
+    ]
+    assert found[2].bad == Bad("missing field", "the line has no 'text'")
+    kinds = TextFiles([f"{tmp_path}/x/**/*.jsonl"], subset_key="meta.kind").documents("c.jsonl")
+    assert next(kinds).subset == "k"
+    # A file more above or below changes no unit's name: names come from the pattern.
+    assert TextFiles([f"{tmp_path}/x/*/*.jsonl"]).units() == ["de/b.jsonl", "en/a.jsonl"]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        TextFiles([f"{tmp_path}/*.gz"]).units()
+    with pytest.raises(ValueError, match="validation split is empty"):
+        TextFiles([str(tmp_path)], split="validation")
+
+
+def documents_of(out: Path) -> list[str]:
+    dataset = TokenDataset(out)
+    tokens = dataset.sequences([0], dataset.num_tokens - 1)[0].tolist()
+    texts, begin, tokenizer = [], 0, load(out / "tokenizer")
+    for end in (n for n, token in enumerate(tokens) if token == 2):
+        texts.append(tokenizer.decode(tokens[begin:end]))
+        begin = end + 1
+    return texts
+
+
+def test_the_text_command_splits_and_joins(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(jsonl([{"text": text} for text in TEXTS])))
+    texts: list[str] = []
+    for split in ("train", "validation"):
+        arguments = [
+            "--input",
+            str(tmp_path / "*.zst"),
+            "--tokenizer",
+            str(LLAMA_MODEL),
+            "--out",
+            str(tmp_path / split),
+        ]
+        assert main(["text", *arguments, "--split", split, "--holdout", "0.3", "--workers", "1"]) == 0
+        texts += documents_of(tmp_path / split)
+    assert Manifest.load(tmp_path / "train").settings == {"text_key": "text", "holdout": 0.3}
+    assert 5 < len(documents_of(tmp_path / "validation")) < 30
+    assert sorted(texts) == sorted(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def local_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "words"
+    folder.mkdir()
+    for n in range(3):
+        part = datasets.Dataset.from_dict({"id": list(range(20)), "words": TEXTS[n * 20 : n * 20 + 20]})
+        part.to_parquet(folder / f"train-{n:05d}-of-00003.parquet")
+    return folder
+
+
+def test_a_dataset_of_the_hub_streams_file_by_file(local_dataset: Path) -> None:
+    source = HubDataset(str(local_dataset), "train", text_key="words")
+    assert source.units() == [f"shard-{n:05d}-of-00003" for n in range(3)]
+    found = [document for unit in source.units() for document in source.documents(unit)]
+    assert [d.text for d in found] == TEXTS
+    assert [d.row for d in found] == list(range(20)) * 3
+    for changes, message in [
+        ({"text_key": "text"}, "has no column 'text', only id, words"),
+        ({"split": "test"}, "can't load the dataset"),
+        ({"dataset": str(local_dataset / "nothing")}, "can't load the dataset"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            HubDataset(**{"dataset": str(local_dataset), "split": "train", "text_key": "words", **changes})
+
+
+def test_the_hf_command_makes_a_dataset(local_dataset: Path, tmp_path: Path) -> None:
+    arguments = ["--dataset", str(local_dataset), "--split", "train", "--text_key", "words", "--workers", "2"]
+    assert main(["hf", *arguments, "--tokenizer", str(LLAMA_MODEL), "--out", str(tmp_path / "out")]) == 0
+    assert documents_of(tmp_path / "out") == TEXTS
+    assert Manifest.load(tmp_path / "out").name == "hf"

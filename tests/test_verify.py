@@ -1,0 +1,146 @@
+"""Looking into a dataset: verify finds every single change, inspect names file and line, stats adds up."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_prepare import options as prepare_options
+from test_sources import line, write_jsonl
+from test_tokenizer import LLAMA_MODEL
+
+from data_prep import inspect, stats
+from data_prep.__main__ import main
+from data_prep.prepare import run as prepare
+from data_prep.shard import Manifest, TokenDataset
+from data_prep.tokenizer import load
+
+TEXTS = {(unit, n): f"Document {n} of file {unit}. " + "word " * (37 * n % 101) for unit in range(3) for n in range(40)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("verify")
+    for unit in range(3):
+        lines = [line(TEXTS[unit, n], "RedPajamaGithub" if n % 7 == 3 else "RedPajamaC4") for n in range(40)]
+        lines.insert(5, b"")
+        write_jsonl(root / f"in/train/chunk1/example_train_{unit}.jsonl.zst", *lines)
+    prepare(prepare_options(root / "in", root / "out"))
+    return root / "out"
+
+
+def test_what_was_made_is_verified(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["verify", str(dataset)]) == 0
+    manifest = Manifest.load(dataset)
+    assert f"{manifest.tokens:,} tokens of {manifest.documents:,} documents in 3 shards" in capsys.readouterr().out
+
+
+def tampered(path: Path, at: int, change: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= change
+    path.write_bytes(data)
+
+
+def test_every_change_of_a_byte_is_found(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    victim = Manifest.load(dataset).shards[1].path
+    size = (dataset / victim).stat().st_size
+    rng = np.random.default_rng(0)
+    for n, at in enumerate([128, size - 1, *rng.integers(128, size, 20)]):
+        copy = shutil.copytree(dataset, tmp_path / str(n))
+        tampered(copy / victim, int(at), 1 << int(rng.integers(8)))
+        assert main(["verify", str(copy)]) == 2
+        output = capsys.readouterr()
+        assert f"{victim}: its tokens have the checksum" in output.out
+        assert "1 problems in 3 shards" in output.err or "2 problems" in output.err
+
+
+def test_each_other_fault_has_its_words(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shard = Manifest.load(dataset).shards[0]
+    index = f"documents/{shard.source_file}.npy"
+
+    def found(change: str) -> str:
+        copy = shutil.copytree(dataset, tmp_path / change)
+        ids = np.load(copy / shard.path)
+        rows = np.load(copy / index)
+        if change == "header":
+            tampered(copy / shard.path, 61, 1)
+        elif change == "id":
+            ids[5] = 40000
+            np.save(copy / shard.path, ids)
+        elif change == "eos":
+            ids[5] = 2
+            np.save(copy / shard.path, ids)
+        elif change == "list":
+            rows[1] += 1
+            np.save(copy / index, rows)
+        elif change == "order":
+            rows[4] = 0
+            np.save(copy / index, rows)
+        assert main(["verify", str(copy)]) == 2
+        return capsys.readouterr().out
+
+    assert re.search("header says|not a readable .npy file", found("header"))
+    assert "ids from 2 to 40000 are not all in a vocabulary of 32000" in found("id")
+    assert f"{shard.documents + 1} EOS for {shard.documents} documents" in found("eos")
+    assert f"its list has {shard.documents} documents of {shard.tokens + 1:,} tokens" in found("list")
+    assert "not in order" in found("order")
+
+
+@pytest.mark.parametrize("seq_len", [16, 100, 2000])
+def test_inspect_names_the_file_and_line_of_every_token(dataset: Path, seq_len: int) -> None:
+    tokens = TokenDataset(dataset)
+    tokenizer = load(LLAMA_MODEL)
+    kept = {
+        (f"train/chunk1/example_train_{unit}.jsonl.zst", n + 1 + (n >= 5)): [
+            *tokenizer.encode_batch([text])[0].tolist(),
+            2,
+        ]
+        for (unit, n), text in TEXTS.items()
+        if n % 7 != 3
+    }
+    seen = 0
+    for i in range(tokens.num_sequences(seq_len)):
+        ids, at = tokens.sequences([i], seq_len)[0].tolist(), 0
+        for part in inspect.parts(tokens, i * seq_len, seq_len + 1):
+            document = kept[part.source_file, part.line]
+            assert ids[at : at + part.tokens] == document[part.first : part.first + part.tokens]
+            assert part.document_tokens == len(document)
+            at, seen = at + part.tokens, seen + 1
+        assert at == seq_len + 1
+    assert seen > tokens.num_sequences(seq_len) > 0
+
+
+def test_the_inspect_command(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(dataset), "--sequence", "0", "--seq_len", "60"]) == 0
+    output = capsys.readouterr().out
+    assert (
+        "--- train/chunk1/example_train_0.jsonl.zst line 1, tokens 0 to 9 of its 10 ---\nDocument 0 of file 0."
+        in output
+    )
+    assert "train_0.jsonl.zst line 2," in output
+    assert main(["inspect", str(dataset), "--sequence", "100000"]) == 2
+    assert "which has" in capsys.readouterr().err
+
+
+def test_stats_add_up(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    manifest = Manifest.load(dataset)
+    lengths = stats.document_lengths(dataset, manifest)
+    assert lengths is not None
+    assert lengths.histogram.sum() == manifest.documents
+    kept = [text for (_, n), text in TEXTS.items() if n % 7 != 3]
+    expected = [len(ids) + 1 for ids in load(LLAMA_MODEL).encode_batch(kept)]
+    assert (lengths.longest, lengths.percentiles[50]) == (max(expected), np.median(expected))
+    picture = tmp_path / "stats.png"
+    other = shutil.copytree(dataset, tmp_path / "other")
+    arguments = [str(dataset), str(other), "--weight", "7", "3", "--train_tokens", "1e6", "--picture", str(picture)]
+    assert main(["stats", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert f"{manifest.tokens:,}" in output
+    assert f"{0.7e6 / manifest.tokens:.2f}" in output
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert stats.epochs([100, 300], [7, 3], 1000) == [7.0, 1.0]
+    assert main(["stats", str(dataset), "--weight", "7", "3"]) == 2
+    assert "2 weights for 1 datasets" in capsys.readouterr().err
+    assert main(["stats", str(dataset), str(dataset)]) == 2
+    assert "is given twice" in capsys.readouterr().err
