@@ -8,6 +8,7 @@ Weights, optimizer state and reductions are fp32. With FSDP2, bf16 is the type t
 """
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -54,6 +55,7 @@ def launch(config: ParallelConfig, loggers: list[Logger]) -> Fabric:
         _alone_is_a_world_of_one()
     else:
         strategy = SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # a start without it is meant
     fabric = Fabric(
         accelerator=accelerator,
         strategy=strategy,
