@@ -1,0 +1,73 @@
+"""The array job on a real SLURM: the parts join to the bytes of a single run, whatever was cancelled on the way."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm
+from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
+from test_tokenizer import LLAMA_MODEL
+
+from data_prep.__main__ import main
+
+pytestmark = pytest.mark.skipif(not slurm.available(), reason="needs root and slurmctld, slurmd, slurm-client, munge")
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[slurm.Slurm]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    try:
+        with slurm.Slurm(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(cluster: slurm.Slurm, corpus: Path, out: Path, logs: Path, *more: str) -> str:  # noqa: F811
+    """Submit an array of three tasks."""
+    arguments = ["slimpajama", "--input", corpus, "--split", "train", "--tokenizer", LLAMA_MODEL, "--out", out]
+    where = [*more, "--array=1-3", "--cpus-per-task=1", "--mem-per-cpu=100M", f"--output={logs}/%a.log"]
+    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    environment = f"--export=ALL,PATH={path}"
+    done = cluster.run("sbatch", "--parsable", environment, *where, LAUNCH / "prepare.sbatch", *arguments, cwd=logs)
+    return done.stdout.strip()
+
+
+def test_an_array_makes_the_bytes_of_a_single_run(
+    cluster: slurm.Slurm,
+    corpus: Path,  # noqa: F811
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    job = submit(cluster, corpus, out, tmp_path, "--hold")
+    cluster.run("scancel", f"{job}_2")
+    cluster.run("scontrol", "release", job)
+    states = cluster.wait(job)
+    logs = {path.name: path.read_text() for path in tmp_path.glob("*.log")}
+    assert (states[f"{job}_1"], states[f"{job}_3"]) == ("COMPLETED", "COMPLETED"), logs
+    assert "2.log" not in logs
+    assert not (out / "manifest.json").exists()
+    assert main(["finish", str(out)]) == 2
+    missing = capsys.readouterr().err
+    assert "2 of 6 input files are not done: train/chunk1/example_train_2.jsonl.zst, train/chunk2/" in missing
+    again = submit(cluster, corpus, out, tmp_path)
+    assert set(cluster.wait(again).values()) == {"COMPLETED"}
+    assert "task 3 of 3 is done" in (tmp_path / "3.log").read_text()
+    assert main(["finish", str(out)]) == 0
+    assert_same_bytes(out, undisturbed)
+
+
+def test_a_single_job_is_told_to_be_an_array(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    small = ["--cpus-per-task=1", "--mem-per-cpu=100M", f"--output={log}"]
+    job = cluster.run("sbatch", "--parsable", *small, LAUNCH / "prepare.sbatch", "slimpajama").stdout.strip()
+    assert cluster.wait(job) == {job: "FAILED"}
+    assert "submit it with --array=1-N" in log.read_text()
+    assert os.access(LAUNCH / "prepare.sbatch", os.R_OK)
