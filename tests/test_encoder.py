@@ -2,6 +2,7 @@
 
 import json
 import random
+import string
 import sys
 from itertools import chain
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_long_documents_are_cut_often_and_exactly(fast: Encoder, monkeypatch: py
         fast.refuse_uncuttable("word " * 100 + "a" * 1000)
 
 
+def test_what_gigatoken_remembers_is_bounded(llama: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, limit = random.Random(0), 40 << 20
+    monkeypatch.setattr(encoder_module, "_WORDS_BYTES", limit)
+    monkeypatch.setattr(encoder_module, "_RENEW_CHARACTERS", 1 << 20)
+    encoder = Encoder(llama, "gigatoken")
+    start, highest = encoder_module._resident_bytes(), 0
+    original, calls = encoder._renew, []
+    monkeypatch.setattr(encoder, "_renew", lambda: calls.append(original()))
+    for _ in range(40):
+        words = ("".join(rng.choices(string.ascii_letters, k=12)) for _ in range(60_000))
+        encoder.encode([" ".join(words)])
+        highest = max(highest, encoder_module._resident_bytes() - start)
+    assert len(calls) >= 2, "the words would have taken some 200 MB"
+    assert highest < 4 * limit
+
+
 def test_literal_control_tokens_stay_text(fast: Encoder) -> None:
     for ids in split(fast.encode(CONTROLS)):
         assert not {0, 1, 2} & set(ids)
@@ -89,7 +106,8 @@ def test_a_difference_is_named_and_chosen_against(llama: Tokenizer, fast: Encode
     broken = Encoder(llama, "gigatoken")
     raw = json.loads(json.dumps(llama.raw))
     del raw["model"]["merges"][5000:5100]
-    broken._gigatoken = type(fast._gigatoken).from_json(json.dumps(encoder_module.without_controls(raw)))
+    broken._model = json.dumps(encoder_module.without_controls(raw)).encode()
+    broken._renew()
     text = library_texts()[0]
     with pytest.raises(Difference, match=r"gigatoken gives \[.*\] at token [\d,]+, sentencepiece gives \["):
         broken.check(text)
