@@ -10,6 +10,7 @@ there twice, but its words are, which flatters encoders that remember words by a
 import ast
 import hashlib
 import random
+import shutil
 import site
 import sysconfig
 from collections.abc import Iterator
@@ -47,6 +48,15 @@ def write(work: Path, prose: list[str], code: list[str], megabytes: float) -> di
     }
     (work / "corpus.json").write_bytes(orjson.dumps(sizes))
     return sizes
+
+
+def few(work: Path) -> Path:
+    """A folder like `work` with a few documents in each corpus and the same tokenizer."""
+    folder, texts = work / "few", [f"One of a few documents, number {n}.\n" for n in range(FILES)]
+    _write_prose(folder / "prose" / "train" / "chunk1", texts)
+    _write_code(folder / "code" / "python", texts)
+    shutil.copytree(work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    return folder
 
 
 def stretch(texts: list[str], megabytes: float) -> list[str]:

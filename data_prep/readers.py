@@ -159,19 +159,20 @@ def _blocks(path: Path, position: Position) -> Iterator[bytes]:
     except OSError:
         if codec is None or size > limit:
             raise
-        yield from _last_bytes(path, codec, size)
+        yield from _last_bytes(path, codec, size, position)
         raise
 
 
-def _last_bytes(path: Path, codec: str, start: int) -> Iterator[bytes]:
+def _last_bytes(path: Path, codec: str, start: int, position: Position) -> Iterator[bytes]:
     """What lies between `start` and the damage: a block that meets the damage is lost whole, single bytes are not."""
     tail = bytearray()
     try:
-        with _stream(path, codec) as (_, stream):
+        with _stream(path, codec) as (raw, stream):
             while start:
                 start -= len(stream.read(min(start, _BLOCK_BYTES)))
             while byte := stream.read(1):
                 tail += byte
+                position.bytes = raw.tell()
     except OSError:
         yield bytes(tail)
 

@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Load and check the model in `file`; raises ValueError as `load` does."""
         data = file.read_bytes()
         self.model = SentencePieceModel.parse(data, str(file))
-        self.raw = json.loads(to_huggingface(self.model).to_str())
+        self.raw = orjson.loads(to_huggingface(self.model).to_str())
         self._data = data
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}

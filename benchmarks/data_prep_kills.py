@@ -1,0 +1,158 @@
+"""Kill a preparation again and again, at random moments, and compare what it ends with byte for byte.
+
+    python benchmarks/data_prep_kills.py [--kills 100]
+
+One dataset after the other is made, each by as many runs as the kills let it take: SIGKILL to the whole process group, to
+one worker, or to the command; with 1 to 3 workers, or as an array of 2 or 3 tasks. The first dataset is made undisturbed.
+Result: benchmarks/results/data_prep_kills.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import orjson
+import zstandard
+
+RESULTS = Path(__file__).parent / "results" / "data_prep_kills.json"
+MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
+UNITS, DOCUMENTS = 24, 60
+
+
+def write_corpus(root: Path) -> None:
+    """SlimPajama's layout: files of different sizes, so that there is always something under way."""
+    rng = random.Random(0)
+    words = Path(orjson.__file__).parent.joinpath("__init__.pyi").read_text().split() + list("abcdefgh")
+    for unit in range(UNITS):
+        lines = []
+        for n in range(DOCUMENTS * (1 + unit % 4)):
+            subset = "RedPajamaGithub" if n % 9 == 0 else "RedPajamaC4"
+            text = " ".join(rng.choices(words, k=rng.randrange(2000)))
+            lines.append(orjson.dumps({"text": text, "meta": {"redpajama_set_name": subset}}))
+        path = root / f"train/chunk{unit % 3}/example_train_{unit}.jsonl.zst"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(zstandard.compress(b"\n".join(lines)))
+
+
+def command(root: Path, out: Path, *more: str) -> list[str]:
+    """A preparation by the reference, which is slow enough to be met in the middle of a file."""
+    words = [
+        "slimpajama",
+        "--input",
+        root,
+        "--split",
+        "train",
+        "--tokenizer",
+        MODEL,
+        "--out",
+        out,
+        "--encoder",
+        "reference",
+    ]
+    return [sys.executable, "-m", "data_prep", *map(str, words), *more]
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes below `pid`."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+def disturb(process: subprocess.Popen, victim: str, delay: float, rng: random.Random) -> bool:
+    """Kill after `delay` seconds; says whether there was something to kill."""
+    try:
+        process.wait(delay)
+        return False
+    except subprocess.TimeoutExpired:
+        pass
+    workers = workers_of(process.pid)
+    if victim == "worker" and workers:
+        try:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+    elif victim == "group":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+    return True
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """All files of a dataset."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the manifest is there, which is written last."""
+    return (out / "manifest.json").exists()
+
+
+def main() -> None:
+    """Kill, restart, compare, write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, kills, moments, datasets, differ = random.Random(args.seed), Counter[str](), Counter[str](), 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        write_corpus(root / "in")
+        start = time.monotonic()
+        subprocess.run(
+            command(root / "in", root / "undisturbed", "--workers", "2"), check=True, stdout=subprocess.DEVNULL
+        )
+        whole = time.monotonic() - start
+        expected = content(root / "undisturbed")
+        assert len(expected) > 3 * UNITS
+        while sum(kills.values()) < args.kills:
+            out = root / f"disturbed-{datasets}"
+            tasks = rng.choice((1, 1, 2, 3))
+            while not is_complete(out):
+                task = ["--task", f"{rng.randint(1, tasks)}/{tasks}"] if tasks > 1 else []
+                run = command(root / "in", out, "--workers", str(rng.randint(1, 3)), *task)
+                process = subprocess.Popen(
+                    run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                )
+                victim = rng.choice(("group", "worker", "command"))
+                before = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
+                if disturb(process, victim, rng.random() * whole * 1.2, rng):
+                    kills[victim] += 1
+                    done = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
+                    half = any(out.rglob("*.tmp")) if out.exists() else False
+                    moments[
+                        "in the middle of a file" if half else "between files" if done > before else "before the first"
+                    ] += 1
+                if tasks > 1:  # ends well only when all tasks are done
+                    subprocess.run([sys.executable, "-m", "data_prep", "finish", str(out)], capture_output=True)
+            datasets += 1
+            differ += content(out) != expected
+            print(f"{sum(kills.values()):4} kills, {datasets} datasets, {differ} differ", flush=True)
+    result = {
+        "kills": dict(sorted(kills.items())),
+        "kills_in_all": sum(kills.values()),
+        "moments": dict(sorted(moments.items())),
+        "datasets": datasets,
+        "datasets_that_differ": differ,
+        "files_compared_a_dataset": len(expected),
+        "seconds_of_an_undisturbed_run": round(whole, 1),
+        "seed": args.seed,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()

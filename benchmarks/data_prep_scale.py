@@ -1,0 +1,136 @@
+"""What does size cost? Twice the input, 60,000 small files, and a manifest of 60,000 shards.
+
+    python benchmarks/data_prep_scale.py [--work DIR with the corpus of data_prep_speed.py]
+
+The same files are prepared once, twice and four times over: the time on top of the start must double. The text of one
+file is then cut into 60,000 files: what they add is the cost of a file. Result: benchmarks/results/data_prep_scale.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import data_prep_corpus
+import zstandard
+
+from data_prep.readers import read_jsonl
+from data_prep.shard import TokenDataset
+
+RESULTS = Path(__file__).parent / "results" / "data_prep_scale.json"
+MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
+
+
+def prepare(source: Path, out: Path, *more: str) -> float:
+    """Seconds that a fresh command takes from its start to its end."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["slimpajama", "--input", str(source), "--split", "train", "--tokenizer", MODEL, "--out", str(out), *more]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "data_prep", *words], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def repeated(chunk: Path, root: Path, times: int) -> Path:
+    """The files of a chunk, so many times over, as links."""
+    for n in range(times):
+        target = root / f"x{times}" / "train" / f"chunk{n}"
+        target.mkdir(parents=True)
+        for file in chunk.iterdir():
+            os.link(file, target / file.name)
+    return root / f"x{times}"
+
+
+def linear(chunk: Path, root: Path, rounds: int) -> dict:
+    """Times of 0, 1, 2 and 4 times the input; 0 is one small file, which is the start."""
+    sources = {times: repeated(chunk, root, times) for times in (1, 2, 4)}
+    sources[0] = root / "x0"
+    (root / "x0/train/chunk0").mkdir(parents=True)
+    (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(b""))
+    line = b'{"text": "one", "meta": {"redpajama_set_name": "RedPajamaC4"}}\n'
+    (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(line))
+    seconds: dict[int, list[float]] = {times: [] for times in sorted(sources)}
+    for _ in range(rounds):
+        for times in seconds:
+            seconds[times].append(prepare(sources[times], root / "out"))
+    median = {times: statistics.median(taken) for times, taken in seconds.items()}
+    work = {times: median[times] - median[0] for times in (1, 2, 4)}
+    return {
+        "seconds": seconds,
+        "start_s": median[0],
+        "twice_the_input_takes_times": {"1 to 2": work[2] / work[1], "2 to 4": work[4] / work[2]},
+    }
+
+
+def small_files(root: Path, count: int) -> dict:
+    """One text in `count` files against the same text in 16 files."""
+    line = (
+        b'{"text": "%d: a short document, of which there are many.", "meta": {"redpajama_set_name": "RedPajamaC4"}}\n'
+    )
+    lines = [line % n for n in range(10 * count)]
+    for name, number in (("few", 16), ("many", count)):
+        for n in range(number):
+            path = root / name / "train" / f"chunk{n % 10}" / f"example_train_{n}.jsonl.zst"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(zstandard.compress(b"".join(lines[n::number])))
+    # Every first document of a file goes through the reference too; the check is not what is measured here.
+    few, many = (prepare(root / name, root / f"{name}-out", "--check_every", "0") for name in ("few", "many"))
+    restart = time.perf_counter()
+    again = [
+        "slimpajama",
+        "--input",
+        root / "many",
+        "--split",
+        "train",
+        "--tokenizer",
+        MODEL,
+        "--out",
+        root / "many-out",
+    ]
+    subprocess.run([sys.executable, "-m", "data_prep", *map(str, again)], check=True, stdout=subprocess.DEVNULL)
+    restart = time.perf_counter() - restart
+    start = time.perf_counter()
+    dataset = TokenDataset(root / "many-out")
+    opening = time.perf_counter() - start
+    assert len(dataset.manifest.shards) == count
+    return {
+        "files": count,
+        "seconds_in_16_files": few,
+        "seconds": many,
+        "added_s": many - few,
+        "run_again_with_nothing_to_do_s": restart,
+        "open_the_manifest_s": opening,
+    }
+
+
+def main() -> None:
+    """Measure and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder with the corpus, or for it; default: a temporary one")
+    parser.add_argument("--megabytes", type=float, default=100.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=int, default=60_000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
+        work = args.work or Path(temporary)
+        data_prep_corpus.make(work, args.megabytes)
+        chunk = work / "prose" / "train" / "chunk1"
+        assert next(read_jsonl(next(chunk.iterdir())))
+        result = {
+            "cores": len(os.sched_getaffinity(0)),
+            "linear": linear(chunk, Path(temporary) / "linear", args.rounds),
+            "small_files": small_files(Path(temporary) / "small", args.files),
+        }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
