@@ -53,6 +53,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, engine: str) -> None:
         """`engine` is "gigatoken", or "reference" for `tokenizer` itself."""
         self.tokenizer, self.engine = tokenizer, engine
+        self._characters = self._resident = 0
+        self._gigatoken: Any = None
         if engine == "gigatoken":
             self._model = orjson.dumps(without_controls(tokenizer.raw))
             self._renew()

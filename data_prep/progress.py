@@ -36,7 +36,7 @@ class Display:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task(self._label, total=self._bytes, figures="")
+            self._task = self._bar.add_task(self._label, total=1.0, figures="")
             self._bar.start()
         return self
 
@@ -44,14 +44,19 @@ class Display:
         """So many bytes have been read and tokens made by now, in all workers together."""
         self._bytes_done, self._tokens_done = bytes_done, tokens_done
         now = time.monotonic()
+        share = self._bytes_done / self._bytes if self._bytes else self._files_done / max(1, self._files)
         if self._bar is not None:
             if now - self._last_line >= SECONDS_A_FRAME:
                 self._last_line = now
-                self._bar.update(self._task, completed=self._bytes_done, figures=self._figures(now - self._start))
+                self._bar.update(self._task, completed=share, figures=self._figures(now - self._start))
         elif now - self._last_line >= SECONDS_A_LINE:
             self._last_line = now
-            left = (now - self._start) * (self._bytes - self._bytes_done) / max(1, self._bytes_done)
-            self._console.print(f"{self._label}: {self._figures(now - self._start)}, {left / 60:.0f} min left")
+            left = (
+                f"{(now - self._start) * (1 - share) / share / 60:.0f} min left"
+                if share
+                else "the time left is not known"
+            )
+            self._console.print(f"{self._label}: {self._figures(now - self._start)}, {left}")
 
     def file_done(self) -> None:
         """One more input file is done."""

@@ -20,6 +20,7 @@ from test_tokenizer import LLAMA_MODEL
 
 from data_prep import space
 from data_prep.budget import Budget
+from data_prep.encoder import Difference, Encoder
 from data_prep.folder import Folder
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
@@ -109,6 +110,29 @@ def test_parquet_faults_are_borne_and_counted(tmp_path: Path, capsys: pytest.Cap
         "c.parquet line 1: unreadable file",
     ):
         assert f"skipped python/{said}: " in error
+
+
+def test_a_difference_stops_the_work_and_names_the_document(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Encoder, text: str) -> None:
+        if text.startswith("Document 7."):
+            raise Difference("gigatoken gives [1] at token 0, sentencepiece gives [2]")
+
+    monkeypatch.setattr(Encoder, "check", check)
+    with pytest.raises(ValueError, match=r"train/chunk1/a\.jsonl\.zst line 8: gigatoken gives \[1\] at token 0"):
+        run(options(clean.parent / "in", tmp_path / "out", check_every=1))
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert not list(tmp_path.rglob("*.npy*"))
+
+
+def test_documents_are_checked_as_often_as_asked(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(Encoder, "check", lambda self, text: checked.append(text))
+    run(options(clean.parent / "in", tmp_path / "out", check_every=10))
+    assert len(set(checked)) == 30
+    run(options(clean.parent / "in", tmp_path / "none", check_every=0))
+    assert len(checked) == 30
 
 
 def test_a_mended_file_of_the_same_size_is_read_again(clean: Path, tmp_path: Path) -> None:
