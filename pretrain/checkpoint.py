@@ -1,7 +1,6 @@
-"""Checkpoints: save, commit, verify, find, load, prune.
+"""Checkpoints: what they are made of, and how they are found, verified and loaded. `saver` writes them.
 
-    save: all ranks write tensors ─> .staging-step-00005000/ ─> synced, hashed ─> manifest.json ─> rename ─> step-00005000/
-    load: committed folders, newest first ─> every file against the manifest ─> rank 0 chooses, all ranks follow
+    load: committed folders, newest first ─> every file against the manifest ─> the same one on all ranks ─> tensors
 
     step-00005000/
         tensors/         torch.distributed.checkpoint: "model.NAME", "optimizer.exp_avg.NAME", "optimizer.exp_avg_sq.NAME"
@@ -9,19 +8,19 @@
         manifest.json    size and sha256 of every other file, written last
 
 A folder without the right name and a manifest is not a checkpoint. What does not match its manifest is set aside under
-another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum.
+another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum, by
+an unpickler that knows what an index is made of.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from pretrain import ranks
+
 FORMAT = "cria-checkpoint"
 VERSION = 1
 _COMMITTED = re.compile(r"step-(\d{8,})")
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where a single process is meant
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -60,76 +63,22 @@ def _optimizer_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[st
     return state
 
 
-def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> Path:
-    """Write and commit the checkpoint of `step`; called by all ranks, returns when it is committed.
-
-    `state` goes into state.json as it is; the optimizer's update count is added.
-    """
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    staging = folder.with_name(f".staging-{folder.name}")
-    if _rank() == 0:
-        if staging.exists():
-            shutil.rmtree(staging)  # left by a save that was killed
-        (staging / "tensors").mkdir(parents=True)
-    _barrier()
-    tensors = tensors_of(model, optimizer)
-    # More than one writer thread can lose a full disk's error: save returns and shards are missing.
-    writer = dcp.FileSystemWriter(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
-    with _alone_is_meant():
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-    updates = int(next(iter(optimizer.state.values()))["step"].item())
-    if _rank() == 0:
-        _write_synced(staging / "state.json", json.dumps({**state, "updates": updates}, indent=1))
-    _barrier()
-    _commit(staging, folder, step)
-    return folder
-
-
-def _commit(staging: Path, folder: Path, step: int) -> None:
-    """Hash all files, each rank its share; then rank 0 writes the manifest and renames."""
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(staging)): _describe(path) for path in files[_rank() :: _world_size()]}
-    parts: list[Any] = [mine]
-    if dist.is_initialized():
-        parts = [None] * _world_size()
-        dist.all_gather_object(parts, mine)
-    if _rank() == 0:
-        described = {name: entry for part in parts for name, entry in part.items()}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": dict(sorted(described.items()))}
-        _write_synced(staging / "manifest.json", json.dumps(manifest, indent=1))
-        _sync_folder(staging / "tensors")
-        _sync_folder(staging)
-        if folder.exists():  # the same step saved before, by a run that was started again from an earlier one
-            _set_aside(folder, "replaced")
-        os.rename(staging, folder)
-        _sync_folder(folder.parent)
-    _barrier()
-
-
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` committed checkpoints; 0 keeps all. Called by rank 0 after a commit."""
-    for _, folder in _committed(run_dir)[keep_last:] if keep_last else []:
-        doomed = folder.with_name(f".deleting-{folder.name}")
-        os.rename(folder, doomed)  # half a folder must never look like a checkpoint
-        shutil.rmtree(doomed)
-
-
 def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, or None; the same on all ranks. Corrupt ones are set aside and named to `warn`."""
-    chosen: list[Path | None] = [None]
-    if _rank() == 0:
-        for _, folder in _committed(run_dir):
-            problem = verify(folder)
-            if problem is None:
-                chosen = [folder]
-                break
-            aside = _set_aside(folder, "corrupt")
+    """The newest checkpoint that is whole, or None; called by all ranks, the same for all.
+
+    The ranks share the work of reading every file. Corrupt checkpoints are named to `warn` and set aside, by rank 0.
+    """
+    for folder in ranks.broadcast([folder for _, folder in committed(run_dir)]):
+        problem = ranks.first_problem(verify(folder, share=(ranks.rank(), ranks.world_size())))
+        if problem is None:
+            return folder
+        if ranks.rank() == 0:
+            aside = set_aside(folder, "corrupt")
             warn(
-                f"checkpoint {folder.name} is corrupt ({problem}); it was set aside as {aside.name} and the one before is taken"
+                f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken"
             )
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+        ranks.barrier()
+    return None
 
 
 def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
@@ -138,34 +87,38 @@ def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
     Raises:
         FileNotFoundError: there is none, or none is whole.
     """
-    committed = [folder for _, folder in _committed(run_dir)]
-    for folder in committed:
+    folders = [folder for _, folder in committed(run_dir)]
+    for folder in folders:
         problem = verify(folder)
         if problem is None:
             return folder
         warn(f"checkpoint {folder.name} is corrupt ({problem}); the one before is taken")
-    found = f"{len(committed)} checkpoints and none is whole" if committed else "no checkpoint"
+    found = f"{len(folders)} checkpoints and none is whole" if folders else "no checkpoint"
     raise FileNotFoundError(f"{run_dir} has {found}; train it first: pretrain train --run_dir {run_dir} --config ...")
 
 
-def verify(folder: Path) -> str | None:
-    """Compare every file with the manifest. Returns None where all agree, else what is wrong, in a few words."""
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Compare the files with the manifest. Returns None where all agree, else what is wrong, in a few words.
+
+    `share`: (k, n) reads every n-th file from the k-th on; names and sizes are compared for all.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             return f"its manifest is {manifest['format']} version {manifest['version']}, not {FORMAT} version {VERSION}"
-        files = manifest["files"].items()
+        files = manifest["files"]
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
-        if missing := sorted(set(manifest["files"]) ^ present):
-            return f"{missing[0]} is missing or unknown"
-        for name, expected in files:
+        if unlike := sorted(set(files) ^ present):
+            return f"{unlike[0]} is missing or unknown"
+        for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
-            if _describe(folder / name) != expected:
+        for name in sorted(files)[share[0] :: share[1]]:
+            if describe(folder / name) != files[name]:
                 return f"{name} has another checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read: {error}"
+        return f"it cannot be read: {error}"
     return None
 
 
@@ -179,45 +132,79 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
 
     Called by all ranks. Any number of ranks can read what any other number wrote.
     """
-    tensors, reader = tensors_of(model, optimizer), dcp.FileSystemReader(folder / "tensors")
-    with _alone_is_meant():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    _read(folder, tensors_of(model, optimizer))
     state = read_state(folder)
     for parameter in model.parameters():
         optimizer.state[parameter]["step"].fill_(state["updates"])
     return state
 
 
+def load_into(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a verified checkpoint, and nothing else, into a model, sharded as it is; called by all ranks."""
+    _read(folder, {f"model.{name}": parameter.data for name, parameter in model.named_parameters()})
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a verified checkpoint, whole, on the CPU, under the model's parameter names. One process, no group."""
-    reader = dcp.FileSystemReader(folder / "tensors")
-    known = reader.read_metadata().state_dict_metadata
+    """All weights of a verified checkpoint, whole, on the CPU, under the model's parameter names. Without a process group."""
+    return {name.removeprefix("model."): t for name, t in load_tensors(folder).items() if name.startswith("model.")}
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a verified checkpoint, as `tensors_of` names them, whole, on the CPU. Without a process group."""
+    reader = _Reader(folder / "tensors")
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in known.items()
-        if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    with _alone_is_meant():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
-@contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    """Without DCP's warning that there is only one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    dcp.load(tensors, storage_reader=_Reader(folder / "tensors"), no_dist=not dist.is_initialized())
 
 
-def _committed(run_dir: Path) -> list[tuple[int, Path]]:
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, but its index, which is a pickle, may name only what an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises pickle.UnpicklingError for an index that names anything else."""
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    ALLOWED: ClassVar[dict[str, set[str]]] = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"a checkpoint's index names {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+def committed(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all committed checkpoints, newest first, by number."""
     folders = (run_dir / "checkpoints").glob("step-*")
     found = [(int(match[1]), folder) for folder in folders if (match := _COMMITTED.fullmatch(folder.name))]
     return sorted(found, reverse=True)
 
 
-def _set_aside(folder: Path, why: str) -> Path:
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder so that nobody takes it for a checkpoint; returns its new path. Nothing is deleted."""
     number = 1
     while (aside := folder.with_name(f"{why}-{folder.name}.{number}")).exists():
         number += 1
@@ -225,34 +212,7 @@ def _set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest: its size in bytes and its sha256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -13,6 +13,8 @@ the number of ranks is derived once, in `grad_accum_steps`.
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -58,10 +60,21 @@ class SourceConfig:
     """What the source is called in metrics and pictures, e.g. slimpajama."""
     train: str
     """Folder with the manifest of the training split (path)."""
-    weight: float = 1.0
-    """Share of this source in every step, relative to the other sources' weights (sequences to sequences; 7 and 3 is 7:3)."""
+    weight: float | None = None
+    """Share of this source in every step, relative to the other sources' weights (sequences to sequences; 7 and 3 is 7:3);
+    none, for all sources alike: by size, each sequence of all as often as any other."""
     validation: str | None = None
     """Folder with the manifest of the validation split (path); none: this source is not validated."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """From some step on, another mixture of the same sources."""
+
+    first_step: int
+    """The first step of the stage (steps, counted from 1)."""
+    weights: dict[str, float]
+    """Source's name -> its share relative to the others'; a source that is not named is not drawn from."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,10 @@ class DataConfig:
     """Tokens a sequence predicts, T; T + 1 are read."""
     sources: list[SourceConfig] = field(default_factory=list)
     """The mixture (list of name, weight, train, validation)."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
+    allow_change: bool = False
+    """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2
     """Loader processes a rank; 0 reads in the training process. The order of the data does not depend on it."""
 
@@ -88,6 +105,8 @@ class TrainConfig:
     """Sequences a rank takes in one forward. Changes memory and speed, not the run."""
     log_every: int = 10
     """A line of metrics every so many steps; each costs one device synchronisation (steps)."""
+    deterministic: bool = False
+    """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,10 @@ class CheckpointConfig:
     """Save every so many steps (steps); 0: only at the end."""
     keep_last: int = 3
     """Committed checkpoints to keep, newest first; 0: all of them."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good (steps); 0: none."""
+    in_background: bool = True
+    """Training goes on while a checkpoint is written; it waits only for a copy in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,10 @@ class Config:
     """Fixes the initial weights and the order of the data (whole number)."""
     logger: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     """Where metrics go besides metrics.jsonl. wandb takes its key from the environment and works offline."""
+    resume: str | None = None
+    """A committed checkpoint to go on from (path); none: the newest whole one in run_dir, if there is one."""
+    init_from: str | None = None
+    """Weights to begin a new run with: a checkpoint of Cria's or a Hugging Face folder (path). Only the weights are taken."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -216,6 +243,7 @@ def check(config: Config) -> None:
         "validation.every_steps": config.validation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
     }
     problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if value < 0]
     if config.data.seq_len > config.model.max_position_embeddings:
@@ -255,10 +283,30 @@ def _check_data(data: DataConfig) -> list[str]:
         f"data.sources has {name!r} twice; names must differ" for name in sorted(set(names)) if names.count(name) > 1
     ]
     for source in data.sources:
-        if not source.weight > 0:
-            problems.append(f"data.sources: weight of {source.name} is {source.weight}; it must be above 0")
+        if source.weight is not None and not (isfinite(source.weight) and source.weight > 0):
+            problems.append(f"data.sources: weight of {source.name} is {source.weight}; it must be a number above 0")
         if not source.name or set(source.name) & set("/ \t\n"):
             problems.append(f"data.sources: {source.name!r} cannot be a name; use letters without spaces or slashes")
+    weighted = [source.name for source in data.sources if source.weight is not None]
+    if weighted and len(weighted) < len(names):
+        problems.append(
+            f"data.sources: {', '.join(weighted)} have a weight and the others none; give all of them one, or none"
+        )
+    return problems + _check_stages(data.stages, names)
+
+
+def _check_stages(stages: list[StageConfig], names: list[str]) -> list[str]:
+    problems = []
+    steps = [1, *(stage.first_step for stage in stages)]
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        problems.append(f"data.stages: first_step must rise from above 1; they are {steps[1:]}")
+    for stage in stages:
+        if unknown := sorted(set(stage.weights) - set(names)):
+            problems.append(f"data.stages: {unknown[0]!r} at step {stage.first_step} is not one of the sources {names}")
+        if not stage.weights or not all(isfinite(w) and w > 0 for w in stage.weights.values()):
+            problems.append(
+                f"data.stages: the weights at step {stage.first_step} must be numbers above 0; leave a source out for 0"
+            )
     return problems
 
 

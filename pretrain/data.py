@@ -12,11 +12,10 @@ and a run that starts at step 1,000,000 starts at once.
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -33,7 +32,6 @@ class Source:
     """One dataset of the mixture, opened."""
 
     name: str
-    weight: Fraction
     train: TokenDataset
     validation: TokenDataset | None
 
@@ -50,8 +48,7 @@ def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
     for entry in config.sources:
         train = _open(entry.train, config.seq_len, vocab_size)
         validation = None if entry.validation is None else _open(entry.validation, config.seq_len, vocab_size)
-        # The weight's decimal digits are meant, not the nearest binary fraction: 0.7 and 0.3 are 7 and 3.
-        sources.append(Source(entry.name, Fraction(str(entry.weight)), train, validation))
+        sources.append(Source(entry.name, train, validation))
     first = sources[0].train
     for dataset in (d for s in sources for d in (s.train, s.validation) if d is not None):
         _check_same_tokens(first, dataset)
@@ -89,40 +86,60 @@ def _check_same_tokens(first: TokenDataset, other: TokenDataset) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Steps from `first_step` on share their slots by `shares`, one a source, which sum to 1; 0 leaves a source out."""
+
+    first_step: int
+    shares: tuple[Fraction, ...]
+
+
 class Mixture:
     """The order of the data: step -> sequences, a pure function.
 
-    Source s gets slots by its weight: after k steps it has had round(W_s k G) - round(W_(s-1) k G) of the k G slots, W being
-    the running sum of the weights' shares. So the shares are exact in every step (floor or ceiling for two sources), and no
-    source is ever more than one sequence from its due. Its j-th slot ever holds sequence p_e(j mod n), e = j div n: epoch e
-    is a permutation p_e of all its n sequences.
+    Source s gets slots by its share: k steps into a stage it has had round(W_s k G) - round(W_(s-1) k G) of their k G slots,
+    W being the running sum of the shares. So the shares are exact in every step (floor or ceiling for two sources), and in
+    no stage is a source ever more than one sequence from its due. Its j-th slot ever holds sequence p_e(j mod n), e = j div n:
+    epoch e is a permutation p_e of all its n sequences.
     """
 
-    def __init__(self, lengths: list[int], weights: list[Fraction], keys: list[str], global_batch_size: int):
+    def __init__(self, lengths: list[int], stages: list[Stage], keys: list[str], global_batch_size: int):
         """`lengths`: sequences of each source; `keys`: what each source's permutations are derived from, with the seed.
 
         Raises:
             ValueError: a source is due less than one sequence a step.
         """
-        total = sum(weights, Fraction(0))
-        self.shares = [weight / total for weight in weights]
         self.lengths = lengths
+        self.stages = stages
         self.global_batch_size = global_batch_size
-        for number, share in enumerate(self.shares):
-            if share * global_batch_size < 1:
-                raise ValueError(
-                    f"source {number} of the mixture is due {float(share * global_batch_size):.3f} sequences a step; it must "
-                    f"be at least 1: raise its weight, or train.global_batch_size from {global_batch_size} to at "
-                    f"least {ceil(1 / share)}"
-                )
-        self._bounds = [sum(self.shares[: s + 1], Fraction(0)) for s in range(len(self.shares))]
+        for stage in stages:
+            for number, share in enumerate(stage.shares):
+                if 0 < share * global_batch_size < 1:
+                    raise ValueError(
+                        f"source {number} of the mixture is due {float(share * global_batch_size):.3f} sequences a step from "
+                        f"step {stage.first_step} on; it must be at least 1: raise its weight, or train.global_batch_size "
+                        f"from {global_batch_size} to at least {ceil(1 / share)}"
+                    )
         self._keys = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
+
+    def shares_at(self, step: int) -> tuple[Fraction, ...]:
+        """Each source's share of the slots in step `step`, counted from 1."""
+        return next(stage.shares for stage in reversed(self.stages) if stage.first_step <= step)
 
     def drawn(self, steps: int) -> list[int]:
         """Sequences taken from each source in the first `steps` steps together."""
-        slots = steps * self.global_batch_size
-        rounded = [0] + [int(bound * slots + Fraction(1, 2)) for bound in self._bounds]
-        return [after - before for before, after in pairwise(rounded)]
+        total = [0] * len(self.lengths)
+        ends = [stage.first_step - 1 for stage in self.stages[1:]]
+        for stage, end in zip(self.stages, [*ends, steps]):
+            slots = max(0, min(end, steps) - stage.first_step + 1) * self.global_batch_size
+            due, before = Fraction(0), 0
+            for s, share in enumerate(stage.shares):
+                if share:
+                    due += share
+                    rounded = int(due * slots + Fraction(1, 2))
+                    total[s] += rounded - before
+                    before = rounded
+        return total
 
     def sequences(self, step: int, slots: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What stands in the given slots of step `step`, counted from 1.
@@ -183,18 +200,28 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def make_mixture(sources: list[Source], seq_len: int, seed: int, global_batch_size: int) -> Mixture:
+def make_mixture(sources: list[Source], config: DataConfig, seed: int, global_batch_size: int) -> Mixture:
     """The order over opened sources. The permutations hang on the seed and on what the shards hold, not on paths or names."""
-    return Mixture(
-        lengths=[source.train.num_sequences(seq_len) for source in sources],
-        weights=[source.weight for source in sources],
-        keys=[f"{seed}:{source.train.manifest.fingerprint}" for source in sources],
-        global_batch_size=global_batch_size,
-    )
+    lengths = [source.train.num_sequences(config.seq_len) for source in sources]
+    base = {
+        entry.name: length if entry.weight is None else entry.weight for entry, length in zip(config.sources, lengths)
+    }
+    stages = [
+        Stage(1, _shares(base, sources)),
+        *(Stage(s.first_step, _shares(s.weights, sources)) for s in config.stages),
+    ]
+    keys = [f"{seed}:{source.train.manifest.fingerprint}" for source in sources]
+    return Mixture(lengths, stages, keys, global_batch_size)
+
+
+def _shares(weights: Mapping[str, float], sources: list[Source]) -> tuple[Fraction, ...]:
+    # A weight's decimal digits are meant, not the nearest binary fraction: 0.7 and 0.3 are 7 and 3.
+    exact = [Fraction(str(weights.get(source.name, 0))) for source in sources]
+    return tuple(weight / sum(exact, Fraction(0)) for weight in exact)
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[torch.Tensor]):
+class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
     """One rank's micro-batches: item m is micro-step m mod grad_accum_steps of step m div grad_accum_steps + 1."""
 
     sources: list[Source]
@@ -209,8 +236,8 @@ class MicroBatches(Dataset[torch.Tensor]):
         """Items that make up a step."""
         return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def __getitem__(self, item: int) -> torch.Tensor:
-        """A micro-batch, (B, T + 1) int64."""
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
         step, micro_step = divmod(item, self.grad_accum_steps)
         first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
         source, _, sequence = self.mixture.sequences(step + 1, slice(first, first + self.micro_batch_size))
@@ -218,7 +245,17 @@ class MicroBatches(Dataset[torch.Tensor]):
         for s in np.unique(source):
             mine = source == s
             batch[mine] = self.sources[s].train.sequences(sequence[mine], self.seq_len)
-        return torch.from_numpy(batch)
+        return torch.from_numpy(batch), fingerprint(batch)
+
+
+def fingerprint(batch: np.ndarray) -> int:
+    """A number that says which sequences a batch holds, in any order: fingerprints of its parts add up to its own.
+
+    batch: (B, T + 1) int64. The sum of the rows' 63-bit hashes, modulo 2^63. Over the ranks and micro-steps of a step it does
+    not depend on how they divide it.
+    """
+    digests = (hashlib.sha256(row).digest() for row in batch.astype(np.uint32))
+    return sum(int.from_bytes(digest[:8], "little") for digest in digests) % 2**63
 
 
 def train_loader(

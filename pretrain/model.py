@@ -180,7 +180,14 @@ def _fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     whole = torch.empty(parameter.shape, device=parameter.device).normal_(std=std, generator=generator)
-    if isinstance(parameter, DTensor):  # one parameter at a time is whole, then this rank's part of it stays
+    fill(parameter, whole)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, the same on all ranks, into a parameter; of a sharded one, each rank keeps its part."""
+    if isinstance(parameter, DTensor):
+        whole = whole.to(parameter.device)
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(whole)
 

@@ -28,12 +28,15 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After so long a collective gives up on a rank that does not answer."""
 
 
-def launch(config: ParallelConfig, loggers: list[Logger]) -> Fabric:
-    """Join the processes that torchrun started, or run alone.
+def launch(config: ParallelConfig, loggers: list[Logger], deterministic: bool = False) -> Fabric:
+    """Join the processes that torchrun started, or run alone; `deterministic`: the same bits every time, on a GPU too.
 
     Raises:
         ValueError: the accelerator is not there, or the strategy does not fit the number of ranks.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
@@ -130,26 +133,6 @@ def reduce_gradients_after(model: nn.Module, last: bool) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside Fabric's wrapper."""
     return getattr(model, "module", model)
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; the tensor as it is where there is one process."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Maximum over all ranks, in place; the tensor as it is where there is one process."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def leave() -> None:

@@ -6,7 +6,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from pretrain import data, parallel
+from pretrain import data, ranks
 from pretrain.config import ValidationConfig
 from pretrain.ops import IGNORE_INDEX
 
@@ -37,17 +37,17 @@ def losses(
             targets[max(counted, 1) :] = IGNORE_INDEX  # a rank with nothing left goes along, and counts for nothing
             loss = model(batch[:, :-1], targets).double()
             total += torch.stack((loss * counted, torch.full_like(loss, counted)))
-        loss_sum, sequences = parallel.all_reduce_sum(total).tolist()
+        loss_sum, sequences = ranks.all_reduce_sum(total).tolist()
         result[source.name] = loss_sum / sequences
     return result
 
 
 def describe_sources(
-    sources: list[data.Source], mixture: data.Mixture, seq_len: int, config: ValidationConfig
+    sources: list[data.Source], mixture: data.Mixture, step: int, seq_len: int, config: ValidationConfig
 ) -> dict[str, dict[str, Any]]:
     """What the run's first line of metrics says of each source: share, sizes, and the entropy that a model must beat."""
     described = {}
-    for source, share in zip(sources, mixture.shares):
+    for source, share in zip(sources, mixture.shares_at(step)):
         entropy = None
         if source.validation is not None and config.every_steps > 0:
             entropy = data.unigram_entropy(source.validation, seq_len, config.max_sequences)

@@ -1,15 +1,19 @@
 """A checkpoint is whole or it is not one: damage is found, set aside, and the one before is taken."""
 
 import json
+import os
+import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_MODEL
 
-from pretrain import checkpoint
-from pretrain.config import ModelConfig, OptimConfig
+from pretrain import checkpoint, saver
+from pretrain.config import CheckpointConfig, ModelConfig, OptimConfig
+from pretrain.lock import lock
 from pretrain.model import Llama
 from pretrain.optim import make_optimizer
 
@@ -27,6 +31,12 @@ def make_state(seed: int) -> tuple[Llama, torch.optim.AdamW]:
     return model, optimizer
 
 
+def save(run_dir: Path, step: int, model: Llama, optimizer: torch.optim.AdamW, **state: object) -> None:
+    writer = saver.Saver(run_dir, CheckpointConfig(keep_last=0), say=lambda line: None)
+    writer.save(step, model, optimizer, {"step": step, **state})
+    writer.close()
+
+
 def snapshot(model: Llama, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(model, optimizer).items()}
 
@@ -35,7 +45,7 @@ def snapshot(model: Llama, optimizer: torch.optim.AdamW) -> dict[str, torch.Tens
 def run_dir(tmp_path: Path) -> Path:
     """A run with checkpoints of steps 5 and 10."""
     for step in (5, 10):
-        checkpoint.save(tmp_path, step, *make_state(step), {"step": step, "note": "kept"})
+        save(tmp_path, step, *make_state(step), note="kept")
     return tmp_path
 
 
@@ -107,28 +117,30 @@ def test_what_is_not_committed_is_not_looked_at(run_dir: Path) -> None:
     shutil.copytree(folders / "step-00000010", folders / ".staging-step-00000015")
     shutil.copytree(folders / "step-00000010", folders / ".deleting-step-00000020")
     assert checkpoint.find(run_dir, pytest.fail) == folders / "step-00000010"
-    checkpoint.save(run_dir, 15, *make_state(15), {"step": 15})
+    save(run_dir, 15, *make_state(15))
     assert checkpoint.find(run_dir, pytest.fail) == folders / "step-00000015"
     assert not (folders / ".staging-step-00000015").exists()
 
 
 def test_the_newest_is_the_largest_number(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 960_000):
-        checkpoint.save(tmp_path, step, *make_state(1), {"step": step})
+        save(tmp_path, step, *make_state(1))
     assert checkpoint.find(tmp_path, pytest.fail).name == "step-100000000"
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        checkpoint.save(tmp_path, step, *make_state(1), {"step": step})
-    checkpoint.prune(tmp_path, keep_last=0)
+        save(tmp_path, step, *make_state(1))
+    saver.prune(tmp_path, CheckpointConfig(keep_last=0))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    checkpoint.prune(tmp_path, keep_last=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    saver.prune(tmp_path, CheckpointConfig(keep_last=1, keep_every=2))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    saver.prune(tmp_path, CheckpointConfig(keep_last=1))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004"]
 
 
 def test_a_step_saved_again_replaces_and_keeps_the_old_one(run_dir: Path) -> None:
-    checkpoint.save(run_dir, 10, *make_state(77), {"step": 10})
+    save(run_dir, 10, *make_state(77))
     folders = run_dir / "checkpoints"
     assert sorted(p.name for p in folders.iterdir()) == ["replaced-step-00000010.1", "step-00000005", "step-00000010"]
     assert checkpoint.verify(folders / "step-00000010") is None
@@ -149,3 +161,101 @@ def test_a_run_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, pytest.fail) is None
     with pytest.raises(FileNotFoundError, match="pretrain train"):
         checkpoint.latest(tmp_path, pytest.fail)
+
+
+def test_an_index_that_names_anything_else_is_not_opened(run_dir: Path) -> None:
+    """DCP's index is a pickle; a crafted one whose checksum was adjusted still runs nothing."""
+    folder = run_dir / "checkpoints" / "step-00000010"
+    (folder / "tensors" / ".metadata").write_bytes(pickle.dumps(Harmful(run_dir / "harmed")))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["tensors/.metadata"] = checkpoint.describe(folder / "tensors" / ".metadata")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.verify(folder) is None
+    with pytest.raises(pickle.UnpicklingError, match="has no place there"):
+        checkpoint.load_weights(folder)
+    assert not (run_dir / "harmed").exists()
+    pickle.loads((folder / "tensors" / ".metadata").read_bytes())
+    assert (run_dir / "harmed").exists(), "the pickle was harmless anyway"
+
+
+class Harmful:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is the state at the call, though the weights change before the writing has begun."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = saver.Saver._write_tensors
+
+    def slow_write(self: saver.Saver, *args: object) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        write(self, *args)
+
+    monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
+    model, optimizer = make_state(3)
+    expected = snapshot(model, optimizer)
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    writer.save(7, model, optimizer, {"step": 7})
+    assert begun.wait(30)
+    assert checkpoint.committed(tmp_path) == []
+    with torch.no_grad():
+        for tensor in checkpoint.tensors_of(model, optimizer).values():
+            tensor.zero_()
+    go_on.set()
+    writer.close()
+    saved = checkpoint.load_tensors(tmp_path / "checkpoints" / "step-00000007")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    writer = saver.Saver(tmp_path, CheckpointConfig(), said.append)
+    model, optimizer = make_state(3)
+    writer.save(5, model, optimizer, {"step": 5})
+    assert writer.wait() is None
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.shutil, "disk_usage", lambda path: nearly_full)
+        writer.save(10, model, optimizer, {"step": 10})
+        assert "0.00 GiB free" in str(writer.wait())
+    assert "step 10: NOT saved, training goes on" in said[-1]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    writer.save(15, model, optimizer, {"step": 15})
+    writer.close()
+    assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000015"
+
+
+@pytest.mark.parametrize("failing", ["_write_tensors", "_commit", "_make_room"])
+def test_a_failed_write_commits_nothing_and_the_run_is_told_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    model, optimizer = make_state(3)
+    writer.save(5, model, optimizer, {"step": 5})
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer.wait()
+    monkeypatch.setattr(saver.Saver, failing, fail)
+    writer.save(10, model, optimizer, {"step": 10})
+    with pytest.raises(OSError, match=r"not saved: .*No space left"):
+        writer.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000005"
+
+
+def test_a_second_job_on_a_run_folder_is_refused_and_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on .* is writing into"):
+        lock(tmp_path)
+    held.close()
+    lock(tmp_path).close()

@@ -17,7 +17,11 @@ from pretrain.config import DataConfig, SourceConfig
 
 def make_mixture(lengths: list[int], weights: list[int], batch: int, seed: int = 1) -> data.Mixture:
     keys = [f"{seed}:{s}" for s in range(len(lengths))]
-    return data.Mixture(lengths, [Fraction(w) for w in weights], keys, batch)
+    return data.Mixture(lengths, [data.Stage(1, shares(weights))], keys, batch)
+
+
+def shares(weights: list[int]) -> tuple[Fraction, ...]:
+    return tuple(Fraction(w, sum(weights)) for w in weights)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,10 +75,46 @@ def test_seven_to_three_is_716_or_717_of_1024_in_every_step() -> None:
 def test_decimal_weights_are_taken_by_their_digits(datasets: Path) -> None:
     def drawn(a: float, b: float) -> list[int]:
         entries = [SourceConfig(n, str(datasets / n / "train"), w) for n, w in (("a", a), ("b", b))]
-        sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
-        return data.make_mixture(sources, 32, 1, 5).drawn(123_457)
+        config = DataConfig(seq_len=32, sources=entries)
+        return data.make_mixture(data.open_sources(config, 320), config, 1, 5).drawn(123_457)
 
     assert drawn(0.7, 0.3) == drawn(7, 3) == drawn(70, 30)
+
+
+def test_stages_change_the_mixture_and_stay_a_pure_function() -> None:
+    """Three sources: the third is warmed in at step 11, the first leaves at step 21; shares stay exact, epochs go on."""
+    weights = {1: [7, 3, 0], 11: [6, 3, 1], 21: [0, 1, 1]}
+    stages = [data.Stage(first, shares(w)) for first, w in weights.items()]
+    lengths, batch = [300, 150, 40], 30
+    mixture = data.Mixture(lengths, stages, ["a", "b", "c"], batch)
+    due = [Fraction(0)] * 3
+    sequences: list[list[tuple[int, int]]] = [[], [], []]
+    for step in range(1, 31):
+        now = shares(weights[max(first for first in weights if first <= step)])
+        due = [d + share * batch for d, share in zip(due, now)]
+        assert all(abs(taken - d) <= 3 for taken, d in zip(mixture.drawn(step), due))
+        source, epoch, sequence = mixture.sequences(step)
+        for s in range(3):
+            count = int((source == s).sum())
+            assert abs(count - now[s] * batch) < 2
+            assert count > 0 or now[s] == 0
+            sequences[s] += zip(epoch[source == s].tolist(), sequence[source == s].tolist())
+    for s, length in enumerate(lengths):
+        drawn = sequences[s]
+        assert len(drawn) == mixture.drawn(30)[s] == len(set(drawn)), "a sequence twice in an epoch"
+        epochs = [epoch for epoch, _ in drawn]
+        assert epochs == sorted(epochs)
+        assert epochs[-1] == (len(drawn) - 1) // length
+    first = data.Mixture(lengths, stages[:1], ["a", "b", "c"], batch)
+    assert all(np.array_equal(a, b) for a, b in zip(first.sequences(10), mixture.sequences(10))), "earlier steps stay"
+
+
+def test_without_weights_each_sequence_is_as_likely(datasets: Path) -> None:
+    config = DataConfig(seq_len=32, sources=[SourceConfig(n, str(datasets / n / "train")) for n in "ab"])
+    sources = data.open_sources(config, 320)
+    lengths = [source.train.num_sequences(32) for source in sources]
+    assert lengths[0] != lengths[1]
+    assert data.make_mixture(sources, config, 1, 64).drawn(sum(lengths)) == [64 * length for length in lengths]
 
 
 def test_every_sequence_once_an_epoch() -> None:
@@ -111,21 +151,28 @@ def test_any_step_is_reached_at_once_and_alike() -> None:
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (2, 3), (4, 2), (1, 4), (8, 3)])
 def test_ranks_and_micro_batches_only_divide_a_step(datasets: Path, world_size: int, micro_batch: int) -> None:
     entries = [SourceConfig(n, str(datasets / n / "train"), w) for n, w in (("a", 7.0), ("b", 3.0))]
-    sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
-    mixture = data.make_mixture(sources, 32, 5, 24)
+    config = DataConfig(seq_len=32, sources=entries)
+    sources = data.open_sources(config, 320)
+    mixture = data.make_mixture(sources, config, 5, 24)
     source, _, sequence = mixture.sequences(3)
     expected = Counter(
         sources[s].train.sequences(np.array([i]), 32).tobytes() for s, i in zip(source.tolist(), sequence.tolist())
     )
     got: Counter[bytes] = Counter()
+    fingerprints = 0
     for rank in range(world_size):
         batches = data.MicroBatches(sources, mixture, 32, micro_batch, rank, world_size)
         a = batches.grad_accum_steps
         for item in range(2 * a, 3 * a):
-            batch = batches[item]
+            batch, part = batches[item]
+            fingerprints += part
             assert batch.shape == (micro_batch, 33)
             got.update(row.tobytes() for row in batch.numpy())
     assert got == expected
+    whole, fingerprint = data.MicroBatches(sources, mixture, 32, 24, 0, 1)[2]
+    assert fingerprints % 2**63 == fingerprint
+    assert data.fingerprint(whole.numpy()[::-1]) == fingerprint
+    assert data.fingerprint(np.roll(whole.numpy(), 1)) != fingerprint
 
 
 def test_every_micro_batch_sees_the_mixture() -> None:
@@ -137,11 +184,12 @@ def test_every_micro_batch_sees_the_mixture() -> None:
 
 def test_workers_do_not_change_the_order(datasets: Path) -> None:
     entries = [SourceConfig("a", str(datasets / "a" / "train"))]
-    sources = data.open_sources(DataConfig(seq_len=32, sources=entries), 320)
-    batches = data.MicroBatches(sources, data.make_mixture(sources, 32, 5, 8), 32, 4, 0, 1)
+    config = DataConfig(seq_len=32, sources=entries)
+    sources = data.open_sources(config, 320)
+    batches = data.MicroBatches(sources, data.make_mixture(sources, config, 5, 8), 32, 4, 0, 1)
 
     def read(workers: int, first: int) -> list[bytes]:
-        return [batch.numpy().tobytes() for batch in data.train_loader(batches, first, 9, workers, pin=False)]
+        return [batch.numpy().tobytes() for batch, _ in data.train_loader(batches, first, 9, workers, pin=False)]
 
     straight = read(0, 1)
     assert len(straight) == 18
@@ -175,7 +223,7 @@ def test_unigram_entropy_of_known_tokens(tmp_path: Path) -> None:
 
 
 def open_two(a: Path, b: Path, seq_len: int = 32, vocab_size: int = 320) -> None:
-    data.open_sources(DataConfig(seq_len, [SourceConfig("a", str(a)), SourceConfig("b", str(b))]), vocab_size)
+    data.open_sources(DataConfig(seq_len, sources=[SourceConfig("a", str(a)), SourceConfig("b", str(b))]), vocab_size)
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(datasets: Path, tmp_path: Path) -> None:

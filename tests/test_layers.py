@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"cli", "folder", "history", "progress"},
+    {"cli", "folder", "history", "lock", "progress", "ranks"},
     {"config"},
     {"ops", "optim", "data", "metrics", "pictures", "page"},
     {"model", "checkpoint"},
-    {"parallel", "hf"},
+    {"parallel", "hf", "saver"},
     {"validation"},
     {"trainer"},
+    {"preparation"},
     {"train", "report", "export", "generate"},
     {"__main__"},
 ]

@@ -20,7 +20,7 @@ from conftest import pretrain, tiny_config, write_config, write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import config, data, trainer
+from pretrain import config, data, preparation, trainer
 from pretrain.__main__ import main
 from pretrain.progress import Display
 
@@ -32,7 +32,10 @@ def records(run_dir: Path, kind: str) -> dict[int, dict]:
 
 def trajectory(run_dir: Path) -> list[tuple]:
     """What must not change: exact floats of every step, and of every validation."""
-    steps = [(step, r["loss"], r["grad_norm"], r["lr"]) for step, r in sorted(records(run_dir, "train").items())]
+    steps = [
+        (step, r["data_hash"], r["loss"], r["grad_norm"], r["lr"])
+        for step, r in sorted(records(run_dir, "train").items())
+    ]
     return steps + [(step, r["losses"]) for step, r in sorted(records(run_dir, "validation").items())]
 
 
@@ -263,7 +266,11 @@ def test_help_explains_every_field_with_its_unit() -> None:
     printed = "".join(pretrain("train", "--help").stdout.split())
     tree = ast.parse(inspect.getsource(config))
     fields = 0
-    for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "SourceConfig"):
+    for section in (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name not in ("SourceConfig", "StageConfig")
+    ):
         for field, doc in itertools.pairwise(section.body):
             if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
                 continue
@@ -293,7 +300,7 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
             return function(*args, **(kwargs or {}))
 
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
-    run = trainer.prepare(config.load(config_file))
+    run = preparation.prepare(config.load(config_file))
     micro_batches = iter(
         data.train_loader(data.MicroBatches(run.sources, run.mixture, 32, 2, 0, 1), 1, 9, 0, pin=False)
     )
@@ -301,7 +308,7 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
     trainer.optimizer_step(run, micro_batches)  # AdamW makes its state in the first step
     with Operators():
         for _ in range(3):
-            loss, grad_norm = trainer.optimizer_step(run, micro_batches)
+            result = trainer.optimizer_step(run, micro_batches)
     assert seen["aten._fused_adamw_.default"] == 3 * 2, "the operators of the step were not seen"
     waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "_to_cpu")
     assert not [name for name in seen if any(word in name for word in waits)]
@@ -311,10 +318,10 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or tolist(tensor))
     seen.clear()
     with Operators():
-        trainer._log_step(run, Display(20, 4, show=False), loss, grad_norm)
+        trainer._log_step(run, Display(20, 4, show=False), result)
     assert transfers == [(3,)]
     assert "aten._local_scalar_dense.default" not in seen
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] == loss.item()
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] == result.loss.item()
 
 
 def test_tensorboard_gets_the_numbers(datasets: Path, tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""How a run begins, or goes on: everything that can be wrong is found here, before the first step.
+
+Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─> newest whole checkpoint? same run?
+─> model on its devices, optimizer ─> checkpoint, or --init_from, or the first weights ─> Run
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from data_prep.shard import TOKENIZER_DIR
+from pretrain import checkpoint, config, data, hf, metrics, parallel, ranks
+from pretrain.lock import lock
+from pretrain.model import Llama, fill, num_parameters
+from pretrain.optim import make_optimizer
+from pretrain.trainer import Run
+
+
+def prepare(settings: config.Config) -> Run:
+    """Open the data, build the model, and load the checkpoint that the run goes on from, if there is one.
+
+    Raises:
+        ValueError, OSError: something that the user can mend, in one line.
+    """
+    sources = data.open_sources(settings.data, settings.model.vocab_size)
+    mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+    fabric = parallel.launch(settings.parallel, metrics.make_loggers(settings), settings.train.deterministic)
+    accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
+    with ExitStack() as on_failure:
+        on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
+        run = _build(settings, fabric, sources, mixture, accumulate)
+        run.at_end = on_failure.pop_all()
+    return run
+
+
+def _build(
+    settings: config.Config, fabric: Fabric, sources: list[data.Source], mixture: data.Mixture, accumulate: int
+) -> Run:
+    """The model and the optimizer, as they are before the next step."""
+    run_dir = Path(settings.run_dir)
+    facts = {"model": asdict(settings.model), "data": _data_facts(settings, sources, mixture)}
+    found = _choose_checkpoint(run_dir, settings, facts, say=fabric.print)
+    if fabric.is_global_zero:
+        config.write(settings, run_dir / "config.yaml")
+        shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
+
+    model = parallel.build(fabric, settings.model, settings.parallel, settings.seed)
+    optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
+    step, skipped_steps = 0, torch.zeros((), device=fabric.device)
+    if found is not None:
+        state = checkpoint.load(found, parallel.unwrap(model), optimizer)
+        step = state["step"]
+        skipped_steps += step - state["updates"]
+    elif settings.init_from is not None:
+        _init_from(Path(settings.init_from), parallel.unwrap(model), settings.model)
+    return Run(
+        config=settings,
+        run_dir=run_dir,
+        fabric=fabric,
+        model=model,
+        optimizer=optimizer,
+        sources=sources,
+        mixture=mixture,
+        grad_accum_steps=accumulate,
+        facts=facts,
+        flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, *num_parameters(settings.model)),
+        log=metrics.MetricsLog(run_dir, fabric),
+        clock=metrics.Clock(fabric.device),
+        step=step,
+        skipped_steps=skipped_steps,
+    )
+
+
+@contextmanager
+def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
+    """Make the run's folder and lock it, so that no other job writes into it; where that fails, all ranks fail alike."""
+    problem, held = None, None
+    if fabric.is_global_zero:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held = lock(run_dir)
+        except OSError as error:
+            problem = str(error)
+    problem = ranks.broadcast(problem)
+    if problem is not None:
+        raise ValueError(f"run_dir: {problem}")
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _data_facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, Any]:
+    """What the order of the data depends on, besides the step."""
+    return {
+        "seed": settings.seed,
+        "seq_len": settings.data.seq_len,
+        "global_batch_size": settings.train.global_batch_size,
+        "manifests": [source.train.manifest.fingerprint for source in sources],
+        "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
+    }
+
+
+_CONSEQUENCES = {
+    "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
+    "seq_len": "the sequences would be cut in other places",
+    "global_batch_size": "step k would mean another place in the data, and the schedule would not fit",
+    "manifests": "the shards are not those that were trained on: sequences would be seen twice or not at all",
+    "mixture": "the shares of the sources would change, also for steps that lie behind",
+}
+
+
+def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, Any], say: Any) -> Path | None:
+    """What to go on from, the same on all ranks: `resume`, or the newest whole checkpoint of the run's folder, or None."""
+    found = checkpoint.find(run_dir, warn=say)
+    if settings.resume is not None:
+        found = Path(settings.resume)
+        problem = ranks.first_problem(checkpoint.verify(found, share=(ranks.rank(), ranks.world_size())))
+        if problem is not None:
+            raise ValueError(f"--resume {found} is not a whole checkpoint: {problem}")
+    if found is None:
+        return None
+    before = checkpoint.read_state(found)
+    for part, now in facts.items():
+        for key, value in now.items():
+            if before[part][key] == value:
+                continue
+            change = f"{found} was trained with {part} {key} = {before[part][key]} and the configuration says {value}"
+            if part == "model":
+                raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
+            if not settings.data.allow_change:
+                raise ValueError(
+                    f"{change}; {_CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
+                    "begin a new run with --init_from and another run_dir"
+                )
+            say(f"allowed: {change}; {_CONSEQUENCES[key]}")
+    return found
+
+
+def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> None:
+    """Take the weights of a Cria checkpoint or of a Hugging Face folder into the model, sharded as it is."""
+    if (source / "manifest.json").is_file():
+        problem = ranks.first_problem(checkpoint.verify(source, share=(ranks.rank(), ranks.world_size())))
+        if problem is not None:
+            raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
+        _check_shape(source, checkpoint.read_state(source)["model"], expected)
+        checkpoint.load_into(source, model)
+        return
+    shape, weights = hf.load(source)
+    _check_shape(source, asdict(shape), expected)
+    assert isinstance(model, Llama)
+    for name, parameter in model.named_parameters():
+        fill(parameter, weights[name].float())
+
+
+def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
+    free = {"max_position_embeddings"}  # no weight depends on it
+    for key, value in asdict(expected).items():
+        if found[key] != value and key not in free:
+            raise ValueError(
+                f"--init_from {source} has {key} = {found[key]} and the configuration says model.{key} = {value}"
+            )

@@ -1,0 +1,215 @@
+"""Writes checkpoints while training goes on.
+
+    save ─> copy in the host's memory ─┬─> training goes on
+                                       └─> thread: room on the disk? ─> .staging-step-00005000/ ─> synced ─> hashed
+                                                   ─> manifest.json ─> renamed to step-00005000/ ─> older ones pruned
+
+The rename is the commit: before it there is no checkpoint of that step, after it there is a whole one. Every stage ends with
+the ranks' agreement that it went well on all of them; where it did not, the staging folder goes, the reason is said, and
+training goes on with the checkpoints that there are. The thread's collectives have a group of their own, so that they never
+mix with training's.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from pretrain import checkpoint, ranks
+from pretrain.config import CheckpointConfig
+
+T = TypeVar("T")
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time. Every method is called by all ranks."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None]):
+        """`say` is told, on rank 0, what was saved and what could not be; it may be called from another thread."""
+        cuda = torch.cuda.is_available()
+        self._folder = run_dir / "checkpoints"
+        self._config = config
+        self._say = say if ranks.rank() == 0 else lambda line: None
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: Future[str | None] | None = None
+        self.stalled_s = 0.0
+        """Seconds that training has waited for saving so far."""
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
+        """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
+
+        Returns when the copy is taken, or with `checkpoint.in_background` off when it is committed. Waits for an earlier
+        save that is still being written.
+        """
+        started = time.perf_counter()
+        self.wait()
+        tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer))
+        assert isinstance(tensors, dict), "staging is asked to be synchronous"
+        updates = int(next(iter(optimizer.state.values()))["step"].item())
+        self._pending = self._thread.submit(self._write, step, tensors, {**state, "updates": updates})
+        if not self._config.in_background:
+            self.wait()
+        self.stalled_s += time.perf_counter() - started
+
+    def wait(self) -> str | None:
+        """Wait for the save that is being written; returns why it failed, or None."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending is not None else None
+
+    def close(self) -> None:
+        """Wait, and end the thread.
+
+        Raises:
+            OSError: the last save failed, so that what was trained since the one before it is lost.
+        """
+        problem = self.wait()
+        self._thread.shutdown()
+        self._stager.close()
+        if problem is not None:
+            raise OSError(f"the last checkpoint was not saved: {problem}")
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> str | None:
+        """In the thread: all that comes after the copy. Returns why it failed, the same on all ranks, or None."""
+        target = self._folder / f"step-{step:08d}"
+        staging = target.with_name(f".staging-{target.name}")
+        started = time.perf_counter()
+        try:
+            sizes = self._all_ranks(lambda: _bytes_of(tensors))
+            self._rank_0(lambda: self._make_room(staging, sum(sizes)))
+            self._all_ranks(lambda: self._write_tensors(staging, tensors))
+            self._rank_0(lambda: _write_synced(staging / "state.json", json.dumps(state, indent=1)))
+            entries = {
+                name: entry for part in self._all_ranks(lambda: _hash_share(staging)) for name, entry in part.items()
+            }
+            self._rank_0(lambda: self._commit(staging, target, step, entries))
+        except _Failed as failure:
+            if ranks.rank() == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            self._say(f"step {step}: NOT saved, training goes on: {failure}")
+            return str(failure)
+        if ranks.rank() == 0:
+            try:
+                prune(self._folder.parent, self._config)
+            except OSError as error:
+                self._say(f"step {step}: older checkpoints could not be deleted: {error}")
+        size = sum(entry["bytes"] for entry in entries.values())
+        self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {time.perf_counter() - started:.1f} s)")
+        return None
+
+    def _all_ranks(self, stage: Callable[[], T]) -> list[T]:
+        """Run a stage on every rank and return all results; where it fails on one, all raise _Failed alike.
+
+        A stage must hold no collective after something that can fail: the ranks would lose step with each other.
+        """
+        problem, value = None, None
+        try:
+            value = stage()
+        except Exception as error:
+            problem = _describe_error(error)
+        outcomes = ranks.gather((problem, value), self._group)
+        for number, (found, _) in enumerate(outcomes):
+            if found is not None:
+                raise _Failed(found if len(outcomes) == 1 else f"rank {number}: {found}")
+        return [result for _, result in outcomes]  # type: ignore[misc]
+
+    def _rank_0(self, stage: Callable[[], None]) -> None:
+        """Run a stage on rank 0 while the others wait for how it ends."""
+        self._all_ranks(stage if ranks.rank() == 0 else lambda: None)
+
+    def _make_room(self, staging: Path, needed: int) -> None:
+        """Begin an empty folder, if what will be written (bytes) fits the disk."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left_over in [*self._folder.glob(".staging-*"), *self._folder.glob(".deleting-*")]:
+            shutil.rmtree(left_over)  # by a run that was killed
+        free = shutil.disk_usage(self._folder).free
+        if free < needed * 1.02 + 2**20:
+            raise OSError(
+                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {needed / 2**30:.2f} GiB; "
+                "make room, or lower checkpoint.keep_last"
+            )
+        (staging / "tensors").mkdir(parents=True)
+
+    def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
+        # More than one writer thread can lose a full disk's error: save returns and shards are missing.
+        writer = dcp.FileSystemWriter(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+
+    def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any]) -> None:
+        manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
+        _write_synced(
+            staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(entries.items()))}, indent=1)
+        )
+        _sync_folder(staging / "tensors")
+        _sync_folder(staging)
+        if target.exists():  # a run that was started again from an earlier one has come here once more
+            checkpoint.set_aside(target, "replaced")
+        os.rename(staging, target)
+        _sync_folder(self._folder)
+
+
+class _Failed(Exception):
+    """A stage failed on some rank; raised on all of them."""
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> None:
+    """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
+
+    The newest is never deleted; `keep_last` 0 deletes none.
+    """
+    for step, folder in checkpoint.committed(run_dir)[config.keep_last :] if config.keep_last else []:
+        if config.keep_every and step % config.keep_every == 0:
+            continue
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        os.rename(folder, doomed)  # half a folder must never look like a checkpoint
+        shutil.rmtree(doomed)
+
+
+def _describe_error(error: Exception) -> str:
+    failures = getattr(
+        error, "failures", {}
+    ).values()  # of DCP's CheckpointException: (exception, its traceback) by rank
+    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in failures})) or f"{type(error).__name__}: {error}"
+
+
+def _bytes_of(tensors: dict[str, Tensor]) -> int:
+    """What this rank holds of them, in bytes."""
+    held = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _hash_share(staging: Path) -> dict[str, Any]:
+    """Name -> manifest entry of this rank's share of the files."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    return {str(p.relative_to(staging)): checkpoint.describe(p) for p in files[ranks.rank() :: ranks.world_size()]}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
