@@ -126,7 +126,7 @@ def main() -> None:
                 )
                 victim = rng.choice(("group", "worker", "command"))
                 before = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
-                if disturb(process, victim, rng.random() * whole * 1.2, rng):
+                if disturb(process, victim, rng.uniform(0.1, 0.7) * whole, rng):
                     kills[victim] += 1
                     done = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
                     half = any(out.rglob("*.tmp")) if out.exists() else False

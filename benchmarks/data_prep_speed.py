@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import data_prep_corpus
 import numpy as np
@@ -43,19 +45,34 @@ def ours(kind: str, work: Path, out: Path, workers: int) -> list[str]:
     return [str(part) for part in (*command, "--tokenizer", work / "tokenizer", "--out", out, "--workers", workers)]
 
 
-def measure(command: list[str], out: Path) -> tuple[float, str]:
-    """Seconds from start to end, and what it printed."""
+class Taken(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    """From its start to its end."""
+    cpu_s: float
+    """Of all its processes: what others do on the machine does not lengthen it much."""
+    printed: str
+
+
+def measure(command: list[str], out: Path) -> Taken:
+    """Run a command."""
     shutil.rmtree(out, ignore_errors=True)
     if "-m" not in command:
         out.mkdir(parents=True)
     os.sync()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _cpu_of_children()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, _cpu_of_children() - cpu
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return seconds, done.stdout
+    return Taken(seconds, cpu, done.stdout)
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def has(python: str, module: str) -> str | None:
@@ -87,31 +104,31 @@ def compare(kind: str, work: Path, args: argparse.Namespace, peers: dict[str, st
     """All ways over one corpus, in turns; before it each over a few documents, which is what starting takes."""
     outs = {way: work / "out" / kind / way for way in ("cria", "usual", *(p for p, v in peers.items() if v))}
     few = data_prep_corpus.few(work)
-    start = {way: measure(command_of(way, kind, few, out, args), out)[0] for way, out in outs.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in outs}
+    start = {way: measure(command_of(way, kind, few, out, args), out) for way, out in outs.items()}
+    taken: dict[str, list[Taken]] = {way: [] for way in outs}
     tokens: dict[str, int] = {}
     for n in range(args.rounds):
         for way, out in outs.items():
             if n and way in peers and args.peers_once:
                 continue
-            command = command_of(way, kind, work, out, args)
-            took, printed = measure(command, out)
-            seconds[way].append(took)
-            tokens[way] = Manifest.load(out).tokens if way == "cria" else json.loads(printed.splitlines()[-1])["tokens"]
-            print(f"{kind:5} {way:9} {took:7.2f} s  {tokens[way] / took / 1e6:6.2f}M tokens/s", flush=True)
+            one = measure(command_of(way, kind, work, out, args), out)
+            taken[way].append(one)
+            printed = one.printed.splitlines()
+            tokens[way] = Manifest.load(out).tokens if way == "cria" else json.loads(printed[-1])["tokens"]
+            rate = tokens[way] / one.seconds / 1e6
+            print(f"{kind:5} {way:9} {one.seconds:7.2f} s  {one.cpu_s:7.2f} CPU s  {rate:6.2f}M tokens/s", flush=True)
     assert same_tokens(outs["cria"], outs["usual"]), "data-prep and the usual way made different tokens"
-    median = {way: statistics.median(times) for way, times in seconds.items()}
-    return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_sec": {way: tokens[way] / median[way] for way in median},
-        "start_s": start,
-        "times_as_fast_as": {way: median[way] / median["cria"] for way in median if way != "cria"},
-        "times_as_fast_as_without_the_start": {
-            way: (median[way] - start[way]) / (median["cria"] - start["cria"]) for way in median if way != "cria"
-        },
-        "tokens_equal_to_the_usual_way": True,
-    }
+    result: dict = {"tokens": tokens, "tokens_equal_to_the_usual_way": True}
+    for what in ("seconds", "cpu_s"):
+        median = {way: statistics.median(getattr(one, what) for one in ones) for way, ones in taken.items()}
+        begin = {way: getattr(one, what) for way, one in start.items()}
+        result[what] = {way: [getattr(one, what) for one in ones] for way, ones in taken.items()}
+        result[f"{what}_of_the_start"] = begin
+        result[f"times_as_fast_by_{what}"] = {way: median[way] / median["cria"] for way in median if way != "cria"}
+        result[f"times_as_fast_by_{what}_without_the_start"] = {
+            way: (median[way] - begin[way]) / (median["cria"] - begin["cria"]) for way in median if way != "cria"
+        }
+    return result
 
 
 def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
@@ -128,24 +145,28 @@ def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
 def table(result: dict) -> str:
     """The figures as Markdown."""
     lines = [
-        "| corpus | way | start to end | of it start | tokens/s | data-prep is so many times as fast | without the start |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| corpus | way | start to end | of it start | CPU time | of it start | tokens per CPU second "
+        "| data-prep is so many times as fast: start to end | by CPU time | by CPU time without the start |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for kind, figures in result["corpora"].items():
-        for way, rate in figures["tokens_per_sec"].items():
-            median = statistics.median(figures["seconds"][way])
-            ratio = figures["times_as_fast_as"].get(way)
-            without = figures["times_as_fast_as_without_the_start"].get(way)
-            times = f"{ratio:.1f} | {without:.1f}" if ratio else "|"
-            start = figures["start_s"][way]
-            lines.append(f"| {kind} | {way} | {median:.2f} s | {start:.2f} s | {rate / 1e6:.2f}M | {times} |")
+        for way, tokens in figures["tokens"].items():
+            seconds, cpu = (statistics.median(figures[what][way]) for what in ("seconds", "cpu_s"))
+            start, cpu_start = (figures[f"{what}_of_the_start"][way] for what in ("seconds", "cpu_s"))
+            names = ("seconds", "cpu_s", "cpu_s_without_the_start")
+            ratios = [figures[f"times_as_fast_by_{name}"].get(way) for name in names]
+            times = " | ".join(f"{ratio:.1f}" if ratio else "" for ratio in ratios)
+            columns = f"{seconds:.1f} s | {start:.1f} s | {cpu:.1f} s | {cpu_start:.1f} s | {tokens / cpu / 1e6:.2f}M"
+            lines.append(f"| {kind} | {way} | {columns} | {times} |")
     missing = [peer for peer, found in result["versions"].items() if found is None]
     note = f"\nNot installed, so not measured: {', '.join(missing)}.\n" if missing else ""
     m = result["machine"]
     corpora = ", ".join(f"{result['corpus'][kind] / 1e6:.0f} MB of {kind}" for kind in COMMANDS)
     return (
-        f"{m['cpu']}, {m['workers']} workers; {corpora};"
-        f" from start to end, median. Token streams equal to SentencePiece's.\n\n" + "\n".join(lines) + "\n" + note
+        f"{m['cpu']}, {m['workers']} workers; {corpora}; medians. The tokens of data-prep and of the usual way are equal.\n\n"
+        + "\n".join(lines)
+        + "\n"
+        + note
     )
 
 

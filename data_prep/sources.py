@@ -102,9 +102,9 @@ class SlimPajama(Source):
 class StarCoder(Source):
     """StarCoderData: FOLDER/train-*.parquet, the document in column `content`; a folder a language.
 
-    The folders jupyter-scripts-dedup-filtered, jupyter-structured-clean-dedup, github-issues-filtered-structured and
-    git-commits-cleaned have other columns beside `content` than the languages do, and that is the only difference:
-    issues, notebooks and commits are already one text each, with StarCoder's markers in it. They count as subsets.
+    The publisher's special folders (jupyter-scripts-dedup-filtered, jupyter-structured-clean-dedup,
+    github-issues-filtered-structured, git-commits-cleaned) have other columns beside it than the languages do, which is
+    why nothing but `content` is read. They count as subsets. A file without that column is named, not passed over.
 
     The publisher ships only "train". A document is held out for validation when a hash of its file and row falls below
     `holdout`: train and validation are disjoint, are everything together, and stay so wherever and however often they

@@ -16,6 +16,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         """Load and check the model in `file`; raises ValueError as `load` does."""
         data = file.read_bytes()
-        self.model = SentencePieceModel.parse(data, str(file))
-        self.raw = orjson.loads(to_huggingface(self.model).to_str())
+        self.model, self.raw = _read(data, str(file))
         self._data = data
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
@@ -109,6 +109,13 @@ class SentencePieceTokenizer(Tokenizer):
         tokens = {name: self.model.pieces[i].text for name, i in names.items() if i is not None}
         _write_folder(folder, self.raw, tokens, self.info.bos_id if prepend_bos else None)
         write_atomically(folder / MODEL_NAME, self._data)
+
+
+@lru_cache(maxsize=4)  # it takes half a second, and a run loads its tokenizer more than once
+def _read(data: bytes, name: str) -> tuple[SentencePieceModel, dict[str, Any]]:
+    """The model in the bytes of a .model file and the tokenizer.json for it; raises ValueError, naming `name`."""
+    model = SentencePieceModel.parse(data, name)
+    return model, orjson.loads(to_huggingface(model).to_str())
 
 
 class HuggingFaceTokenizer(Tokenizer):
