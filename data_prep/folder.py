@@ -21,6 +21,7 @@ from typing import Any
 
 import orjson
 
+from data_prep.documents import index_path
 from data_prep.lock import LOCK_NAME, locked
 from data_prep.shard import (
     MANIFEST_NAME,
@@ -205,11 +206,6 @@ class Folder:
         for lock in self.out.glob(f"{LOCK_NAME}.*"):
             lock.unlink()
         return manifest
-
-
-def index_path(unit: str) -> str:
-    """Where the rows and lengths of a unit's documents lie, relative to the dataset's folder."""
-    return f"documents/{unit}.npy"
 
 
 @dataclass

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.documents import Part, parts
 from data_prep.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -208,6 +209,10 @@ class TokenDataset:
         for row, start, shard in zip(out, starts.tolist(), first_shards.tolist()):
             self._fill(row, start, shard)
         return out
+
+    def documents(self, index: int, seq_len: int) -> list[Part]:
+        """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
+        return list(parts(self, index * seq_len, seq_len + 1))
 
     def _fill(self, row: np.ndarray, start: int, index: int) -> None:
         """Fill `row` with the tokens from `start` on, which lies in shard `index`; go on into the next ones."""

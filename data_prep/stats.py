@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.folder import index_path
+from data_prep.documents import index_path
 from data_prep.shard import Manifest
 
 _BINS = np.unique(np.logspace(0, 8, 81).astype(np.int64))  # document lengths in tokens, ten bins a decade

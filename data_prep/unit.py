@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.documents import index_path
 from data_prep.encoder import LONG_CHARACTERS, Difference, Encoder, Uncuttable
-from data_prep.folder import BadDocument, Counts, Folder, Settings, UnitRecord, frozen, index_path
+from data_prep.folder import BadDocument, Counts, Folder, Settings, UnitRecord, frozen
 from data_prep.readers import Position
 from data_prep.shard import DTYPES, ShardWriter, token_dtype
 from data_prep.sources import Document, Source

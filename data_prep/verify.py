@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.folder import index_path
+from data_prep.documents import index_path
 from data_prep.progress import Display
 from data_prep.scan import Scan, Stretch, scan_all
 from data_prep.shard import DTYPES, Manifest, Shard

@@ -1,6 +1,6 @@
 """The command `pretrain`: shards to model.
 
-    pretrain train | report | export | generate
+    pretrain train | order | verify-resume | report | export | generate
 
 Each command is a module of its own with `main(argv)`; only the one that is asked for is imported.
 """
@@ -10,6 +10,8 @@ import sys
 
 COMMANDS = {
     "train": ("pretrain.train", "train the model that a configuration describes, or go on with it"),
+    "order": ("pretrain.order", "which sequences and documents a step is made of; epochs of each source"),
+    "verify-resume": ("pretrain.verify_resume", "prove on this machine that a killed run is the same run"),
     "report": ("pretrain.report", "pictures and a page of a run"),
     "export": ("pretrain.export", "a run's model as a Hugging Face folder"),
     "generate": ("pretrain.generate", "text from an exported model"),
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: pretrain COMMAND ...   (pretrain COMMAND --help explains it)\n")
-        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items()))
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"pretrain: error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)

@@ -131,9 +131,10 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
     before = checkpoint.read_state(found)
     for part, now in facts.items():
         for key, value in now.items():
-            if before[part][key] == value:
+            was = before[part].get(key)
+            if was == value:
                 continue
-            change = f"{found} was trained with {part} {key} = {before[part][key]} and the configuration says {value}"
+            change = f"{found} was trained with {part} {key} = {was} and the configuration says {value}"
             if part == "model":
                 raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
             if not settings.data.allow_change:

@@ -17,7 +17,7 @@ LAYERS = [
     {"validation"},
     {"trainer"},
     {"preparation"},
-    {"train", "report", "export", "generate"},
+    {"train", "order", "verify_resume", "report", "export", "generate"},
     {"__main__"},
 ]
 """Modules of `pretrain`, from the ground up; the commands are the last but one and never import each other."""

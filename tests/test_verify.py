@@ -10,7 +10,7 @@ from test_prepare import options as prepare_options
 from test_sources import line, write_jsonl
 from test_tokenizer import LLAMA_MODEL
 
-from data_prep import inspect, stats
+from data_prep import stats
 from data_prep.__main__ import main
 from data_prep.prepare import run as prepare
 from data_prep.shard import Manifest, TokenDataset
@@ -102,7 +102,7 @@ def test_inspect_names_the_file_and_line_of_every_token(dataset: Path, seq_len: 
     seen = 0
     for i in range(tokens.num_sequences(seq_len)):
         ids, at = tokens.sequences([i], seq_len)[0].tolist(), 0
-        for part in inspect.parts(tokens, i * seq_len, seq_len + 1):
+        for part in tokens.documents(i, seq_len):
             document = kept[part.source_file, part.line]
             assert ids[at : at + part.tokens] == document[part.first : part.first + part.tokens]
             assert part.document_tokens == len(document)

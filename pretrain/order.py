@@ -1,0 +1,88 @@
+"""`pretrain order`: which sequences a step is made of, and from which documents; how often each source is seen.
+
+The order is a pure function, so any step of any run can be looked at, without the run, in a second.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import config, data
+from pretrain.cli import Parser, fail
+
+
+def main(argv: list[str]) -> None:
+    """The command `pretrain order`."""
+    parser = Parser(prog="pretrain order", description="What a configuration's run reads, step by step.")
+    parser.add_argument("--config", type=Path, required=True, help="The run's configuration (path).")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="Show this step's sequences (steps, counted from 1)."
+    )
+    parser.add_argument("--summary", action="store_true", help="Show epochs and tokens of each source over the run.")
+    args = parser.parse_args(argv)
+    try:
+        if (args.step is None) == (not args.summary):
+            raise ValueError("say which: --step K, or --summary")
+        settings = config.load(args.config)
+        sources = data.open_sources(settings.data, settings.model.vocab_size)
+        mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+        table = (
+            summary(settings, sources, mixture) if args.summary else step_table(settings, sources, mixture, args.step)
+        )
+    except (ValueError, OSError) as error:
+        fail(parser.prog, error)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # lines stay whole in a file
+    console.print(table)
+
+
+def step_table(settings: config.Config, sources: list[data.Source], mixture: data.Mixture, step: int) -> Table:
+    """One row a document: slot in the step, source, epoch, sequence, and the document's file and line.
+
+    Raises:
+        ValueError: a step that the run does not have.
+    """
+    if not 1 <= step <= settings.train.max_steps:
+        raise ValueError(f"--step {step}: the run has steps 1 to {settings.train.max_steps:,}")
+    table = Table(title=f"step {step:,} of {settings.run_dir}", title_justify="left")
+    for name in ("slot", "source", "epoch", "sequence"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    table.add_column("file", overflow="fold")
+    for name in ("line", "tokens"):
+        table.add_column(name, justify="right")
+    for slot, (s, epoch, sequence) in enumerate(zip(*(column.tolist() for column in mixture.sequences(step)))):
+        place = (str(slot), sources[s].name, str(epoch), str(sequence))
+        for part in sources[s].train.documents(sequence, settings.data.seq_len):
+            line = f"{part.line:,}" if part.line is not None else f"document {part.document + 1:,}"
+            table.add_row(*place, part.source_file, line, f"{part.tokens:,}")
+            place = ("", "", "", "")
+    return table
+
+
+def summary(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> Table:
+    """One row a source, and a stage of the mixture: share, tokens that the run takes, epochs that this means."""
+    steps, T = settings.train.max_steps, settings.data.seq_len
+    tokens = steps * settings.train.global_batch_size * T
+    table = Table(title=f"{steps:,} steps, {tokens:,} tokens", title_justify="left")
+    for name in ("from step", "source", "share", "tokens taken", "tokens there", "epochs"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    ends = [*(min(stage.first_step - 1, steps) for stage in mixture.stages[1:]), steps]
+    total: Counter[str] = Counter()
+    for stage, end in zip(mixture.stages, ends):
+        before, after = mixture.drawn(min(stage.first_step - 1, steps)), mixture.drawn(end)
+        for s, source in enumerate(sources):
+            taken = after[s] - before[s]
+            total[source.name] += taken
+            epochs = f"{taken / mixture.lengths[s]:.3f}"
+            row = (f"{taken * T:,}", f"{source.train.num_tokens:,}", epochs)
+            table.add_row(f"{stage.first_step:,}", source.name, f"{100 * float(stage.shares[s]):.2f}%", *row)
+    if len(mixture.stages) > 1:
+        table.add_section()
+        for source, length in zip(sources, mixture.lengths):
+            taken = total[source.name]
+            row = (f"{taken * T:,}", f"{source.train.num_tokens:,}", f"{taken / length:.3f}")
+            table.add_row("all", source.name, "", *row)
+    return table

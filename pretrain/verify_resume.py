@@ -1,0 +1,217 @@
+"""`pretrain verify-resume`: proves on this machine that a stopped run is the same run.
+
+    straight:  1 ─────────────────────────────────> n        the reference
+    again:     1 ─────────────────────────────────> n        two undisturbed runs must agree before anything else is believed
+    killed:    1 ────────> SIGKILL ... SIGKILL ───> n        at random moments, started again each time
+    elsewhere: 1 ────────> SIGKILL, other ranks ──> n        started again on other numbers of ranks
+
+Every run is a real `pretrain train` in processes of its own. Compared are, for every step, the fingerprint of its sequences,
+loss, gradient norm and learning rate, and at the end every tensor of the last checkpoint: to the bit where the number of
+ranks is the same, to 1e-5 in the loss where it is not.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import checkpoint, config
+from pretrain.cli import Parser, fail
+
+LOSS_TOLERANCE = 1e-5
+"""Largest difference of a loss (nats a token) between numbers of ranks: the order of a reduction's sum."""
+
+
+def main(argv: list[str]) -> int:
+    """The command `pretrain verify-resume`; exit status 1 where a promise does not hold."""
+    parser = Parser(
+        prog="pretrain verify-resume", description="Prove on this machine that a killed run is the same run."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="The run's configuration (path).")
+    parser.add_argument("--steps", type=int, default=40, help="Length of each run (steps).")
+    parser.add_argument("--kills", type=int, default=3, help="SIGKILLs in a disturbed run.")
+    parser.add_argument("--ranks", type=list[int], default=[1], help="Numbers of ranks; the first is the reference.")
+    parser.add_argument("--seed", type=int, default=0, help="Fixes the moments of the kills (whole number).")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="Folder for the runs (path); none: beside the run's own."
+    )
+    parser.add_argument("--overrides", type=list[str], default=[], help="More of `pretrain train`'s options.")
+    args = parser.parse_args(argv)
+    try:
+        settings = config.parse(["--config", str(args.config), *args.overrides])
+        if args.steps < 4 or not args.ranks:
+            raise ValueError(
+                f"--steps is {args.steps} and --ranks {args.ranks}; at least 4 steps and one number are needed"
+            )
+        for number in args.ranks:
+            config.grad_accum_steps(settings.train, number)
+    except (ValueError, OSError) as error:
+        fail(parser.prog, error)
+    out = args.out or Path(f"{settings.run_dir}-verify-resume")
+    trial = Trial(args.config, args.overrides, args.steps, out)
+    outcomes = trial.all(args.ranks, args.kills, random.Random(args.seed))
+    Console(width=None if sys.stdout.isatty() else 160).print(_table(outcomes, args.steps))
+    bad = [outcome.name for outcome in outcomes if not outcome.holds]
+    print(
+        f"FAILED: {', '.join(bad)}; the runs are in {out}"
+        if bad
+        else f"A resume is the same run. The runs are in {out}"
+    )
+    return 1 if bad else 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run compares with the reference."""
+
+    name: str
+    ranks: str
+    kills: int
+    same_sequences: bool
+    same_bits: bool
+    loss_difference: float
+    must_be_same_bits: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is what was promised."""
+        return self.same_sequences and (
+            self.same_bits if self.must_be_same_bits else self.loss_difference <= LOSS_TOLERANCE
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Runs `config` for some steps, in folders of its own."""
+
+    config: Path
+    overrides: list[str]
+    steps: int
+    out: Path
+
+    def all(self, ranks: list[int], kills: int, moments: random.Random) -> list[Outcome]:
+        """Every comparison, one after the other."""
+        reference = self.run("straight", [ranks[0]], [])
+        outcomes = [self._compare("again", reference, [ranks[0]], [])]
+        plan = {"killed": [ranks[0]] * (kills + 1)}
+        for number in ranks[1:]:
+            plan[f"straight on {number}"] = [number]
+            plan[f"killed on {number}"] = [number] * (kills + 1)
+        if len(ranks) > 1:
+            plan["elsewhere"] = [ranks[i % len(ranks)] for i in range(kills + 1)]
+        for name, numbers in plan.items():
+            stops = sorted(moments.uniform(1, self.steps - 1) for _ in numbers[1:])
+            if name == f"killed on {numbers[0]}":  # against the undisturbed run on as many ranks
+                outcomes.append(self._compare(name, self.out / f"straight-on-{numbers[0]}", numbers, stops))
+            else:
+                outcomes.append(self._compare(name, reference, numbers, stops))
+        return outcomes
+
+    def _compare(self, name: str, reference: Path, ranks: list[int], stops: list[float]) -> Outcome:
+        expected, got = read_trajectory(reference), read_trajectory(self.run(name, ranks, stops))
+        same_ranks = set(ranks) == {_world_size(reference)}
+        complete = list(got) == list(expected) == list(range(1, self.steps + 1))
+        differences = [abs(got[k]["loss"] - expected[k]["loss"]) for k in expected if k in got]
+        bits = ("loss", "grad_norm", "lr")
+        return Outcome(
+            name=name,
+            ranks=", ".join(map(str, dict.fromkeys(ranks))),
+            kills=len(stops),
+            same_sequences=complete and all(got[k]["data_hash"] == expected[k]["data_hash"] for k in expected),
+            same_bits=complete
+            and all(got[k][figure] == expected[k][figure] for k in expected for figure in bits)
+            and (not same_ranks or _same_tensors(reference, self.out / name.replace(" ", "-"))),
+            loss_difference=max(differences, default=float("inf")),
+            must_be_same_bits=same_ranks,
+        )
+
+    def run(self, name: str, ranks: list[int], stops: list[float]) -> Path:
+        """Train to the end on `ranks[0]` ranks, killed when the log has come to `stops[0]`, then on `ranks[1]`, and so on.
+
+        The fraction of a stop says how long to wait after its step is logged, as a part of a step's time: a kill can fall
+        anywhere, into a save as well.
+        """
+        run_dir = self.out / name.replace(" ", "-")
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        for number, stop in zip(ranks, [*stops, None]):
+            print(
+                f"{name}: {number} rank{'s' * (number > 1)}" + (f", killed after step {int(stop)}" if stop else ""),
+                flush=True,
+            )
+            with open(run_dir / "output.txt", "a") as output:
+                process = subprocess.Popen(
+                    self._command(run_dir, number), stdout=output, stderr=output, start_new_session=True
+                )
+                if stop is not None:
+                    _wait_for_step(run_dir, int(stop), process)
+                    time.sleep(stop % 1 * 0.2)
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                elif process.wait() != 0:
+                    raise RuntimeError(f"{name} ended with status {process.returncode}; see {run_dir / 'output.txt'}")
+        return run_dir
+
+    def _command(self, run_dir: Path, ranks: int) -> list[str]:
+        every = max(1, self.steps // 8)
+        settings = {"run_dir": run_dir, "train.max_steps": self.steps, "train.log_every": 1, "logger": "none"}
+        settings |= {"checkpoint.every_steps": every, "checkpoint.keep_last": 2, "optim.warmup_steps": self.steps // 4}
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launch, "-m", "pretrain", "train", "--config", str(self.config)]
+        return [*command, *self.overrides, "--train.deterministic", "true", *options]
+
+
+def read_trajectory(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its line of metrics; of a step that was trained twice the last."""
+    lines = []
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a kill
+    return {record["step"]: record for record in sorted(lines, key=lambda r: r["step"]) if record["kind"] == "train"}
+
+
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and max(read_trajectory(run_dir), default=0) >= step:
+            return
+        time.sleep(0.02)
+    raise RuntimeError(
+        f"training ended with status {process.returncode} before step {step}; see {run_dir / 'output.txt'}"
+    )
+
+
+def _world_size(run_dir: Path) -> int:
+    return checkpoint.read_state(checkpoint.latest(run_dir, warn=print))["world_size"]
+
+
+def _same_tensors(a: Path, b: Path) -> bool:
+    """Whether the newest checkpoints of two runs hold the same bits: weights and optimizer."""
+    first, second = (checkpoint.load_tensors(checkpoint.latest(run_dir, warn=print)) for run_dir in (a, b))
+    return first.keys() == second.keys() and all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def _table(outcomes: list[Outcome], steps: int) -> Table:
+    table = Table(title=f"against a straight run of {steps} steps", title_justify="left")
+    for name in ("run", "ranks", "kills", "sequences", "losses, norms, weights", "largest loss difference", ""):
+        table.add_column(name)
+    for o in outcomes:
+        bits = (
+            "bit-identical" if o.same_bits else ("DIFFERENT" if o.must_be_same_bits else "within the reduction order")
+        )
+        sequences = "identical" if o.same_sequences else "DIFFERENT"
+        held = "holds" if o.holds else "FAILS"
+        table.add_row(o.name, o.ranks, str(o.kills), sequences, bits, f"{o.loss_difference:.1e}", held)
+    return table

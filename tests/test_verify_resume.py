@@ -1,0 +1,86 @@
+"""`pretrain verify-resume` and `pretrain order`, as a user runs them; and that the former can fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import pretrain, tiny_config, write_config
+
+from pretrain import config, data, order, verify_resume
+
+
+@pytest.fixture(scope="module")
+def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a real verification, with two kills, and what it printed."""
+    folder = tmp_path_factory.mktemp("verify")
+    config_file = write_config(folder / "c.yaml", tiny_config(datasets, folder / "run"))
+    done = pretrain("verify-resume", "--config", config_file, "--steps", 24, "--kills", 2, "--out", folder / "out")
+    return folder, done.stdout
+
+
+def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
+    folder, printed = verified
+    assert "A resume is the same run" in printed
+    assert printed.count("bit-identical") == 2
+    assert "FAIL" not in printed
+    lines = (folder / "out" / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"kind": "start"' in line for line in lines) == 3, "two kills, three starts"
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "data_hash", "lr"])
+def test_one_bit_in_one_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, key: str, monkeypatch) -> None:
+    folder, _ = verified
+    for name in ("straight", "killed"):
+        shutil.copytree(folder / "out" / name, tmp_path / name)
+    path = tmp_path / "killed" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    last = next(r for r in reversed(records) if r["kind"] == "train" and r["step"] == 17)
+    last[key] = "0" * 16 if key == "data_hash" else last[key] * (1 + 2**-50)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, ranks, stops: self.out / name)
+    trial = verify_resume.Trial(folder / "c.yaml", [], 24, tmp_path)
+    assert trial._compare("straight", tmp_path / "straight", [1], []).holds
+    outcome = trial._compare("killed", tmp_path / "straight", [1], [])
+    assert not outcome.holds
+    assert (not outcome.same_sequences) == (key == "data_hash")
+
+
+def test_a_lost_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = verified
+    shutil.copytree(folder / "out" / "straight", tmp_path / "killed")
+    path = tmp_path / "killed" / "metrics.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"step": 13,' not in line) + "\n")
+    monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, ranks, stops: self.out / name)
+    trial = verify_resume.Trial(folder / "c.yaml", [], 24, tmp_path)
+    assert not trial._compare("killed", folder / "out" / "straight", [1], []).holds
+
+
+def test_order_shows_what_a_step_is_made_of(verified: tuple[Path, str]) -> None:
+    """The table's sequences are those whose fingerprint the run logged for that step."""
+    folder, _ = verified
+    settings = config.load(folder / "c.yaml")
+    sources = data.open_sources(settings.data, settings.model.vocab_size)
+    mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+    table = order.step_table(settings, sources, mixture, 7)
+    columns = {column.header: list(column.cells) for column in table.columns}
+    rows = [(s, int(i)) for s, i in zip(columns["source"], columns["sequence"]) if s]
+    assert len(rows) == settings.train.global_batch_size
+    by_name = {source.name: source.train for source in sources}
+    total = sum(data.fingerprint(by_name[s].sequences([i], settings.data.seq_len)) for s, i in rows)
+    logged = verify_resume.read_trajectory(folder / "out" / "straight")[7]["data_hash"]
+    assert f"{total % 2**63:016x}" == logged
+    assert set(columns["file"]) <= {f"part-{n}.txt" for n in range(3)}
+    assert sum(int(n) for n in columns["tokens"]) == 8 * 33
+
+
+def test_order_as_a_command(datasets: Path, tmp_path: Path) -> None:
+    stages = [{"first_step": 11, "weights": {"b": 1}}]
+    tree = tiny_config(datasets, tmp_path / "run", data={"stages": stages}, train={"max_steps": 30})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    shown = pretrain("order", "--config", config_file, "--summary").stdout
+    assert "30 steps, 7,680 tokens" in shown
+    assert "70.00%" in shown
+    assert "100.00%" in shown
+    assert pretrain("order", "--config", config_file, "--step", 12).stdout.count(" b ") == 8
+    assert "1 to 30" in pretrain("order", "--config", config_file, "--step", 31, check=False).stderr
