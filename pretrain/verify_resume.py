@@ -144,7 +144,7 @@ class Trial:
         run_dir = self.out / name.replace(" ", "-")
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
-        for number, stop in zip(ranks, [*stops, None]):
+        for starts, (number, stop) in enumerate(zip(ranks, [*stops, None]), start=1):
             print(
                 f"{name}: {number} rank{'s' * (number > 1)}" + (f", killed after step {int(stop)}" if stop else ""),
                 flush=True,
@@ -154,7 +154,7 @@ class Trial:
                     self._command(run_dir, number), stdout=output, stderr=output, start_new_session=True
                 )
                 if stop is not None:
-                    _wait_for_step(run_dir, int(stop), process)
+                    _wait_for_step(run_dir, starts, int(stop), process)
                     time.sleep(stop % 1 * 0.2)
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -174,18 +174,26 @@ class Trial:
 
 def read_trajectory(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Step -> its line of metrics; of a step that was trained twice the last."""
+    lines = sorted(_read_lines(run_dir), key=lambda record: record["step"])
+    return {record["step"]: record for record in lines if record["kind"] == "train"}
+
+
+def _read_lines(run_dir: Path) -> list[dict[str, Any]]:
     lines = []
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
             continue  # torn by a kill
-    return {record["step"]: record for record in sorted(lines, key=lambda r: r["step"]) if record["kind"] == "train"}
+    return lines
 
 
-def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_step(run_dir: Path, starts: int, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the run has been started `starts` times, has trained since, and has come to `step`."""
     while process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and max(read_trajectory(run_dir), default=0) >= step:
+        lines = _read_lines(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        begun = [number for number, record in enumerate(lines) if record["kind"] == "start"]
+        if len(begun) == starts and any(r["kind"] == "train" and r["step"] >= step for r in lines[begun[-1] :]):
             return
         time.sleep(0.02)
     raise RuntimeError(

@@ -106,7 +106,7 @@ def test_a_difference_is_named_and_chosen_against(llama: Tokenizer, fast: Encode
     broken = Encoder(llama, "gigatoken")
     raw = json.loads(json.dumps(llama.raw))
     del raw["model"]["merges"][5000:5100]
-    broken._model = json.dumps(encoder_module.without_controls(raw)).encode()
+    broken.model = json.dumps(encoder_module.without_controls(raw)).encode()
     broken._renew()
     text = library_texts()[0]
     with pytest.raises(Difference, match=r"gigatoken gives \[.*\] at token [\d,]+, sentencepiece gives \["):
