@@ -25,7 +25,7 @@ import zstandard
 
 RESULTS = Path(__file__).parent / "results" / "data_prep_kills.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
-UNITS, DOCUMENTS = 24, 60
+UNITS, DOCUMENTS = 24, 30
 
 
 def write_corpus(root: Path) -> None:
@@ -113,7 +113,7 @@ def main() -> None:
             command(root / "in", root / "undisturbed", "--workers", "2"), check=True, stdout=subprocess.DEVNULL
         )
         whole = time.monotonic() - start
-        expected = content(root / "undisturbed")
+        expected, longest = content(root / "undisturbed"), whole  # the delay follows the speed of the machine
         assert len(expected) > 3 * UNITS
         while sum(kills.values()) < args.kills:
             out = root / f"disturbed-{datasets}"
@@ -126,13 +126,16 @@ def main() -> None:
                 )
                 victim = rng.choice(("group", "worker", "command"))
                 before = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
-                if disturb(process, victim, rng.uniform(0.1, 0.7) * whole, rng):
+                if disturb(process, victim, rng.random() * longest, rng):
                     kills[victim] += 1
+                    longest *= 1.1
                     done = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
                     half = any(out.rglob("*.tmp")) if out.exists() else False
                     moments[
                         "in the middle of a file" if half else "between files" if done > before else "before the first"
                     ] += 1
+                else:
+                    longest *= 0.7
                 if tasks > 1:  # ends well only when all tasks are done
                     subprocess.run([sys.executable, "-m", "data_prep", "finish", str(out)], capture_output=True)
             datasets += 1

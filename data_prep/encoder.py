@@ -50,13 +50,17 @@ class Difference(ValueError):
 class Encoder:
     """Encodes with gigatoken, or with the reference when `engine` is its name. No special tokens are added or seen."""
 
-    def __init__(self, tokenizer: Tokenizer, engine: str) -> None:
-        """`engine` is "gigatoken", or "reference" for `tokenizer` itself."""
+    def __init__(self, tokenizer: Tokenizer, engine: str, model: bytes = b"") -> None:
+        """`engine` is "gigatoken", or "reference" for `tokenizer` itself.
+
+        `model` is that of another encoder for the same tokenizer, which spares the work of making it.
+        """
         self.tokenizer, self.engine = tokenizer, engine
+        self.model = b""
         self._characters = self._resident = 0
         self._gigatoken: Any = None
         if engine == "gigatoken":
-            self._model = orjson.dumps(without_controls(tokenizer.raw))
+            self.model = model or orjson.dumps(without_controls(tokenizer.raw))
             self._renew()
         self._cutter = _Cutter(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
 
@@ -80,7 +84,7 @@ class Encoder:
         import gigatoken
 
         self._gigatoken = None
-        self._gigatoken = gigatoken.Tokenizer.from_json(self._model)
+        self._gigatoken = gigatoken.Tokenizer.from_json(self.model)
         self._characters, self._resident = 0, _resident_bytes()
 
     def encode_long(self, text: str) -> Iterator[np.ndarray]:

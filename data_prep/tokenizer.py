@@ -16,7 +16,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         """Load and check the model in `file`; raises ValueError as `load` does."""
         data = file.read_bytes()
-        self.model, self.raw = _read(data, str(file))
-        self._data = data
+        self.model = SentencePieceModel.parse(data, str(file))
+        self._data, self._file = data, file
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
         self.info = TokenizerInfo(
@@ -93,6 +93,11 @@ class SentencePieceTokenizer(Tokenizer):
             vocab_size=self._processor.vocab_size(),
             **{name: value if value >= 0 else None for name, value in ids.items()},
         )
+
+    @cached_property
+    def raw(self) -> dict[str, Any]:  # type: ignore[override]  # made when it is first needed
+        """See Tokenizer."""
+        return _converted(self._data, str(self._file))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See Tokenizer."""
@@ -112,10 +117,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 @lru_cache(maxsize=4)  # it takes half a second, and a run loads its tokenizer more than once
-def _read(data: bytes, name: str) -> tuple[SentencePieceModel, dict[str, Any]]:
-    """The model in the bytes of a .model file and the tokenizer.json for it; raises ValueError, naming `name`."""
-    model = SentencePieceModel.parse(data, name)
-    return model, orjson.loads(to_huggingface(model).to_str())
+def _converted(data: bytes, name: str) -> dict[str, Any]:
+    """The tokenizer.json for the bytes of a .model file."""
+    return orjson.loads(to_huggingface(SentencePieceModel.parse(data, name)).to_str())
 
 
 class HuggingFaceTokenizer(Tokenizer):

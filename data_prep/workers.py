@@ -45,7 +45,9 @@ def prepare_units(job: Job, encoder: Encoder, inputs: dict[str, int], workers: i
     context = get_context("spawn")
     counters = context.RawArray("q", 2 * workers)
     order = context.Value("i", 0)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(job, counters, order))
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_begin_worker, initargs=(job, encoder.model, counters, order)
+    )
     groups = _groups(inputs)
     running: set[Future[list[UnitRecord]]] = set()
     try:
@@ -102,7 +104,7 @@ def _groups(inputs: dict[str, int]) -> Iterator[list[str]]:
 _worker: tuple[Job, Encoder, Report]
 
 
-def _begin_worker(job: Job, counters: Any, order: Any) -> None:
+def _begin_worker(job: Job, model: bytes, counters: Any, order: Any) -> None:
     """Leave Ctrl-C to the command, and end at once when that is killed instead of waiting for work for ever."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -122,7 +124,7 @@ def _begin_worker(job: Job, counters: Any, order: Any) -> None:
         counters[place] += more_bytes  # nobody else writes here
         counters[place + 1] += more_tokens
 
-    _worker = (job, Encoder(load(job.folder.out / TOKENIZER_DIR), job.engine), report)
+    _worker = (job, Encoder(load(job.folder.out / TOKENIZER_DIR), job.engine, model), report)
 
 
 def _prepare_group(units: list[str]) -> list[UnitRecord]:
