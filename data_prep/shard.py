@@ -214,6 +214,32 @@ class TokenDataset:
         """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
         return list(parts(self, index * seq_len, seq_len + 1))
 
+    def signature(self) -> str:
+        """Changes when a shard's file is written: sizes and modification times, without reading a token."""
+        digest = hashlib.sha256(self.manifest.fingerprint.encode())
+        for shard in self._shards:
+            facts = os.stat(f"{self.directory}/{shard.path}")
+            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def check(self, share: tuple[int, int] = (0, 1)) -> str | None:
+        """Read shards and compare them with the manifest: checksum, and ids within the vocabulary.
+
+        share: (k, n) reads every n-th shard from the k-th on. Returns what is wrong first, naming the file, or None.
+        """
+        from data_prep.scan import Stretch, scan_all  # which imports this module
+
+        mine = self._shards[share[0] :: share[1]]
+        stretches = [Stretch(self.directory / s.path, s.dtype, s.offset, s.tokens) for s in mine]
+        vocab_size = self.manifest.tokenizer.vocab_size
+        for shard, found in zip(mine, scan_all(stretches, self.manifest.tokenizer)):
+            if (found.tokens, found.checksum) != (shard.tokens, shard.checksum):
+                return f"{self.directory / shard.path} is damaged: its checksum is not the manifest's"
+            if found.smallest < 0 or found.largest >= vocab_size:
+                ids = f"{found.smallest} to {found.largest}"
+                return f"{self.directory / shard.path} has ids from {ids}, not all in a vocabulary of {vocab_size}"
+        return None
+
     def _fill(self, row: np.ndarray, start: int, index: int) -> None:
         """Fill `row` with the tokens from `start` on, which lies in shard `index`; go on into the next ones."""
         filled = 0

@@ -87,6 +87,9 @@ class DataConfig:
     """The mixture (list of name, weight, train, validation)."""
     stages: list[StageConfig] = field(default_factory=list)
     """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is checked of the shards before the first step: their sizes only, or every byte's checksum and every id, shared
+    among the ranks and done once until a file changes."""
     allow_change: bool = False
     """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2

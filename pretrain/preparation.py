@@ -4,6 +4,7 @@ Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─
 ─> model on its devices, optimizer ─> checkpoint, or --init_from, or the first weights ─> Run
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,8 @@ def prepare(settings: config.Config) -> Run:
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
+        if settings.data.verify == "full":
+            _verify_shards(Path(settings.run_dir) / "verified.json", sources)
         run = _build(settings, fabric, sources, mixture, accumulate)
         run.at_end = on_failure.pop_all()
     return run
@@ -96,6 +99,21 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
+
+
+def _verify_shards(record: Path, sources: list[data.Source]) -> None:
+    """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
+    known = json.loads(record.read_text()) if record.exists() else {}
+    for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
+        key, signature = str(dataset.directory), ranks.broadcast(dataset.signature())
+        if ranks.broadcast(known.get(key)) == signature:
+            continue
+        problem = ranks.first_problem(dataset.check(share=(ranks.rank(), ranks.world_size())))
+        if problem is not None:
+            raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
+        known[key] = signature
+    if ranks.rank() == 0:
+        record.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def _data_facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, Any]:

@@ -20,7 +20,15 @@ torch.set_num_threads(1)
 VOCAB_SIZE = 300
 
 
-def write_dataset(folder: Path, tokens: int, seed: int, tokenizer: str = "a", shards: int = 3, **policy: bool) -> Path:
+def write_dataset(
+    folder: Path,
+    tokens: int,
+    seed: int,
+    tokenizer: str = "a",
+    shards: int = 3,
+    vocab_size: int = VOCAB_SIZE,
+    **policy: bool,
+) -> Path:
     """A dataset of random tokens with some order in them (each token tends to follow its predecessor), in `shards` shards."""
     rng = np.random.default_rng(seed)
     ids = (np.cumsum(rng.integers(0, 3, tokens)) + rng.integers(0, 2, tokens) * 7) % VOCAB_SIZE
@@ -29,7 +37,7 @@ def write_dataset(folder: Path, tokens: int, seed: int, tokenizer: str = "a", sh
         with ShardWriter(folder, f"shards/part-{number}.npy", token_dtype(VOCAB_SIZE)) as writer:
             writer.append(part)
         written.append(writer.shard(source_file=f"part-{number}.txt", documents=1))
-    info = TokenizerInfo(f"sha256:{tokenizer * 64}", "sentencepiece", VOCAB_SIZE, 1, 2)
+    info = TokenizerInfo(f"sha256:{tokenizer * 64}", "sentencepiece", vocab_size, 1, 2)
     policy = {"append_eos": True, "prepend_bos": False, **policy}
     Manifest("synthetic", "train", info, shards=tuple(written), **policy).save(folder)
     (folder / "tokenizer").mkdir(exist_ok=True)

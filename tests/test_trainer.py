@@ -245,6 +245,54 @@ def test_data_that_does_not_fit_is_one_line_with_the_remedy(
     assert "parsing" in refused(capsys, "train", "--config", tmp_path / "c.yaml")
 
 
+def spoil_shard(folder: Path, how: str) -> Path:
+    """Damage the second shard of a dataset; its manifest stays as it was."""
+    first, second = (folder / "shards" / f"part-{n}.npy" for n in (0, 1))
+    content = bytearray(second.read_bytes())
+    if how == "truncated":
+        content = content[:-2]
+    elif how == "flipped":
+        content[-100] ^= 1
+    elif how == "swapped":
+        content[128:] = first.read_bytes()[128 : 128 + len(content) - 128]
+    second.write_bytes(content)
+    return second
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "swapped"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_spoilt_shard_is_named_before_the_first_step(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path, how: str, resumed: bool
+) -> None:
+    shutil.copytree(datasets / "a", tmp_path / "a")
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 3}, optim={"warmup_steps": 1})
+    tree["data"]["sources"][0] |= {
+        "train": str(tmp_path / "a" / "train"),
+        "validation": str(tmp_path / "a" / "validation"),
+    }
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    if resumed:  # verified before, and found good
+        pretrain("train", "--config", config_file, "--train.max_steps", 2)
+        assert (tmp_path / "run" / "verified.json").is_file()
+    shard = spoil_shard(tmp_path / "a" / "train", how)
+    assert shard.name in refused(capsys, "train", "--config", config_file)
+
+
+def test_a_second_job_on_a_run_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 5000})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    process = start(config_file)
+    wait_for(tmp_path / "run", 2, process)
+    line = refused(capsys, "train", "--config", config_file)
+    assert f"process {process.pid} on" in line
+    assert "another run_dir" in line
+    process.kill()
+    process.communicate()
+    pretrain("train", "--config", config_file, "--train.max_steps", 6, "--data.allow_change", "true")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
