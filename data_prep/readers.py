@@ -227,12 +227,15 @@ def _row_group(file: pq.ParquetFile, group: int, column: str, start: int) -> Ite
         rows_a_batch = _check_size(meta, column)
         for batch in file.iter_batches(rows_a_batch, row_groups=[group], columns=[column], use_threads=False):
             values = batch.column(0)
+            large = batch.nbytes > 8 * _BATCH_BYTES
             del batch
             try:
                 texts = values.to_pylist()
             except UnicodeDecodeError:
                 texts = [_one(value) for value in values]
             del values
+            if large:  # Arrow would keep the memory for the next one
+                pa.default_memory_pool().release_unused()
             texts.reverse()
             while texts:  # each is let go as soon as it is handed on
                 yield row, texts.pop()

@@ -178,14 +178,17 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_document_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, wide: bool) -> None:
+@pytest.mark.parametrize(("command", "wide"), [("slimpajama", False), ("slimpajama", True), ("starcoder", True)])
+def test_a_document_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, command: str, wide: bool) -> None:
     word = "naïve 😀 word, " if wide else "naive word, "  # with one emoji every character takes four bytes
     text = word * (100_000_000 // len(word.encode()))
-    write_jsonl(tmp_path / "in/train/a.jsonl.zst", line("before"), line(text), line(text), line("after"))
-    arguments = ["slimpajama", "--input", tmp_path / "in", "--split", "train", "--tokenizer", LLAMA_MODEL]
-    command = [sys.executable, "-c", MEMORY, *arguments, "--out", tmp_path / "out", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if command == "slimpajama":
+        write_jsonl(tmp_path / "in/train/a.jsonl.zst", line("before"), line(text), line(text), line("after"))
+    else:
+        write_parquet(tmp_path / "in/python/a.parquet", ["before", text, text, "after"])
+    arguments = [command, "--input", tmp_path / "in", "--split", "train", "--tokenizer", LLAMA_MODEL]
+    run_it = [sys.executable, "-c", MEMORY, *arguments, "--out", tmp_path / "out", "--workers", "1"]
+    done = subprocess.run(run_it, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     *_, kibibytes, unit = done.stdout.split()
     assert unit == "kB"
