@@ -9,6 +9,7 @@ file is then cut into 60,000 files: what they add is the cost of a file. Result:
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import data_prep_corpus
 import zstandard
@@ -28,13 +30,32 @@ RESULTS = Path(__file__).parent / "results" / "data_prep_scale.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
 
 
-def prepare(source: Path, out: Path) -> float:
-    """Seconds that a fresh command takes from its start to its end."""
+class Taken(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    """From its start to its end."""
+    cpu_s: float
+    """Of all its processes; what others do on the machine does not lengthen it much."""
+
+
+def prepare(source: Path, out: Path) -> Taken:
+    """What a fresh command takes."""
     shutil.rmtree(out, ignore_errors=True)
     words = ["slimpajama", "--input", str(source), "--split", "train", "--tokenizer", MODEL, "--out", str(out)]
-    start = time.perf_counter()
+    return run(words)
+
+
+def run(words: list[str]) -> Taken:
+    """Run data-prep."""
+    start, cpu = time.perf_counter(), _cpu_of_children()
     subprocess.run([sys.executable, "-m", "data_prep", *words], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return Taken(time.perf_counter() - start, _cpu_of_children() - cpu)
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def repeated(chunk: Path, root: Path, times: int) -> Path:
@@ -55,17 +76,18 @@ def linear(chunk: Path, root: Path, rounds: int) -> dict:
     (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(b""))
     line = b'{"text": "one", "meta": {"redpajama_set_name": "RedPajamaC4"}}\n'
     (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(line))
-    seconds: dict[int, list[float]] = {times: [] for times in sorted(sources)}
+    taken: dict[int, list[Taken]] = {times: [] for times in sorted(sources)}
     for _ in range(rounds):
-        for times in seconds:
-            seconds[times].append(prepare(sources[times], root / "out"))
-    median = {times: statistics.median(taken) for times, taken in seconds.items()}
-    work = {times: median[times] - median[0] for times in (1, 2, 4)}
-    return {
-        "seconds": seconds,
-        "start_s": median[0],
-        "twice_the_input_takes_times": {"1 to 2": work[2] / work[1], "2 to 4": work[4] / work[2]},
-    }
+        for times in taken:
+            taken[times].append(prepare(sources[times], root / "out"))
+    result: dict = {}
+    for what in ("seconds", "cpu_s"):
+        figures = {times: [getattr(one, what) for one in ones] for times, ones in taken.items()}
+        median = {times: statistics.median(values) for times, values in figures.items()}
+        work = {times: median[times] - median[0] for times in (1, 2, 4)}
+        result[what] = figures
+        result[f"twice_the_input_takes_times_by_{what}"] = {"1 to 2": work[2] / work[1], "2 to 4": work[4] / work[2]}
+    return result
 
 
 def small_files(root: Path, count: int) -> dict:
@@ -80,7 +102,6 @@ def small_files(root: Path, count: int) -> dict:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zstandard.compress(b"".join(lines[n::number])))
     few, many = (prepare(root / name, root / f"{name}-out") for name in ("few", "many"))
-    restart = time.perf_counter()
     again = [
         "slimpajama",
         "--input",
@@ -92,18 +113,17 @@ def small_files(root: Path, count: int) -> dict:
         "--out",
         root / "many-out",
     ]
-    subprocess.run([sys.executable, "-m", "data_prep", *map(str, again)], check=True, stdout=subprocess.DEVNULL)
-    restart = time.perf_counter() - restart
+    restart = run([str(word) for word in again])
     start = time.perf_counter()
     dataset = TokenDataset(root / "many-out")
     opening = time.perf_counter() - start
     assert len(dataset.manifest.shards) == count
     return {
         "files": count,
-        "seconds_in_16_files": few,
-        "seconds": many,
-        "added_s": many - few,
-        "run_again_with_nothing_to_do_s": restart,
+        "in_16_files": few._asdict(),
+        "in_many_files": many._asdict(),
+        "added_s": many.seconds - few.seconds,
+        "run_again_with_nothing_to_do": restart._asdict(),
         "open_the_manifest_s": opening,
     }
 

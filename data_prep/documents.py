@@ -1,7 +1,7 @@
 """Which documents a sequence comes from.
 
-tokens [start, start + count) --> shard and place --> documents/UNIT.npy: rows and lengths --> file and line
---> without it (imported data): EOS, counted
+    tokens [start, start + count) --> shard and place --> documents/UNIT.npy: rows and lengths --> file and line
+                                                      --> without it (imported data): EOS, counted
 
 Part of the door between `data_prep` and `pretrain`, as TokenDataset.documents: numpy and the standard library.
 """

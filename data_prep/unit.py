@@ -2,10 +2,10 @@
 
 What runs once a document is Python, what runs once a token is not.
 
-Source.documents --> kept?  --yes--> batches of 1M characters --> Encoder --> BOS? ids EOS? --> OUT/shards/UNIT.npy
-                       |                                            row, tokens of each --> OUT/documents/UNIT.npy
-                       no --> counted by reason and subset;
-                              the broken ones by line too   ------------------------------> OUT/units/UNIT.json
+    Source.documents --> kept?  --yes--> batches of 1M characters --> Encoder --> BOS? ids EOS? --> OUT/shards/UNIT.npy
+                           |                                          row and tokens of each --> OUT/documents/UNIT.npy
+                           no --> counted by reason and subset;
+                                  the broken ones by line too -------------------------------> OUT/units/UNIT.json
 """
 
 from __future__ import annotations
