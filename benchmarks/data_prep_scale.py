@@ -2,8 +2,8 @@
 
     python benchmarks/data_prep_scale.py [--work DIR with the corpus of data_prep_speed.py]
 
-The same files are prepared once, twice and four times over: the time on top of the start must double. The text of one
-file is then cut into 60,000 files: what they add is the cost of a file. Result: benchmarks/results/data_prep_scale.json.
+A quarter, half and all of the files are prepared: the time on top of the start must double. Then many short documents in
+16 files and in 60,000: what these add is the cost of a file. Result: benchmarks/results/data_prep_scale.json.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from typing import NamedTuple
 import data_prep_corpus
 import zstandard
 
-from data_prep.readers import read_jsonl
 from data_prep.shard import TokenDataset
+from data_prep.tokenizer import load
 
 RESULTS = Path(__file__).parent / "results" / "data_prep_scale.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
@@ -39,10 +39,10 @@ class Taken(NamedTuple):
     """Of all its processes; what others do on the machine does not lengthen it much."""
 
 
-def prepare(source: Path, out: Path) -> Taken:
+def prepare(command: str, source: Path, out: Path, *more: str) -> Taken:
     """What a fresh command takes."""
     shutil.rmtree(out, ignore_errors=True)
-    words = ["slimpajama", "--input", str(source), "--split", "train", "--tokenizer", MODEL, "--out", str(out)]
+    words = [command, "--input", str(source), "--split", "train", "--tokenizer", MODEL, "--out", str(out), *more]
     return run(words)
 
 
@@ -58,28 +58,19 @@ def _cpu_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def repeated(chunk: Path, root: Path, times: int) -> Path:
-    """The files of a chunk, so many times over, as links."""
-    for n in range(times):
-        target = root / f"x{times}" / "train" / f"chunk{n}"
+def linear(work: Path, root: Path, rounds: int) -> dict:
+    """What 0, 1, 2 and 4 quarters of the code take; 0 is some documents, which is the start. No text is there twice."""
+    files = sorted((work / "code" / "python").iterdir())
+    for quarters in (1, 2, 4):
+        target = root / str(quarters) / "python"
         target.mkdir(parents=True)
-        for file in chunk.iterdir():
+        for file in files[: len(files) * quarters // 4]:
             os.link(file, target / file.name)
-    return root / f"x{times}"
-
-
-def linear(chunk: Path, root: Path, rounds: int) -> dict:
-    """Times of 0, 1, 2 and 4 times the input; 0 is one small file, which is the start."""
-    sources = {times: repeated(chunk, root, times) for times in (1, 2, 4)}
-    sources[0] = root / "x0"
-    (root / "x0/train/chunk0").mkdir(parents=True)
-    (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(b""))
-    line = b'{"text": "one", "meta": {"redpajama_set_name": "RedPajamaC4"}}\n'
-    (root / "x0/train/chunk0/a.jsonl.zst").write_bytes(zstandard.compress(line))
+    sources = {0: data_prep_corpus.few(work) / "code", **{quarters: root / str(quarters) for quarters in (1, 2, 4)}}
     taken: dict[int, list[Taken]] = {times: [] for times in sorted(sources)}
     for _ in range(rounds):
         for times in taken:
-            taken[times].append(prepare(sources[times], root / "out"))
+            taken[times].append(prepare("starcoder", sources[times], root / "out", "--holdout", "1e-12"))
     result: dict = {}
     for what in ("seconds", "cpu_s"):
         figures = {times: [getattr(one, what) for one in ones] for times, ones in taken.items()}
@@ -101,7 +92,7 @@ def small_files(root: Path, count: int) -> dict:
             path = root / name / "train" / f"chunk{n % 10}" / f"example_train_{n}.jsonl.zst"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zstandard.compress(b"".join(lines[n::number])))
-    few, many = (prepare(root / name, root / f"{name}-out") for name in ("few", "many"))
+    few, many = (prepare("slimpajama", root / name, root / f"{name}-out") for name in ("few", "many"))
     again = [
         "slimpajama",
         "--input",
@@ -132,18 +123,17 @@ def main() -> None:
     """Measure and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder with the corpus, or for it; default: a temporary one")
-    parser.add_argument("--megabytes", type=float, default=100.0)
+    parser.add_argument("--megabytes", type=float, default=250.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=int, default=60_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = args.work or Path(temporary)
         data_prep_corpus.make(work, args.megabytes)
-        chunk = work / "prose" / "train" / "chunk1"
-        assert next(read_jsonl(next(chunk.iterdir())))
+        load(MODEL).save(work / "tokenizer", prepend_bos=False)
         result = {
             "cores": len(os.sched_getaffinity(0)),
-            "linear": linear(chunk, Path(temporary) / "linear", args.rounds),
+            "linear": linear(work, Path(temporary) / "linear", args.rounds),
             "small_files": small_files(Path(temporary) / "small", args.files),
         }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
