@@ -72,7 +72,7 @@ def stretch(texts: list[str], megabytes: float) -> list[str]:
             stretched.append("\n\n".join(islice(rest, text.count("\n\n") + 1)))
             size += len(stretched[-1])
     shuffler.shuffle(stretched)
-    return stretched
+    return [text for text in stretched if text]  # data-prep drops empty documents, the usual way does not
 
 
 def _files() -> Iterator[Path]:
