@@ -32,6 +32,7 @@ from pretrain import ranks
 
 FORMAT = "cria-checkpoint"
 VERSION = 1
+OTHER_VERSION = "its manifest is of version"
 _COMMITTED = re.compile(r"step-(\d{8,})")
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where a single process is meant
@@ -64,20 +65,34 @@ def _optimizer_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[st
 
 
 def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, or None; called by all ranks, the same for all.
+    """The newest checkpoint that is whole, or None where none was ever committed; called by all ranks, the same for all.
 
     The ranks share the work of reading every file. Corrupt checkpoints are named to `warn` and set aside, by rank 0.
+
+    Raises:
+        ValueError: there are checkpoints and none is whole, or the newest is of another version: nothing is begun anew then.
     """
-    for folder in ranks.broadcast([folder for _, folder in committed(run_dir)]):
+    folders = ranks.broadcast([folder for _, folder in committed(run_dir)])
+    for folder in folders:
         problem = ranks.first_problem(verify(folder, share=(ranks.rank(), ranks.world_size())))
         if problem is None:
             return folder
+        if OTHER_VERSION in problem:
+            raise ValueError(
+                f"{folder}: {problem}; go on with the version of Cria that wrote it, or take another run_dir"
+            )
         if ranks.rank() == 0:
             aside = set_aside(folder, "corrupt")
             warn(
                 f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken"
             )
         ranks.barrier()
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise ValueError(
+            f"{run_dir} has no whole checkpoint left; {names} are corrupt and were set aside in its checkpoints/. Bring one "
+            "back, name one with --resume, or begin anew in another run_dir"
+        )
     return None
 
 
@@ -105,7 +120,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            return f"its manifest is {manifest['format']} version {manifest['version']}, not {FORMAT} version {VERSION}"
+            return f"{OTHER_VERSION} {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
         files = manifest["files"]
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
         if unlike := sorted(set(files) ^ present):
@@ -163,6 +178,11 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load(tensors, storage_reader=_Reader(folder / "tensors"), no_dist=not dist.is_initialized())
+
+
+def tensor_files(folder: Path) -> set[str]:
+    """Names of the files in tensors/ that DCP's index says hold tensors."""
+    return {place.relative_path for place in _Reader(folder / "tensors").read_metadata().storage_data.values()}
 
 
 class _Reader(dcp.FileSystemReader):

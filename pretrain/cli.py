@@ -1,9 +1,10 @@
 """The command line's manners: one clear line for what a user did wrong, exit status 2, never a traceback."""
 
 import difflib
+import os
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
@@ -13,10 +14,17 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class Parser(jsonargparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest key where one is unknown."""
 
+    command = "pretrain"
+    """What the user called; jsonargparse makes parsers of its own for parts of a configuration."""
+
+    def __init__(self, *args: Any, prog: str | None = None, **options: Any):
+        super().__init__(*args, prog=prog, **options)
+        Parser.command = prog or Parser.command
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` as one line and exit with status 2."""
         message = re.sub(r"<class '(\w+)'>", r"\1", str(message)).replace("typing.Literal", "one of ")
-        fail(self.prog, message + self._suggestion(message) + f" ({self.prog} --help explains every key)")
+        fail(self.command, message + self._suggestion(message) + f" ({self.command} --help explains every key)")
 
     def _suggestion(self, message: str) -> str:
         unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", message)
@@ -31,5 +39,6 @@ class Parser(jsonargparse.ArgumentParser):
 
 def fail(command: str, message: object) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
-    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every rank finds the same
+        print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -84,7 +84,9 @@ class DataConfig:
     seq_len: int = 2048
     """Tokens a sequence predicts, T; T + 1 are read."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """The mixture (list of name, weight, train, validation)."""
+    """The mixture, a list of: name (what the source is called in metrics and pictures); train and validation (folders that
+    data-prep wrote, paths; without validation it is not validated); weight (its share of every step, relative to the others':
+    7 and 3 is 7:3; without weights each sequence of all is as likely as any other)."""
     stages: list[StageConfig] = field(default_factory=list)
     """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
     verify: Literal["full", "sizes"] = "full"
@@ -108,6 +110,8 @@ class TrainConfig:
     """Sequences a rank takes in one forward. Changes memory and speed, not the run."""
     log_every: int = 10
     """A line of metrics every so many steps; each costs one device synchronisation (steps)."""
+    max_skipped_steps: int = 10
+    """Stop when so many steps in a row were left out because a gradient was not finite (steps)."""
     deterministic: bool = False
     """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
 
@@ -117,9 +121,9 @@ class OptimConfig:
     """AdamW, its schedule, and clipping."""
 
     max_lr: float = 4e-4
-    """Learning rate after the warm-up (per step)."""
+    """Learning rate after the warm-up (no unit)."""
     min_lr: float = 4e-5
-    """Learning rate of the last step (per step)."""
+    """Learning rate of the last step (no unit)."""
     warmup_steps: int = 2000
     """Linear warm-up, from max_lr / warmup_steps to max_lr (steps)."""
     beta1: float = 0.9
@@ -204,7 +208,9 @@ def parse(argv: list[str]) -> Config:
         ValueError: with all problems found, one after the other.
         SystemExit: status 2 for an unknown key or a wrong type, 0 after --help; one line is printed.
     """
-    from pretrain.cli import Parser  # jsonargparse is slow to import, and only commands need it
+    import jsonargparse  # slow to import, and only commands need it
+
+    from pretrain.cli import Parser
 
     parser = Parser(
         prog="pretrain train", description="Train, or go on with, the run that the configuration describes."
@@ -212,7 +218,13 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     parsed = parser.parse_args(argv)
-    values = parser.instantiate_classes(parsed).as_dict()
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type) and not isinstance(parsed[section.name], jsonargparse.Namespace):
+            parser.error(f"{section.name} is {parsed[section.name]!r}; it must hold keys, or be left out")
+    instantiate = (
+        getattr(parser, "instantiate", None) or parser.instantiate_classes
+    )  # its name before jsonargparse 4.49
+    values = instantiate(parsed).as_dict()
     del values["config"]
     config = Config(**values)
     check(config)
@@ -231,13 +243,15 @@ def write(config: Config, path: Path) -> None:
 
 def check(config: Config) -> None:
     """Raise one ValueError that names everything in `config` that cannot work on any number of ranks."""
-    problems = [*_check_model(config.model), *_check_data(config.data), *_check_optim(config.optim, config.train)]
+    problems = [] if config.run_dir.strip() else ["run_dir is empty; name a folder for the run"]
+    problems += [*_check_model(config.model), *_check_data(config.data), *_check_optim(config.optim, config.train)]
     positive = {
         "data.seq_len": config.data.seq_len,
         "train.max_steps": config.train.max_steps,
         "train.global_batch_size": config.train.global_batch_size,
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.log_every": config.train.log_every,
+        "train.max_skipped_steps": config.train.max_skipped_steps,
         "validation.max_sequences": config.validation.max_sequences,
     }
     problems += [f"{name} is {value}; it must be at least 1" for name, value in positive.items() if value < 1]
@@ -265,6 +279,9 @@ def _check_model(model: ModelConfig) -> list[str]:
     problems = [f"model.{n} is {getattr(model, n)}; it must be at least 1" for n in sizes if getattr(model, n) < 1]
     if problems:
         return problems
+    for name in ("rope_theta", "rms_norm_eps"):
+        if not (isfinite(getattr(model, name)) and getattr(model, name) > 0):
+            problems.append(f"model.{name} is {getattr(model, name)}; it must be a number above 0")
     D, H, H_kv = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     if D % H:
         problems.append(f"model.hidden_size {D} is not a multiple of model.num_attention_heads {H}")
@@ -315,6 +332,9 @@ def _check_stages(stages: list[StageConfig], names: list[str]) -> list[str]:
 
 def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     problems = []
+    for name in ("max_lr", "min_lr", "eps", "weight_decay", "max_grad_norm"):
+        if not (isfinite(getattr(optim, name)) and getattr(optim, name) >= 0):
+            problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number of at least 0")
     if not 0 <= optim.min_lr <= optim.max_lr:
         problems.append(f"optim.min_lr {optim.min_lr} must lie between 0 and optim.max_lr {optim.max_lr}")
     if not 0 <= optim.warmup_steps <= train.max_steps:

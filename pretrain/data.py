@@ -118,7 +118,7 @@ class Mixture:
                     raise ValueError(
                         f"source {number} of the mixture is due {float(share * global_batch_size):.3f} sequences a step from "
                         f"step {stage.first_step} on; it must be at least 1: raise its weight, or train.global_batch_size "
-                        f"from {global_batch_size} to at least {ceil(1 / share)}"
+                        f"from {global_batch_size} to at least {ceil(1 / min(part for part in stage.shares if part))}"
                     )
         self._keys = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
 
@@ -210,7 +210,9 @@ def make_mixture(sources: list[Source], config: DataConfig, seed: int, global_ba
         Stage(1, _shares(base, sources)),
         *(Stage(s.first_step, _shares(s.weights, sources)) for s in config.stages),
     ]
-    keys = [f"{seed}:{source.train.manifest.fingerprint}" for source in sources]
+    prints = [source.train.manifest.fingerprint for source in sources]
+    # A dataset that stands twice in the mixture is shuffled in two ways: its number among its equals makes the difference.
+    keys = [f"{seed}:{mark}" + (f":{n}" if (n := prints[:s].count(mark)) else "") for s, mark in enumerate(prints)]
     return Mixture(lengths, stages, keys, global_batch_size)
 
 
@@ -276,8 +278,9 @@ def train_loader(
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the trainer answers it, the workers go when it lets them go.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach the whole process group; the trainer answers them, the workers go when it lets them go.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:

@@ -132,6 +132,9 @@ def read(run_dir: Path) -> History:
         elif record["kind"] == "start":
             starts.append(record)
             stop = None
+            # What a killed run had logged beyond the checkpoint that this one goes on from is not part of it.
+            for kind, records in by_step.items():
+                by_step[kind] = {step: r for step, r in records.items() if 0 < record["step"] >= step}
         elif record["kind"] == "stop":
             stop = record
         elif record["kind"] in by_step:

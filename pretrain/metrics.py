@@ -7,6 +7,7 @@ steps. It is only ever appended to: after a crash and a resume a step may stand 
 """
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -19,18 +20,20 @@ from lightning.fabric.loggers import Logger, TensorBoardLogger
 from pretrain.config import Config, ModelConfig
 
 PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bf16 matrix products by datasheet (FLOP/s), by the start of the device's name; the longest match counts."""
+"""Dense bf16 matrix products by datasheet (FLOP/s), by the device's whole name: a variant or a part (MIG) is another chip."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it is not known: then there is no MFU."""
-    matches = [name for name in PEAK_FLOPS if device_name.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    return PEAK_FLOPS.get(device_name)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, parameters: int, in_products: int) -> dict[str, float]:
@@ -55,9 +58,9 @@ class Clock:
         self.steps, self.train_s, self.data_wait_s = 0, 0.0, 0.0
         self._started = time.perf_counter()
 
-    def pause(self) -> None:
-        """Before something that is not training: let the device finish, and stop counting."""
-        if self._device.type == "cuda":
+    def pause(self, finished: bool = False) -> None:
+        """Before something that is not training: let the device finish, unless it is known to have, and stop counting."""
+        if self._device.type == "cuda" and not finished:
             torch.cuda.synchronize(self._device)
         self.train_s += time.perf_counter() - self._started
 
@@ -101,7 +104,9 @@ class MetricsLog:
         """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **record}) + "\n")
+        line = {"kind": kind, "step": step, "time": time.time(), **record}
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON knows no NaN
         if kind in ("train", "validation"):
             self._fabric.log_dict(dict(_numbers(kind, record)), step=step)
 

@@ -49,6 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
     q: (B, H, T, d); k, v: (B, H_kv, S, d). causal: query t sees keys 0..t, which needs S = T. Returns (B, H, T, d).
     """
+    assert not causal or q.shape[2] == k.shape[2], "a causal mask is aligned to the first key"
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 

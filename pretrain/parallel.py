@@ -75,9 +75,10 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
     accelerator = config.accelerator if config.accelerator != "auto" else ("cuda" if gpus else "cpu")
     if accelerator == "cuda" and gpus < local_world_size:
+        start = f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or " if gpus else ""
         raise ValueError(
             f"parallel.accelerator is cuda: this node has {gpus} GPUs for {local_world_size} ranks; "
-            f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or set --parallel.accelerator cpu"
+            f"{start}set --parallel.accelerator cpu"
         )
     return accelerator
 

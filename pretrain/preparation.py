@@ -5,6 +5,7 @@ Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric import Fabric
 from torch import nn
 
@@ -31,6 +33,9 @@ def prepare(settings: config.Config) -> Run:
         ValueError, OSError: something that the user can mend, in one line.
     """
     sources = data.open_sources(settings.data, settings.model.vocab_size)
+    tokenizer = sources[0].train.directory / TOKENIZER_DIR
+    if not tokenizer.is_dir():
+        raise FileNotFoundError(f"{tokenizer} is missing; an export needs it. data-prep writes it beside the shards")
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric = parallel.launch(settings.parallel, metrics.make_loggers(settings), settings.train.deterministic)
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
@@ -51,7 +56,7 @@ def _build(
     facts = {"model": asdict(settings.model), "data": _data_facts(settings, sources, mixture)}
     found = _choose_checkpoint(run_dir, settings, facts, say=fabric.print)
     if fabric.is_global_zero:
-        config.write(settings, run_dir / "config.yaml")
+        _keep_config(settings, run_dir, say=fabric.print)
         shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
 
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed)
@@ -78,20 +83,28 @@ def _build(
         clock=metrics.Clock(fabric.device),
         step=step,
         skipped_steps=skipped_steps,
+        skipped_in_a_row=torch.zeros_like(skipped_steps),
     )
 
 
 @contextmanager
 def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
     """Make the run's folder and lock it, so that no other job writes into it; where that fails, all ranks fail alike."""
-    problem, held = None, None
+    problem, held, mark = None, None, None
     if fabric.is_global_zero:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             held = lock(run_dir)
+            mark = (run_dir / ".lock").read_text()
         except OSError as error:
             problem = str(error)
-    problem = ranks.broadcast(problem)
+    problem, mark = ranks.broadcast((problem, mark))
+    if problem is None:
+        seen = (run_dir / ".lock").read_text() if (run_dir / ".lock").exists() else None
+        elsewhere = (
+            None if seen == mark else f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
+        )
+        problem = ranks.first_problem(elsewhere)
     if problem is not None:
         raise ValueError(f"run_dir: {problem}")
     try:
@@ -99,6 +112,25 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
+
+
+def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
+    """Write config.yaml; where the run goes on with another one, say what changed and keep the one before."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before, now = yaml.safe_load(path.read_text()), asdict(settings)
+        changes = [
+            f"{section}.{key}: {before[section].get(key)} -> {value}"
+            for section in ("train", "optim", "validation", "parallel")
+            for key, value in now[section].items()
+            if isinstance(before.get(section), dict) and before[section].get(key) != value
+        ]
+        if changes:
+            kept = checkpoint.set_aside(path, "before")
+            say(f"the configuration changed ({'; '.join(changes)}); the one before is kept as {kept.name}")
+    staged = path.with_name(".config.yaml.tmp")
+    config.write(settings, staged)
+    os.replace(staged, path)
 
 
 def _verify_shards(record: Path, sources: list[data.Source]) -> None:

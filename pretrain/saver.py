@@ -49,6 +49,8 @@ class Saver:
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[str | None] | None = None
+        if ranks.rank() == 0:
+            self._clear()
         self.stalled_s = 0.0
         """Seconds that training has waited for saving so far."""
 
@@ -95,9 +97,9 @@ class Saver:
             self._rank_0(lambda: self._make_room(staging, sum(sizes)))
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
             self._rank_0(lambda: _write_synced(staging / "state.json", json.dumps(state, indent=1)))
-            entries = {
-                name: entry for part in self._all_ranks(lambda: _hash_share(staging)) for name, entry in part.items()
-            }
+            names = self._all_ranks(lambda: _files_of(staging))[0]  # rank 0's: what it commits
+            parts = self._all_ranks(lambda: _hash_share(staging, names))
+            entries = {name: entry for part in parts for name, entry in part.items()}
             self._rank_0(lambda: self._commit(staging, target, step, entries))
         except _Failed as failure:
             if ranks.rank() == 0:
@@ -136,8 +138,7 @@ class Saver:
     def _make_room(self, staging: Path, needed: int) -> None:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left_over in [*self._folder.glob(".staging-*"), *self._folder.glob(".deleting-*")]:
-            shutil.rmtree(left_over)  # by a run that was killed
+        self._clear()
         free = shutil.disk_usage(self._folder).free
         if free < needed * 1.02 + 2**20:
             raise OSError(
@@ -145,6 +146,11 @@ class Saver:
                 "make room, or lower checkpoint.keep_last"
             )
         (staging / "tensors").mkdir(parents=True)
+
+    def _clear(self) -> None:
+        """Remove what a killed run left half written or half deleted."""
+        for left_over in [*self._folder.glob(".staging-*"), *self._folder.glob(".deleting-*")]:
+            shutil.rmtree(left_over)
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # More than one writer thread can lose a full disk's error: save returns and shards are missing.
@@ -194,10 +200,20 @@ def _bytes_of(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def _hash_share(staging: Path) -> dict[str, Any]:
+def _files_of(staging: Path) -> list[str]:
+    """All files, relative and sorted. Raises FileNotFoundError where one that DCP's index names is not to be seen."""
+    names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    missing = {f"tensors/{name}" for name in checkpoint.tensor_files(staging)} - set(names)
+    if missing:
+        raise FileNotFoundError(
+            f"{sorted(missing)[0]} was written and is not in {staging}: do all ranks share this folder?"
+        )
+    return names
+
+
+def _hash_share(staging: Path, names: list[str]) -> dict[str, Any]:
     """Name -> manifest entry of this rank's share of the files."""
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    return {str(p.relative_to(staging)): checkpoint.describe(p) for p in files[ranks.rank() :: ranks.world_size()]}
+    return {name: checkpoint.describe(staging / name) for name in names[ranks.rank() :: ranks.world_size()]}
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import pretrain
 from pretrain import config, data, metrics, parallel, ranks, validation
@@ -51,6 +52,8 @@ class Run:
     step: int = 0
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Steps of the run that were left out because a gradient was not finite; a scalar on the device."""
+    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """How many of them came last, one after the other; a scalar on the device."""
 
 
 @dataclass
@@ -85,7 +88,9 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps)
-    run.skipped_steps += step_if_finite(run.optimizer, grad_norm)
+    skipped = step_if_finite(run.optimizer, grad_norm)
+    run.skipped_steps += skipped
+    run.skipped_in_a_row = (run.skipped_in_a_row + 1) * skipped
     run.optimizer.zero_grad()
     run.step += 1
     run.clock.steps += 1
@@ -93,21 +98,25 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
 
 
 def train(run: Run) -> int:
-    """Train to the last step or until a signal. Returns the process's exit status: 0, or 128 + the signal's number."""
+    """Train to the last step or until a signal. Returns the process's exit status: 0, or 128 + the signal's number.
+
+    Raises:
+        FloatingPointError: `train.max_skipped_steps` steps in a row had no finite gradient.
+        OSError: the last checkpoint could not be saved.
+    """
+    display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
+    with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder free
+        at_end.callback(display.close)
+        at_end.callback(run.log.close)
+        return _train(run, display)
+
+
+def _train(run: Run, display: Display) -> int:
     settings = run.config
-    display = Display(settings.train.max_steps, run.step, show=run.fabric.is_global_zero)
     stop = _StopSignal()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     saved_step = run.step
-    loader = data.train_loader(
-        data.MicroBatches(
-            run.sources, run.mixture, settings.data.seq_len, settings.train.micro_batch_size,
-            run.fabric.global_rank, run.fabric.world_size,
-        ),
-        first_step=run.step + 1, last_step=settings.train.max_steps,
-        num_workers=settings.data.num_workers, pin=run.fabric.device.type == "cuda",
-    )  # fmt: skip
-    micro_batches = iter(loader)
+    micro_batches = iter(_make_loader(run))
     _log_start(run, display)
     if run.step == 0:
         _validate(run, display)
@@ -126,14 +135,24 @@ def train(run: Run) -> int:
     if saved_step < run.step:
         _save(run, saver)
     saver.close()
-    reason = "finished" if stop.signal is None else signal.Signals(stop.signal).name
+    if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
+        run.log.write("stop", run.step, {"reason": "finished"})
+        return 0
+    assert stop.signal is not None
+    reason = signal.Signals(stop.signal).name
     run.log.write("stop", run.step, {"reason": reason})
-    run.log.close()
-    run.at_end.close()
-    if stop.signal is not None:
-        display.say(f"stopped by {reason} after step {run.step}; the same command goes on from there")
-    display.close()
-    return 0 if stop.signal is None else 128 + stop.signal
+    display.say(f"stopped by {reason} after step {run.step}; the same command goes on from there")
+    return 128 + stop.signal
+
+
+def _make_loader(run: Run) -> DataLoader:
+    """The rank's micro-batches from the next step on to the last."""
+    settings, rank, world_size = run.config, run.fabric.global_rank, run.fabric.world_size
+    micro_batches = data.MicroBatches(
+        run.sources, run.mixture, settings.data.seq_len, settings.train.micro_batch_size, rank, world_size
+    )
+    pin = run.fabric.device.type == "cuda"
+    return data.train_loader(micro_batches, run.step + 1, settings.train.max_steps, settings.data.num_workers, pin)
 
 
 def _due(step: int, every_steps: int, last: bool) -> bool:
@@ -197,13 +216,13 @@ def _log_start(run: Run, display: Display) -> None:
 def _log_step(run: Run, display: Display, result: StepResult) -> None:
     """Write a line of metrics: the loss over all ranks of this step alone, so that a resumed run logs the same line.
 
-    The one place where training waits for the device.
+    The one place where a step waits for the device, and once.
     """
     # Every rank counts the same number of tokens a step, so the mean over ranks is the mean over tokens.
     mean = ranks.all_reduce_sum(result.loss.clone()) / run.fabric.world_size
     data_hash = ranks.all_reduce_sum(torch.tensor(result.data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
-    figures = torch.stack((mean, result.grad_norm, run.skipped_steps)).tolist()
-    run.clock.pause()
+    figures = torch.stack((mean, result.grad_norm, run.skipped_steps, run.skipped_in_a_row)).tolist()
+    run.clock.pause(finished=True)
     tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
     record = {
         "loss": figures[0],
@@ -219,6 +238,12 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
     run.clock.reset()
     run.log.write("train", run.step, record)
     display.train_line(run.step, record)
+    if figures[3] >= run.config.train.max_skipped_steps:
+        raise FloatingPointError(
+            f"the gradient was not finite in the last {int(figures[3])} steps up to step {run.step} (train.max_skipped_steps "
+            f"{run.config.train.max_skipped_steps}); nothing was updated in them. Their documents: pretrain order --config "
+            f"{run.run_dir / 'config.yaml'} --step {run.step}"
+        )
 
 
 def _validate(run: Run, display: Display) -> None:

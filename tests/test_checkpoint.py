@@ -152,7 +152,7 @@ def test_a_manifest_that_is_not_ours_is_refused(run_dir: Path) -> None:
     path = run_dir / "checkpoints" / "step-00000010" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "version": 99}))
-    assert "version 99" in str(checkpoint.verify(path.parent))
+    assert "cria-checkpoint 99" in str(checkpoint.verify(path.parent))
     path.write_text("[]")
     assert "cannot be read" in str(checkpoint.verify(path.parent))
 

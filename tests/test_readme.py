@@ -1,8 +1,10 @@
 """Every command on the README's page is run, in its order, on a miniature; and `make demo` is made of these commands."""
 
+import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +80,17 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_on_two_nodes(command: list[str], folder: Path) -> str:
     """The line that a user types on each of two nodes: two torchrun agents on this host, one process each."""
     with_one_process = [re.sub(r"^--nproc_per_node=8$", "--nproc_per_node=1", part) for part in command]
-    local = [part.replace("node1:29500", "localhost:29517") for part in with_one_process]
+    address = f"localhost:{free_port()}"
+    local = [part.replace("node1:29500", address) for part in with_one_process]
     assert local != command
     agents = [
         subprocess.Popen(
@@ -136,3 +145,20 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
         "print(k.decode(m.generate(**k('The file object', return_tensors='pt'), max_new_tokens=3, do_sample=False)[0]))"
     )
     assert run([sys.executable, "-c", script], folder).startswith("The file object")
+
+
+def test_it_learns(folder: Path) -> None:
+    """After a minute of training, each source's validation loss lies below the unigram entropy of what it is measured on."""
+    shape = "--model.hidden_size 64 --model.intermediate_size 176 --model.num_hidden_layers 2 --data.seq_len 128"
+    length = "--train.max_steps 120 --train.global_batch_size 16 --train.micro_batch_size 16 --optim.warmup_steps 10"
+    rest = "--run_dir runs/learns --validation.every_steps 120 --logger none --data.num_workers 0 --optim.max_lr 6e-3"
+    run(shlex.split(f"pretrain train --config configs/demo.yaml {shape} {length} {rest}"), folder)
+    records = [json.loads(line) for line in (folder / "runs/learns/metrics.jsonl").read_text().splitlines()]
+    start = next(r for r in records if r["kind"] == "start")
+    before, after = (r["losses"] for r in records if r["kind"] == "validation")
+    assert set(after) == {"slimpajama", "starcoder"}
+    for name, loss in after.items():
+        assert loss < start["sources"][name]["unigram_entropy"] - 0.1 < before[name] - 1
+    report = run(["pretrain", "report", "runs/learns"], folder)
+    assert report.count("below it") == 2
+    assert "not below it" not in report

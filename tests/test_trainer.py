@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import pretrain, tiny_config, write_config, write_dataset
+import torch.nn.functional as F
+import transformers
+from conftest import TINY_MODEL, pretrain, tiny_config, write_config, write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import config, data, preparation, trainer
+from pretrain import checkpoint, config, data, preparation, trainer
 from pretrain.__main__ import main
 from pretrain.progress import Display
 
@@ -61,6 +64,47 @@ def test_the_run_learns_and_says_what_it_did(straight: Path) -> None:
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (5, 10, 15, 20)]
     assert (straight / "config.yaml").is_file()
     assert (straight / "tokenizer").is_dir()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_twenty_steps_are_those_of_a_plain_loop(datasets: Path, tmp_path: Path, tied: bool) -> None:
+    """The trainer's own step against transformers' model in a loop of torch's parts: warm-up, cosine, clipping, accumulation."""
+    tree = tiny_config(datasets, tmp_path / "run", model={"tie_word_embeddings": tied}, optim={"max_grad_norm": 1.5})
+    run = preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**TINY_MODEL, "rms_norm_eps": 1e-5}, tie_word_embeddings=tied)
+    )
+    theirs.load_state_dict(run.model.module.state_dict(), strict=not tied)
+    plain = [p for n, p in theirs.named_parameters() if p.ndim == 1 or "embed" in n]
+    decayed = [p for n, p in theirs.named_parameters() if not (p.ndim == 1 or "embed" in n)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    warmup = torch.optim.lr_scheduler.LinearLR(reference, 1 / 4, 1.0, total_iters=3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=16, eta_min=3e-4)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(reference, [warmup, cosine], milestones=[3])
+    micro_batches = data.MicroBatches(run.sources, run.mixture, 32, 2, 0, 1)
+    batches = data.train_loader(micro_batches, 1, 20, 0, pin=False)
+    again = iter(batches)
+    taken, clipped = iter(batches), 0
+    for _ in range(20):
+        expected = 0.0
+        for _ in range(4):
+            tokens, _ = next(again)
+            logits = theirs(input_ids=tokens[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / 4
+            loss.backward()
+            expected += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.5).item()
+        result = trainer.optimizer_step(run, taken)
+        assert result.loss.item() == pytest.approx(expected, abs=1e-4)
+        assert result.grad_norm.item() == pytest.approx(norm, rel=1e-3)
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"], rel=1e-9)
+        clipped += norm > 1.5
+        reference.step()
+        scheduler.step()
+        reference.zero_grad()
+    assert clipped >= 5, "the clipping never acted"
+    run.at_end.close()
 
 
 def test_twice_is_the_same_to_the_bit(datasets: Path, straight: Path, tmp_path: Path) -> None:
@@ -141,6 +185,133 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves_though_loaders_get_it_too(
+    datasets: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2000}, data={"num_workers": 2})
+    process = start(write_config(tmp_path / "c.yaml", tree))
+    wait_for(tmp_path / "run", 6, process)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, output
+    stopped = max(records(tmp_path / "run", "train"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 4000}, checkpoint={"every_steps": 0})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "pretrain",
+        "train",
+    ]
+    process = subprocess.Popen(
+        [*command, "--config", str(config_file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(tmp_path / "run", 10, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert "stopped by SIGTERM after step" in output
+    stopped = max(records(tmp_path / "run", "train"))
+    assert 10 <= stopped < 4000
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+
+
+def test_gradients_that_stay_infinite_end_the_run(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are borne and counted; `max_skipped_steps` in a row are not. What is logged stays JSON."""
+    config_file = write_config(
+        tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", train={"max_skipped_steps": 3})
+    )
+    run = preparation.prepare(config.load(config_file))
+    before = [p.clone() for p in run.model.parameters()]
+    step_of, bad = run.fabric.backward, {3, 6, 7, 8}
+
+    def backward(loss: torch.Tensor) -> None:
+        step_of(loss * (float("nan") if run.step + 1 in bad else 1.0))
+
+    monkeypatch.setattr(run.fabric, "backward", backward)
+    with pytest.raises(FloatingPointError, match=r"last 3 steps up to step 8 .*pretrain order --config .* --step 8"):
+        trainer.train(run)
+    logged = records(tmp_path / "run", "train")
+    assert {step: r["skipped_steps"] for step, r in logged.items()} == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3, 8: 4}
+    assert logged[3]["grad_norm"] is None
+    assert logged[5]["grad_norm"] > 0
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_begun_anew(
+    capsys: pytest.CaptureFixture[str], straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        state = folder / "state.json"
+        state.write_text(state.read_text().replace("1337", "1338"))
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(straight / "config.yaml"), "--run_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "no whole checkpoint left" in error
+    assert "--resume" in error
+    assert len(list((tmp_path / "run" / "checkpoints").glob("corrupt-*"))) == 4
+
+
+def test_resume_picks_a_checkpoint(datasets: Path, straight: Path, tmp_path: Path) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    done = pretrain("train", "--config", config_file, "--resume", straight / "checkpoints" / "step-00000015")
+    assert "resumed after step 15" in done.stdout
+    got, expected = records(tmp_path / "run", "train"), records(straight, "train")
+    assert sorted(got) == [16, 17, 18, 19, 20]
+    assert all(got[step]["loss"] == expected[step]["loss"] for step in got)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "hugging face"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_init_from_takes_the_weights_and_nothing_else(
+    datasets: Path, straight: Path, tmp_path: Path, kind: str, ranks: int
+) -> None:
+    source = straight / "checkpoints" / "step-00000020"
+    if kind != "checkpoint":
+        source = write_hf_folder(tmp_path / "hf", checkpoint.load_weights(source))
+    tree = tiny_config(datasets, tmp_path / "run", optim={"max_lr": 1e-3}, train={"max_steps": 4}, seed=99)
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    pretrain("train", "--config", config_file, "--init_from", source, ranks=ranks)
+    first, last = records(tmp_path / "run", "validation")[0], records(straight, "validation")[20]
+    assert first["losses"] == pytest.approx(last["losses"], abs=1e-5), "it begins where the other ended"
+    train = records(tmp_path / "run", "train")
+    assert sorted(train) == [1, 2, 3, 4]
+    assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
+
+
+def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """As transformers itself writes a model."""
+    shape = transformers.LlamaConfig(**{**TINY_MODEL, "rms_norm_eps": 1e-5}, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(shape)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_compiled_it_trains_the_same_model(datasets: Path, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        run_dir = tmp_path / str(compiled)
+        tree = tiny_config(datasets, run_dir, train={"max_steps": 4}, parallel={"compile": compiled})
+        tree["model"] = {**TINY_MODEL, "num_hidden_layers": 1}
+        pretrain("train", "--config", write_config(tmp_path / f"{compiled}.yaml", tree))
+        losses.append([r["loss"] for r in records(run_dir, "train").values()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path: Path) -> None:
     sections = {"train": {"max_steps": 300}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
@@ -153,8 +324,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path:
         process.wait()
         process.stdout.close()
     pretrain("train", "--config", config_file)
-    resumed = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(resumed) > 300 + 31 + 3, "some steps were trained twice"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert len(trained) > len(set(trained)) == 300, "no step was trained twice"
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000290", "step-00000300"]
@@ -354,21 +526,26 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
     )
     seen: Counter[str] = Counter()
     trainer.optimizer_step(run, micro_batches)  # AdamW makes its state in the first step
-    with Operators():
+    transfers: list[tuple[str, torch.Size]] = []
+
+    def watched(name: str, method: Callable) -> Callable:
+        return lambda tensor, *args, **kwargs: transfers.append((name, tensor.shape)) or method(tensor, *args, **kwargs)
+
+    with monkeypatch.context() as patch, Operators():
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"):
+            patch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+        patch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("the step synchronises"))
         for _ in range(3):
             result = trainer.optimizer_step(run, micro_batches)
-    assert seen["aten._fused_adamw_.default"] == 3 * 2, "the operators of the step were not seen"
-    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "_to_cpu")
-    assert not [name for name in seen if any(word in name for word in waits)]
-
-    transfers = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or tolist(tensor))
-    seen.clear()
-    with Operators():
+        assert seen["aten._fused_adamw_.default"] == 3 * 2, "the operators of the step were not seen"
+        assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
+        assert transfers == []
+        seen.clear()
         trainer._log_step(run, Display(20, 4, show=False), result)
-    assert transfers == [(3,)]
-    assert "aten._local_scalar_dense.default" not in seen
+        # The fingerprint's sum is a CPU tensor; of what lies on the device one stacked tensor is fetched.
+        assert [name for name, _ in transfers] == ["numpy", "tolist"]
+        assert [shape for name, shape in transfers if name == "tolist"] == [(4,)]
+        assert "aten._local_scalar_dense.default" not in seen
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] == result.loss.item()
 
 
