@@ -4,8 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; child processes inherit it
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,41 @@ def pretrain(*argv: object, ranks: int = 1, check: bool = True, **options) -> su
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def records(run_dir: Path, kind: str) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+def trajectory(run_dir: Path) -> list[tuple]:
+    """What must not change: exact floats of every step, and of every validation."""
+    steps = [
+        (step, r["data_hash"], r["loss"], r["grad_norm"], r["lr"])
+        for step, r in sorted(records(run_dir, "train").items())
+    ]
+    return steps + [(step, r["losses"]) for step, r in sorted(records(run_dir, "validation").items())]
+
+
+@pytest.fixture(scope="session")
+def straight(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on one rank, never disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    pretrain("train", "--config", write_config(folder / "c.yaml", tiny_config(datasets, folder / "run")))
+    return folder / "run"
+
+
+def start(config_file: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pretrain", "train", "--config", str(config_file), *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and step in records(run_dir, "train"):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate()[0]}")

@@ -170,7 +170,7 @@ def kill_trial(data: Path, folder: Path, reference: dict, ranks: int, moments: r
         time.sleep(moments.uniform(0.2, 1.0) * duration_s)
         for pid in pids if kind == "all" else [moments.choice(pids)]:
             os.kill(pid, signal.SIGKILL)
-        finish(pids, patience_s=20)
+        finish(pids, patience_s=10)
         where = f"{kind} at a random moment"
     for left in [folder for _, folder in checkpoint.committed(folder)]:
         assert checkpoint.verify(left) is None, f"{left} is committed and not whole: {checkpoint.verify(left)}"

@@ -38,6 +38,12 @@ MINIATURE = [
         f"{MINIATURE_MODEL} {ON_THE_CPU}",
     ),
     (r"^pretrain (export|report)", ""),
+    (r"^pretrain order", ""),
+    (
+        r"^pretrain verify-resume",
+        f"--steps 6 --ranks '[1]' --overrides '{json.dumps(MINIATURE_MODEL.split())}'",
+    ),
+    (r"^data-prep (text|verify|inspect|stats)", ""),
     (r"^pretrain generate", "--max_new_tokens 5"),
 ]
 """What is added to a command so that it takes seconds (a later option overrides an earlier one). Each must match one row."""
@@ -112,6 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published.mkdir()
     (published / "SlimPajama-627B").symlink_to(folder / "runs/demo/corpus/slimpajama")
     (published / "starcoderdata").symlink_to(folder / "runs/demo/corpus/starcoderdata")
+    (published / "mine").symlink_to(folder / "runs/demo/corpus/slimpajama/train")
     (published / "tokenizer.model").symlink_to(folder / "runs/demo/tokenizer/tokenizer.model")
     return folder
 
@@ -126,7 +133,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             for part in miniature(command)
         ]
         outputs[command] = run_on_two_nodes(parts, folder) if "--nnodes=2" in command else run(parts, folder)
-    assert len(outputs) == 17
+    assert len(outputs) == 24
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")

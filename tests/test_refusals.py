@@ -1,0 +1,190 @@
+"""What is wrong is said in one line, with the remedy, before the first step; nothing is lost."""
+
+import ast
+import inspect
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import (
+    pretrain,
+    start,
+    tiny_config,
+    wait_for,
+    write_config,
+    write_dataset,
+)
+
+from pretrain import config
+from pretrain.__main__ import main
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_begun_anew(
+    capsys: pytest.CaptureFixture[str], straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        state = folder / "state.json"
+        state.write_text(state.read_text().replace("1337", "1338"))
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(straight / "config.yaml"), "--run_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "no whole checkpoint left" in error
+    assert "--resume" in error
+    assert len(list((tmp_path / "run" / "checkpoints").glob("corrupt-*"))) == 4
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Run the command in this process; it must end with status 2 and one line on standard error, which is returned."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in argv])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_refusal_is_a_status_and_no_traceback(datasets: Path, tmp_path: Path) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    for wrong in (["--optim.max_lrr", "1"], ["--train.micro_batch_size", "3"], ["--data.seq_len", "31000"]):
+        done = pretrain("train", "--config", config_file, *wrong, check=False)
+        assert done.returncode == 2
+        assert not done.stdout
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--optim.max_lrr", "3e-4"], ["--optim.max_lrr", "did you mean optim.max_lr?"]),
+        (["--optim.max_lr", "fast"], ["optim.max_lr", "float", "fast"]),
+        (["--parallel.precision", "fp8"], ["parallel.precision", "bf16", "fp32", "fp8"]),
+        (["--train.global_batch_size", "9"], ["9 is not a multiple", "2 x world_size 1 = 2", "nearest: 8 or 10"]),
+        (["--model.num_key_value_heads", "3"], ["num_attention_heads 4", "num_key_value_heads 3"]),
+        (["--data.seq_len", "64"], ["64 tokens is longer than", "max_position_embeddings 32"]),
+        (["--optim.warmup_steps", "21"], ["warmup_steps 21", "max_steps 20"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "exist"]),
+        (["--model.vocab_size", "299"], ["300 tokens", "vocab_size is 299", "at least 300"]),
+        (["--parallel.accelerator", "cuda"], ["cuda", "0 GPUs", "--parallel.accelerator cpu"]),
+        (["--train.max_steps", "0", "--data.num_workers", "-1"], ["train.max_steps is 0", "data.num_workers is -1"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    line = refused(capsys, "train", "--config", config_file, *overrides)
+    assert line.startswith("pretrain train: error: ")
+    for word in words:
+        assert word in line, line
+    assert not (tmp_path / "run").exists(), "nothing is left behind by a refused start"
+
+
+def test_data_that_does_not_fit_is_one_line_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path
+) -> None:
+    def with_source_b(train: Path) -> str:
+        tree = tiny_config(datasets, tmp_path / "run")
+        tree["data"]["sources"][1]["train"] = str(train)
+        return refused(capsys, "train", "--config", write_config(tmp_path / "c.yaml", tree))
+
+    assert "nowhere" in with_source_b(tmp_path / "nowhere")
+    assert "another tokenizer" in with_source_b(write_dataset(tmp_path / "other", 500, 1, tokenizer="b"))
+    tree = tiny_config(datasets, tmp_path / "run")
+    tree["optim"]["max_lrr"] = 1.0
+    assert "max_lrr" in refused(capsys, "train", "--config", write_config(tmp_path / "c.yaml", tree))
+    (tmp_path / "c.yaml").write_text("optim: {max_lr: [}")
+    assert "parsing" in refused(capsys, "train", "--config", tmp_path / "c.yaml")
+
+
+def spoil_shard(folder: Path, how: str) -> Path:
+    """Damage the second shard of a dataset; its manifest stays as it was."""
+    first, second = (folder / "shards" / f"part-{n}.npy" for n in (0, 1))
+    content = bytearray(second.read_bytes())
+    if how == "truncated":
+        content = content[:-2]
+    elif how == "flipped":
+        content[-100] ^= 1
+    elif how == "swapped":
+        content[128:] = first.read_bytes()[128 : 128 + len(content) - 128]
+    second.write_bytes(content)
+    return second
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "swapped"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_spoilt_shard_is_named_before_the_first_step(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path, how: str, resumed: bool
+) -> None:
+    shutil.copytree(datasets / "a", tmp_path / "a")
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 3}, optim={"warmup_steps": 1})
+    tree["data"]["sources"][0] |= {
+        "train": str(tmp_path / "a" / "train"),
+        "validation": str(tmp_path / "a" / "validation"),
+    }
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    if resumed:  # verified before, and found good
+        pretrain("train", "--config", config_file, "--train.max_steps", 2)
+        assert (tmp_path / "run" / "verified.json").is_file()
+    shard = spoil_shard(tmp_path / "a" / "train", how)
+    assert shard.name in refused(capsys, "train", "--config", config_file)
+
+
+def test_a_second_job_on_a_run_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 5000})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    process = start(config_file)
+    wait_for(tmp_path / "run", 2, process)
+    line = refused(capsys, "train", "--config", config_file)
+    assert f"process {process.pid} on" in line
+    assert "another run_dir" in line
+    process.kill()
+    process.communicate()
+    pretrain("train", "--config", config_file, "--train.max_steps", 6, "--data.allow_change", "true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--seed", "2"], ["data seed = 1337", "says 2"]),
+        (["--model.intermediate_size", "128"], ["model intermediate_size = 160", "says 128"]),
+        (["--train.global_batch_size", "16"], ["global_batch_size = 8", "says 16"]),
+    ],
+)
+def test_a_resume_that_would_not_be_the_same_run_is_refused(
+    capsys: pytest.CaptureFixture[str], straight: Path, overrides: list[str], words: list[str]
+) -> None:
+    line = refused(capsys, "train", "--config", straight / "config.yaml", *overrides)
+    for word in words:
+        assert word in line, line
+
+
+def test_help_explains_every_field_with_its_unit() -> None:
+    """The docstring under each field of the configuration is its help, and that of a number names the unit."""
+    printed = "".join(pretrain("train", "--help").stdout.split())
+    tree = ast.parse(inspect.getsource(config))
+    fields = 0
+    for section in (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name not in ("SourceConfig", "StageConfig")
+    ):
+        for field, doc in itertools.pairwise(section.body):
+            if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
+                continue
+            assert isinstance(doc, ast.Expr), f"{section.name}.{field.target.id} has no docstring"
+            text = ast.literal_eval(doc.value)
+            assert "".join(text.split()) in printed, f"the help of {section.name}.{field.target.id} is not printed"
+            if ast.unparse(field.annotation) in ("int", "float"):
+                assert re.search(UNITS, text), f"{section.name}.{field.target.id}: in which unit? {text}"
+            fields += 1
+    assert fields > 35
+
+
+UNITS = (
+    r"\((steps|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads|processes"
+    r"|[Cc]heckpoints"
+)

@@ -1,0 +1,174 @@
+"""Stopped, killed, started again, elsewhere or from somewhere else: the same run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TINY_MODEL, pretrain, records, start, tiny_config, trajectory, wait_for, write_config
+
+from pretrain import checkpoint, config, preparation, trainer
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group, loader workers included."""
+    sections = {"train": {"max_steps": 250}, "data": {"num_workers": 2}, "checkpoint": {"every_steps": 0}}
+    straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
+    pretrain("train", "--config", straight)
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
+    process = start(config_file)
+    wait_for(tmp_path / "run", 30, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    stopped = max(records(tmp_path / "run", "train"))
+    assert 30 <= stopped < 250
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+
+    second = pretrain("train", "--config", config_file)
+    assert f"resumed after step {stopped}" in second.stdout
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves_though_loaders_get_it_too(
+    datasets: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2000}, data={"num_workers": 2})
+    process = start(write_config(tmp_path / "c.yaml", tree))
+    wait_for(tmp_path / "run", 6, process)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, output
+    stopped = max(records(tmp_path / "run", "train"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 4000}, checkpoint={"every_steps": 0})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "pretrain",
+        "train",
+    ]
+    process = subprocess.Popen(
+        [*command, "--config", str(config_file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(tmp_path / "run", 10, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert "stopped by SIGTERM after step" in output
+    stopped = max(records(tmp_path / "run", "train"))
+    assert 10 <= stopped < 4000
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
+
+
+def test_gradients_that_stay_infinite_end_the_run(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are borne and counted; `max_skipped_steps` in a row are not. What is logged stays JSON."""
+    config_file = write_config(
+        tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", train={"max_skipped_steps": 3})
+    )
+    run = preparation.prepare(config.load(config_file))
+    before = [p.clone() for p in run.model.parameters()]
+    step_of, bad = run.fabric.backward, {3, 6, 7, 8}
+
+    def backward(loss: torch.Tensor) -> None:
+        step_of(loss * (float("nan") if run.step + 1 in bad else 1.0))
+
+    monkeypatch.setattr(run.fabric, "backward", backward)
+    with pytest.raises(FloatingPointError, match=r"last 3 steps up to step 8 .*pretrain order --config .* --step 8"):
+        trainer.train(run)
+    logged = records(tmp_path / "run", "train")
+    assert {step: r["skipped_steps"] for step, r in logged.items()} == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3, 8: 4}
+    assert logged[3]["grad_norm"] is None
+    assert logged[5]["grad_norm"] > 0
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
+
+
+def test_resume_picks_a_checkpoint(datasets: Path, straight: Path, tmp_path: Path) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    done = pretrain("train", "--config", config_file, "--resume", straight / "checkpoints" / "step-00000015")
+    assert "resumed after step 15" in done.stdout
+    got, expected = records(tmp_path / "run", "train"), records(straight, "train")
+    assert sorted(got) == [16, 17, 18, 19, 20]
+    assert all(got[step]["loss"] == expected[step]["loss"] for step in got)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("checkpoint", 2), ("hugging face", 1), ("hugging face", 2)])
+def test_init_from_takes_the_weights_and_nothing_else(
+    datasets: Path, straight: Path, tmp_path: Path, kind: str, ranks: int
+) -> None:
+    source = straight / "checkpoints" / "step-00000020"
+    if kind != "checkpoint":
+        source = write_hf_folder(tmp_path / "hf", checkpoint.load_weights(source))
+    tree = tiny_config(datasets, tmp_path / "run", optim={"max_lr": 1e-3}, train={"max_steps": 4}, seed=99)
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    pretrain("train", "--config", config_file, "--init_from", source, ranks=ranks)
+    first, last = records(tmp_path / "run", "validation")[0], records(straight, "validation")[20]
+    assert first["losses"] == pytest.approx(last["losses"], abs=1e-5), "it begins where the other ended"
+    train = records(tmp_path / "run", "train")
+    assert sorted(train) == [1, 2, 3, 4]
+    assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
+
+
+def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """As transformers itself writes a model."""
+    shape = transformers.LlamaConfig(**{**TINY_MODEL, "rms_norm_eps": 1e-5}, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(shape)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path: Path) -> None:
+    sections = {"train": {"max_steps": 300}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
+    straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
+    pretrain("train", "--config", straight)
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
+    for step in (25, 67):
+        process = start(config_file)
+        wait_for(tmp_path / "run", step, process)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    pretrain("train", "--config", config_file)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert len(trained) > len(set(trained)) == 300, "no step was trained twice"
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000290", "step-00000300"]
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(
+    datasets: Path, straight: Path, tmp_path: Path, saved_on: int, resumed_on: int
+) -> None:
+    first = straight
+    if saved_on != 1:
+        first = tmp_path / "first"
+        pretrain("train", "--config", write_config(tmp_path / "f.yaml", tiny_config(datasets, first)), ranks=saved_on)
+    name = "checkpoints/step-00000010"
+    shutil.copytree(first / name, tmp_path / "run" / name)
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    pretrain("train", "--config", config_file, ranks=resumed_on)
+    one, other = records(straight, "train"), records(tmp_path / "run", "train")
+    assert sorted(other) == list(range(11, 21))
+    assert all(other[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-5) for step in other)
