@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
-from pretrain import checkpoint, config
-from pretrain.config import Config, DataConfig, ModelConfig, SourceConfig
+from pretrain import config, saver
+from pretrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig
 from pretrain.model import Llama
 
 TEXT = "A cria is a young llama. def cria(n): return n * 'llama'\n the young llama is a cria " * 20
@@ -91,6 +91,8 @@ def write_run(run_dir: Path, model_config: ModelConfig, steps: tuple[int, ...] =
     saved = {}
     for step in steps:
         model = make_model(model_config, seed=step)
-        checkpoint.save(run_dir, step, model, torch.optim.AdamW(model.parameters()), {"step": step})
+        writer = saver.Saver(run_dir, CheckpointConfig(keep_last=0), say=lambda line: None)
+        writer.save(step, model, torch.optim.AdamW(model.parameters()), {"step": step})
+        writer.close()
         saved[step] = model
     return saved

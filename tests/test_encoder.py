@@ -88,12 +88,12 @@ def test_what_gigatoken_remembers_is_bounded(llama: Tokenizer, monkeypatch: pyte
     start, highest = encoder_module._resident_bytes(), 0
     original, calls = encoder._renew, []
     monkeypatch.setattr(encoder, "_renew", lambda: calls.append(original()))
-    for _ in range(12):
+    for _ in range(48):
         digits = rng.randbytes(480_000).hex()
         encoder.encode([" ".join(digits[n : n + 16] for n in range(0, len(digits), 16))])
         highest = max(highest, encoder_module._resident_bytes() - start)
-    assert len(calls) >= 2, "the words would have taken some 70 MB"
-    assert highest < 4 * limit
+    assert len(calls) >= 8, "the words would have taken some 280 MB"
+    assert highest < 8 * limit, "the allocator keeps some of what was given back, but the words do not add up"
 
 
 def test_literal_control_tokens_stay_text(fast: Encoder) -> None:
