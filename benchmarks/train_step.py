@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,8 @@ def compare(settings: config.Config, rounds: int) -> dict:
     }
 
 
-def main() -> None:
-    """Run, print one line, write the JSON."""
+def main() -> int:
+    """Run, print one line, write the JSON; status 1 where ours is the slower one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--rounds", type=int, default=15)
@@ -110,6 +111,7 @@ def main() -> None:
     args.out.write_text(json.dumps({**result, "machine": machine, "versions": versions}, indent=1) + "\n")
     speeds = ", ".join(f"{name} {speed:,.0f} tokens/s" for name, speed in result["tokens_per_sec"].items())
     print(f"{speeds}; cria is {result['ratio']:.3f} times transformers ({args.rounds} rounds, {machine['cpu']})")
+    return 0 if result["ratio"] >= 1 else 1
 
 
 def _cpu_name() -> str:
@@ -119,4 +121,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
