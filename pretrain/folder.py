@@ -50,9 +50,9 @@ def _finish(folder: Path) -> None:
     os.umask(umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
-        _sync(path)
+        sync(path)
     folder.chmod(0o777 & ~umask)
-    _sync(folder)
+    sync(folder)
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -84,10 +84,11 @@ def _rename(folder: Path, directory: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(folder, directory)
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

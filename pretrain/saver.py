@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain import checkpoint, ranks
 from pretrain.config import CheckpointConfig
+from pretrain.folder import sync
 
 T = TypeVar("T")
 
@@ -162,12 +163,12 @@ class Saver:
         _write_synced(
             staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(entries.items()))}, indent=1)
         )
-        _sync_folder(staging / "tensors")
-        _sync_folder(staging)
+        sync(staging / "tensors")
+        sync(staging)
         if target.exists():  # a run that was started again from an earlier one has come here once more
             checkpoint.set_aside(target, "replaced")
         os.rename(staging, target)
-        _sync_folder(self._folder)
+        sync(self._folder)
 
 
 class _Failed(Exception):
@@ -221,11 +222,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -191,18 +191,18 @@ def compare(got: dict, expected: dict, exact: bool) -> None:
         assert abs(got[step]["loss"] - line["loss"]) <= 1e-5, f"step {step}: loss {got[step]['loss']}"
 
 
-def kill_trials(data: Path, folder: Path, trials: int, seed: int) -> dict:
-    """Kills on 1, 2 and 4 ranks in turn."""
+def kill_trials(data: Path, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
+    """Kills on each number of ranks in turn."""
     moments = random.Random(seed)
     references, durations = {}, {}
-    for ranks in (1, 2, 4):
+    for ranks in worlds:
         started = time.monotonic()
         run_to_the_end(ranks, settings(data, folder / f"straight-{ranks}"))
         durations[ranks] = time.monotonic() - started
         references[ranks] = read_trajectory(folder / f"straight-{ranks}")
     places, failures = Counter[str](), []
     for trial in range(trials):
-        ranks = (1, 2, 4)[trial % 3]
+        ranks = worlds[trial % len(worlds)]
         try:
             where = kill_trial(data, folder / "trial", references[ranks], ranks, moments, durations[ranks])
             places[where.split(" disk")[0]] += 1
@@ -212,7 +212,8 @@ def kill_trials(data: Path, folder: Path, trials: int, seed: int) -> dict:
         shutil.rmtree(folder / "trial", ignore_errors=True)
         if trial % 25 == 24:
             print(f"kills: {trial + 1} of {trials}, {len(failures)} differ", flush=True)
-    return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(places)}
+    facts = {"ranks": worlds, "places": dict(places)}
+    return {"trials": trials, "differ": len(failures), "failures": failures, **facts}
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -299,6 +300,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--elastic", type=int, default=30)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks that are killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="empty folder for the runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -306,7 +308,7 @@ def main() -> int:
     data = make_data(args.folder / "data")
     started = time.monotonic()
     summary = {
-        "kills": kill_trials(data, args.folder / "kills", args.kills, args.seed),
+        "kills": kill_trials(data, args.folder / "kills", args.kills, args.seed, args.ranks),
         "damage": flip_trials(data, args.folder / "flips", args.flips, args.seed),
         "elastic": elastic_trials(data, args.folder / "elastic", args.elastic, args.seed),
     }
