@@ -121,6 +121,9 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             return f"{OTHER_VERSION} {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
+        named = _COMMITTED.fullmatch(folder.name)
+        if named and int(named[1]) != manifest["step"]:
+            return f"its manifest is that of step {manifest['step']}"
         files = manifest["files"]
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
         if unlike := sorted(set(files) ^ present):

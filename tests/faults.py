@@ -255,7 +255,7 @@ def flip_trials(data: Path, folder: Path, trials: int, seed: int) -> dict:
 def _same_json(a: bytes, b: bytes) -> bool:
     try:
         first, second = json.loads(a), json.loads(b)
-        return {**first, "step": 0} == {**second, "step": 0}
+        return first == second
     except (ValueError, TypeError):
         return False
 
