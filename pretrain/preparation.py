@@ -179,6 +179,11 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
     if found is None:
         return None
     before = checkpoint.read_state(found)
+    if before["step"] > settings.train.max_steps:
+        raise ValueError(
+            f"{found} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {before['step']}, or "
+            "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
+        )
     for part, now in facts.items():
         for key, value in now.items():
             was = before[part].get(key)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import (
     pretrain,
+    records,
     start,
     tiny_config,
     wait_for,
@@ -143,7 +144,15 @@ def test_a_second_job_on_a_run_folder_is_refused(
     assert "another run_dir" in line
     process.kill()
     process.communicate()
-    pretrain("train", "--config", config_file, "--train.max_steps", 6, "--data.allow_change", "true")
+    last = max(records(tmp_path / "run", "train")) + 2
+    pretrain("train", "--config", config_file, "--train.max_steps", last)  # the dead one's lock is in nobody's way
+    assert last in records(tmp_path / "run", "train")
+
+
+def test_a_run_that_is_past_its_end_says_so(capsys: pytest.CaptureFixture[str], straight: Path) -> None:
+    line = refused(capsys, "train", "--config", straight / "config.yaml", "--train.max_steps", 10)
+    assert "step-00000020" in line
+    assert "train.max_steps is 10" in line
 
 
 @pytest.mark.parametrize(
