@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import yaml
+from processes import Process
 
 from data_prep.shard import Manifest, ShardWriter, TokenizerInfo, token_dtype
 
@@ -99,23 +101,19 @@ def write_config(path: Path, tree: dict) -> Path:
     return path
 
 
-def pretrain(*argv: object, ranks: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run `pretrain ARGV` as a user would: a process of its own, or `ranks` of them under torchrun."""
-    start = [sys.executable, "-m", "pretrain"]
-    if ranks > 1:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "-m",
-            "pretrain",
-        ]
-    command = [*start, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+def pretrain(
+    *argv: object, ranks: int = 1, torchrun: bool = False, check: bool = True, **options
+) -> subprocess.CompletedProcess:
+    """Run `pretrain ARGV`: one process of its own a rank (see processes.py), or from the ground up by `torchrun`."""
+    words = tuple(map(str, argv))
+    if torchrun:
+        start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        command = [sys.executable, "-m", *start, "pretrain", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    else:
+        done = processes.run(words, ranks, **options)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"pretrain {' '.join(words)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
@@ -141,17 +139,15 @@ def straight(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def start(config_file: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pretrain", "train", "--config", str(config_file), *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def start(config_file: Path, *overrides: str) -> Process:
+    """Begin to train, in a process group of its own."""
+    return Process(("train", "--config", str(config_file), *overrides), dict(os.environ), merged=True)
 
 
-def wait_for(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for(run_dir: Path, step: int, process: Process | subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "metrics.jsonl").exists() and step in records(run_dir, "train"):
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached:\n{process.communicate()[0]}")
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate()}")

@@ -19,6 +19,7 @@ from pretrain import checkpoint, config, preparation, trainer
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group, loader workers included."""
     sections = {"train": {"max_steps": 400}, "data": {"num_workers": 2}, "checkpoint": {"every_steps": 0}}
+    sections["validation"] = {"every_steps": 200, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -139,6 +140,7 @@ def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path: Path) -> None:
     sections = {"train": {"max_steps": 300}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
+    sections["validation"] = {"every_steps": 50, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -147,7 +149,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path:
         wait_for(tmp_path / "run", step, process)
         process.kill()
         process.wait()
-        process.stdout.close()
     pretrain("train", "--config", config_file)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line["step"] for line in lines if line["kind"] == "train"]

@@ -83,7 +83,7 @@ def test_twice_is_the_same_to_the_bit(datasets: Path, straight: Path, tmp_path: 
 def test_two_ranks_under_torchrun_train_the_same_model(datasets: Path, straight: Path, tmp_path: Path) -> None:
     """FSDP2 over two processes: losses within 1e-5 for 20 steps, and the norm is that of the whole gradient."""
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
-    pretrain("train", "--config", config_file, ranks=2)
+    pretrain("train", "--config", config_file, ranks=2, torchrun=True)
     assert records(tmp_path / "run", "start")[0]["world_size"] == 2
     one, two = records(straight, "train"), records(tmp_path / "run", "train")
     assert sorted(two) == sorted(one) == list(range(1, 21))
