@@ -18,8 +18,12 @@ from pretrain import checkpoint, config, preparation, trainer
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group, loader workers included."""
-    sections = {"train": {"max_steps": 400}, "data": {"num_workers": 2}, "checkpoint": {"every_steps": 0}}
-    sections["validation"] = {"every_steps": 200, "max_sequences": 3}
+    sections = {
+        "train": {"max_steps": 300, "global_batch_size": 4},
+        "data": {"num_workers": 2},
+        "checkpoint": {"every_steps": 0},
+    }
+    sections["validation"] = {"every_steps": 150, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -30,7 +34,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     stopped = max(records(tmp_path / "run", "train"))
-    assert 30 <= stopped < 400
+    assert 30 <= stopped < 300
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 
     second = pretrain("train", "--config", config_file)
@@ -139,7 +143,7 @@ def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path: Path) -> None:
-    sections = {"train": {"max_steps": 300}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
+    sections = {"train": {"max_steps": 300, "global_batch_size": 4}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
     sections["validation"] = {"every_steps": 50, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
