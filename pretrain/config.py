@@ -16,9 +16,28 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    """Which library computes each operation. auto takes the fastest that is installed and fits chip, type and compilation.
+
+    What was taken stands in the log and in RUN_DIR/operations.json. What is asked for by name and cannot be had is an error.
+    """
+
+    attention: Literal["auto", "torch", "flash_attn", "xformers"] = "auto"
+    """torch is its fused attention (cuDNN's on Hopper and later, FlashAttention-2 on Ampere); flash_attn is FlashAttention-2."""
+    swiglu: Literal["auto", "torch", "xformers", "liger"] = "auto"
+    """xformers has it before 0.0.34 only, and takes the whole block; liger fuses the elementwise part (Triton)."""
+    rope: Literal["auto", "torch", "flash_attn", "liger"] = "auto"
+    """Rotary embedding of queries and keys."""
+    rms_norm: Literal["auto", "torch", "liger"] = "auto"
+    """Root-mean-square norms."""
+    cross_entropy: Literal["auto", "torch", "flash_attn", "liger"] = "auto"
+    """Output projection and loss. torch and liger never hold all logits; flash_attn does."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,17 @@ class ModelConfig:
     """Added to the mean square before its root (no unit)."""
     tie_word_embeddings: bool = False
     """Use the embedding as the output projection too."""
+    ops: OpsConfig = field(default_factory=OpsConfig, compare=False)
+    """Who computes it; no part of the shape, and free to change when a run goes on."""
 
     @property
     def head_dim(self) -> int:
         """Features of one head."""
         return self.hidden_size // self.num_attention_heads
+
+    def shape(self) -> dict[str, Any]:
+        """What the weights and what they mean depend on: every field but `ops`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,9 @@ class DataConfig:
     """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2
     """Loader processes a rank; 0 reads in the training process. The order of the data does not depend on it."""
+    intra_document: bool = False
+    """No attention across the documents of a sequence, and positions counted from each document's start; in validation too.
+    Documents end with EOS, which the shards must have."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,9 @@ class TrainConfig:
     """Sequences a rank takes in one forward. Changes memory and speed, not the run."""
     log_every: int = 10
     """A line of metrics every so many steps; each costs one device synchronisation (steps)."""
+    z_loss: float = 0.0
+    """Adds z_loss x log^2 Z to what is minimised, Z the sum of a token's exp(logits), which keeps logits from drifting (PaLM,
+    arXiv 2204.02311, section 5, uses 1e-4). It acts through the gradient; the loss that is logged stays the cross-entropy."""
     max_skipped_steps: int = 10
     """Stop when so many steps in a row were left out because a gradient was not finite (steps)."""
     deterministic: bool = False
@@ -172,8 +203,9 @@ class ParallelConfig:
     """Where to run; auto takes CUDA where there is a GPU."""
     strategy: Literal["auto", "single", "full_shard"] = "auto"
     """full_shard is FSDP2 over all ranks; auto takes it when there is more than one rank."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the compute; weights, optimizer and reductions are always fp32."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Type of the products and of the residual stream; weights, optimizer, reductions, statistics of norms and the loss are
+    always fp32. fp8: the layers' linear products in float8 with one scale a tensor (torchao), all else bf16."""
     compile: bool = True
     """torch.compile: the whole model on one device, each layer under FSDP2."""
 
@@ -332,6 +364,8 @@ def _check_stages(stages: list[StageConfig], names: list[str]) -> list[str]:
 
 def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     problems = []
+    if not (isfinite(train.z_loss) and train.z_loss >= 0):
+        problems.append(f"train.z_loss is {train.z_loss}; it must be a number of at least 0")
     for name in ("max_lr", "min_lr", "eps", "weight_decay", "max_grad_norm"):
         if not (isfinite(getattr(optim, name)) and getattr(optim, name) >= 0):
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number of at least 0")

@@ -61,7 +61,7 @@ def to_hf_config(model: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **dataclasses.asdict(model),  # our fields have their names
+        **model.shape(),  # our fields have their names
         "head_dim": model.head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -91,7 +91,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = values.get("num_attention_heads")
     fields: dict[str, Any] = {}
-    for field in dataclasses.fields(ModelConfig):
+    for field in (f for f in dataclasses.fields(ModelConfig) if f.compare):
         value: Any = values.get(field.name)
         if field.type is float and type(value) is int:
             value = float(value)  # JSON writers drop the ".0"

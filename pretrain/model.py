@@ -9,6 +9,7 @@ an export differ by nothing but the container. A model is built on the meta devi
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain import ops
 from pretrain.config import ModelConfig
+from pretrain.ops import REFERENCE, Operations
 
 
 class KVCache:
@@ -36,82 +38,97 @@ class KVCache:
         return self.buffer[0, layer, :, :, :end], self.buffer[1, layer, :, :, :end]
 
 
+class Linear(nn.Linear):
+    """A product without bias, in its input's type whatever the type that the weight is kept in."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
 class RMSNorm(nn.Module):
     """`ops.rms_norm` with its weight, (D,)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, operations: Operations):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.rms_norm_eps
+        self.operations = operations
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return self.operations.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and shared key-value heads."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.operations = operations
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x: (B, T, D); rope: (2, T, d). Returns (B, T, D)."""
+    def forward(self, x: Tensor, rope: Tensor, mask: Any = None, cache: KVCache | None = None) -> Tensor:
+        """x: (B, T, D); rope: (2, T, d) or (2, B, T, d); mask: of `Operations.document_mask`. Returns (B, T, D)."""
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = ops.apply_rope(q, rope), ops.apply_rope(k, rope)
+        q, k = self.operations.rope(q, k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = ops.attention(q, k, v, causal=T > 1)
+        out = self.operations.attention(q, k, v, causal=T > 1, mask=mask)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
     """SwiGLU between two widths."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, operations: Operations):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.operations = operations
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.operations.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Layer(nn.Module):
     """One decoder layer; the unit that FSDP shards and torch.compile compiles."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config, operations)
+        self.self_attn = Attention(config, layer, operations)
+        self.post_attention_layernorm = RMSNorm(config, operations)
+        self.mlp = MLP(config, operations)
 
-    def forward(self, h: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        """h: (B, T, D); rope: (2, T, d). Returns (B, T, D)."""
-        h = h + self.self_attn(self.input_layernorm(h), rope, cache)
+    def forward(self, h: Tensor, rope: Tensor, mask: Any = None, cache: KVCache | None = None) -> Tensor:
+        """h: (B, T, D); rope: (2, T, d) or (2, B, T, d); mask: of `Operations.document_mask`. Returns (B, T, D)."""
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Decoder(nn.Module):
     """Everything but the output projection."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype | None, eos_id: int | None):
         super().__init__()
+        self.operations, self.dtype, self.eos_id = operations, dtype, eos_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.layers = nn.ModuleList(Layer(config, layer, operations) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, operations)
         self.rope: Tensor  # (2, max_position_embeddings, d), filled by Llama.materialize
         shape = (2, config.max_position_embeddings, config.head_dim)
         self.register_buffer("rope", torch.empty(shape), persistent=False)
@@ -120,26 +137,39 @@ class Decoder(nn.Module):
         """input_ids: (B, T) int64. Returns the hidden states after the last norm, (B, T, D)."""
         start = 0 if cache is None else cache.length
         T = input_ids.shape[1]
-        rope = self.rope[:, start : start + T]
+        rope, mask = self.rope[:, start : start + T], None
+        if self.eos_id is not None:
+            assert cache is None, "text is generated within one document"
+            document, position = ops.documents(input_ids, self.eos_id)
+            rope, mask = self.rope[:, position], self.operations.document_mask(document)
         h = self.embed_tokens(input_ids)
+        h = h if self.dtype is None else h.to(self.dtype)  # the type of the residual stream, and so of all products
         for layer in self.layers:
-            h = layer(h, rope, cache)
+            h = layer(h, rope, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(h)
 
 
 class Llama(nn.Module):
-    """A Llama-family language model. Its forward returns the loss in training and logits otherwise."""
+    """A Llama-family language model. Its forward returns the loss in training and logits otherwise.
 
-    def __init__(self, config: ModelConfig):
+    operations: what it computes with. dtype: the type that it computes in, whatever its weights are kept in; None: theirs.
+    eos_id: the token that ends a document, where attention is to stay within documents; None: it sees whole sequences.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        operations: Operations = REFERENCE,
+        dtype: torch.dtype | None = None,
+        eos_id: int | None = None,
+    ):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.operations = config, operations
+        self.model = Decoder(config, operations, dtype, eos_id)
         # Tied, there is one parameter and it is the embedding's: nothing to keep equal through sharding and saving.
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """With targets: the mean cross-entropy in nats a token, fp32 scalar. Without: logits (B, T, V).
@@ -150,9 +180,9 @@ class Llama(nn.Module):
         hidden = self.model(input_ids, cache)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if targets is None:
-            return nn.functional.linear(hidden, weight)
+            return nn.functional.linear(hidden, weight.to(hidden.dtype))
         # The loss is taken inside the root module's forward, where FSDP has the output projection's weight whole.
-        return ops.linear_cross_entropy(hidden, weight, targets)
+        return self.operations.cross_entropy(hidden, weight, targets)
 
     def materialize(self, device: torch.device) -> None:
         """Give every parameter, sharded or not, memory on `device` (with garbage in it), and compute the rotary table."""

@@ -1,22 +1,34 @@
 """The five operations that decide the speed of a Llama, each a plain function of tensors.
 
-    hidden -> rms_norm -> q, k, v -> apply_rope -> attention -> + -> rms_norm -> swiglu -> + ... -> linear_cross_entropy
+    hidden -> rms_norm -> q, k, v -> rope -> attention -> + -> rms_norm -> swiglu -> + ... -> linear_cross_entropy
 
-These are the reference: plain PyTorch, written so that torch.compile fuses them well.
+These are the reference: plain PyTorch, written so that torch.compile fuses them well. `Operations` is the set that a model
+computes with; `kernels` has the same operations from other libraries, and `backends` chooses among them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 IGNORE_INDEX = -100
 """A target that does not count (PyTorch's and Hugging Face's convention)."""
 
 
+# --- norm, rotary embedding, SwiGLU ----------------------------------------------------------------------------------
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467, eq. 4).
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467, eq. 4), its statistics in fp32.
 
     x: (..., D), any float type; weight: (D,). The result has x's type.
     """
@@ -34,23 +46,19 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate pairs (j, j + d/2) of every head by its position's angle; Hugging Face's layout of a head.
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs (j, j + d/2) of every head by its position's angle, in fp32; Hugging Face's layout of a head.
 
-    x: (B, H, T, d); rope: (2, T, d) from `rope_table`. The result has x's type.
+    x: (B, H, T, d); table: (2, T, d) from `rope_table`, or (2, B, T, d) where positions differ. The result has x's type.
     """
-    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    cos, sin = table.unsqueeze(-3)  # (1 or B, 1, T, d) each: the same for all heads
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention; each key-value head serves H / H_kv query heads (arXiv 2305.13245).
-
-    q: (B, H, T, d); k, v: (B, H_kv, S, d). causal: query t sees keys 0..t, which needs S = T. Returns (B, H, T, d).
-    """
-    assert not causal or q.shape[2] == k.shape[2], "a causal mask is aligned to the first key"
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rope` to queries (B, H, T, d) and keys (B, H_kv, T, d)."""
+    return apply_rope(q, table), apply_rope(k, table)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -58,21 +66,87 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_block(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
+    """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products."""
+    return down_proj(swiglu(gate_proj(x), up_proj(x)))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None, kernel: SDPBackend | None = None
+) -> Tensor:
+    """Scaled dot-product attention; each key-value head serves H / H_kv query heads (arXiv 2305.13245).
+
+    q: (B, H, T, d); k, v: (B, H_kv, S, d). causal: query t sees keys 0..t, which needs S = T. mask: (B, 1, T, S) bool, what is
+    seen, instead of `causal`. kernel: the one to use, and no other: RuntimeError where it cannot; None: PyTorch's choice.
+    Returns (B, H, T, d).
+    """
+    assert not causal or q.shape[2] == k.shape[2], "a causal mask is aligned to the first key"
+    shared = q.shape[1] != k.shape[1]
+    if shared and kernel is SDPBackend.EFFICIENT_ATTENTION:  # which knows of no shared heads before torch 2.14
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shared = False
+    with nullcontext() if kernel is None else sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
+        )
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = None) -> Tensor:
+    """`attention` with a mask of `flex_document_mask`: fused under torch.compile only, it skips the blocks that no one sees."""
+    assert causal
+    assert mask is not None
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def documents(input_ids: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Which document of its sequence a token belongs to, counted from 0, and its position in it; EOS ends its document.
+
+    input_ids: (B, T). Returns two of (B, T) int64. A document that goes on from the sequence before begins at position 0.
+    """
+    ends = input_ids == eos_id
+    document = ends.cumsum(1) - ends.long()
+    t = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begins = F.pad(ends[:, :-1], (1, 0), value=True)
+    return document, t - torch.where(begins, t, 0).cummax(1).values
+
+
+def document_mask(document: Tensor) -> Tensor:
+    """What each token sees: itself and what stands before it in its own document. (B, T) -> (B, 1, T, T) bool."""
+    T = document.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+
+
+def flex_document_mask(document: Tensor) -> Any:
+    """`document_mask` as flex_attention takes it, by blocks of 128 x 128: (B, T) -> BlockMask."""
+    B, T = document.shape
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[b, query] == document[b, key])
+
+    return create_block_mask(seen, B, None, T, T, device=document.device)
+
+
+# --- cross-entropy with the output projection ------------------------------------------------------------------------
+
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean over the counted targets of -log softmax(hidden @ weight.T)[target], in fp32.
 
     hidden: (B, T, D); weight: (V, D); targets: (B, T) int64, `IGNORE_INDEX` where nothing counts. Returns a scalar in nats
     a token; NaN where no target counts. The logits, the largest tensor of a step, exist for a chunk of tokens at a time only
     (`LOGITS_BYTES`): their gradient, softmax - one_hot, is known as soon as they are, so it is used up on the spot.
+
+    z_loss: the gradient, not the value, is that of the mean of cross-entropy + z_loss * log(sum exp logits)^2 (PaLM,
+    arXiv 2204.02311, section 5).
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # which F.linear would follow by itself
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten())
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
     return total / (targets != IGNORE_INDEX).sum()
 
 
@@ -80,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies, with both gradients computed along with it and kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         """hidden: (N, D); weight: (V, D); targets: (N,). Returns a fp32 scalar."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         compute = weight.to(hidden.dtype)
@@ -88,27 +162,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         chunk = max(256, LOGITS_BYTES[hidden.device.type] // (4 * len(weight)))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for first in range(0, len(hidden), chunk):
-                part = slice(first, first + chunk)
-                logits = (hidden[part] @ compute.T).float()  # (chunk, V)
-                counted = (targets[part] != IGNORE_INDEX)[:, None]
-                index = targets[part, None].where(counted, 0)
-                log_sum = logits.logsumexp(dim=-1, keepdim=True)
-                total += (log_sum - logits.gather(1, index)).where(counted, 0).sum()
-                if d_hidden is None or d_weight is None:
-                    continue
-                # In place, and without a pass for what does not count: exp(logit - inf) is 0.
-                d_logits = logits.sub_(log_sum.where(counted, torch.inf)).exp_()
-                d_logits = d_logits.scatter_add_(1, index, -counted.float()).to(hidden.dtype)
-                d_hidden[part] = d_logits @ compute
-                d_weight += d_logits.T @ hidden[part]
+        for first in range(0, len(hidden), chunk):
+            part = slice(first, first + chunk)
+            logits = (hidden[part] @ compute.T).float()  # (chunk, V)
+            counted = (targets[part] != IGNORE_INDEX)[:, None]
+            index = targets[part, None].where(counted, 0)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            total += (log_sum - logits.gather(1, index)).where(counted, 0).sum()
+            if d_hidden is None or d_weight is None:
+                continue
+            # In place, and without a pass for what does not count: exp(logit - inf) is 0.
+            d_logits = logits.sub_(log_sum.where(counted, torch.inf)).exp_()
+            if z_loss:
+                d_logits *= 1 + 2 * z_loss * log_sum
+            d_logits = d_logits.scatter_add_(1, index, -counted.float()).to(hidden.dtype)
+            d_hidden[part] = d_logits @ compute
+            d_weight += d_logits.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         """Both gradients, times that of the sum."""
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None
+        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None, None
+
+
+# --- the set that a model computes with ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table that says what a model computes with."""
+
+    operation: str
+    """attention, rope, ..."""
+    backend: str
+    """torch, flash_attn, xformers or liger."""
+    kernel: str
+    """What runs: the library's version, or PyTorch's own kernel."""
+    why: str
+    """Why this one."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that a model computes with; each takes and returns what the reference of the same name does."""
+
+    attention: Callable[..., Tensor] = attention
+    document_mask: Callable[[Tensor], Any] = document_mask
+    """(B, T) documents -> the mask that `attention` takes."""
+    rope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope
+    swiglu: Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor] = swiglu_block
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    cross_entropy: Callable[..., Tensor] = linear_cross_entropy
+    choices: tuple[Choice, ...] = ()
+    """How they came to be chosen."""
+
+    def with_z_loss(self, z_loss: float) -> Operations:
+        """The same, with a cross-entropy whose gradient holds the z-loss."""
+        return replace(self, cross_entropy=partial(self.cross_entropy, z_loss=z_loss)) if z_loss else self
+
+    def compiled_outside_of_layers(self) -> Operations:
+        """The same, with what runs in no layer compiled by itself: for a model whose layers are compiled one by one."""
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        return replace(self, cross_entropy=compiled(self.cross_entropy), document_mask=compiled(self.document_mask))
+
+
+REFERENCE = Operations()
+"""Every operation by plain PyTorch."""

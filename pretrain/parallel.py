@@ -3,8 +3,9 @@
     launch() ─> Fabric: one process a device, started by torchrun; or one process alone
     build()  ─> Llama on the meta device ─> layers compiled ─> FSDP2 ─> memory ─> TinyLlama's initialisation
 
-Weights, optimizer state and reductions are fp32. With FSDP2, bf16 is the type that weights are gathered and computed in
-(Fabric's own "bf16-mixed" would gather fp32 and cast afterwards); on a single device it is autocast.
+Weights, optimizer state and reductions are fp32. With bf16 the residual stream and all products are bf16 on one device and
+on many: there each linear layer casts its weight, here FSDP2 gathers weights that are cast already (Fabric's own "bf16-mixed"
+is autocast, with an fp32 residual stream, and would gather fp32).
 """
 
 import os
@@ -21,8 +22,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from pretrain import backends, float8
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.model import Llama
+from pretrain.ops import Operations
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After so long a collective gives up on a rank that does not answer."""
@@ -64,7 +67,7 @@ def launch(config: ParallelConfig, loggers: list[Logger], deterministic: bool = 
         strategy=strategy,
         devices=local_world_size,
         num_nodes=world_size // local_world_size,
-        precision="bf16-mixed" if config.precision == "bf16" and not sharded else "32-true",
+        precision="32-true",  # the model's own business
         loggers=loggers,
     )
     fabric.launch()
@@ -90,26 +93,67 @@ def _alone_is_a_world_of_one() -> None:
         os.environ.update(alone, LOCAL_WORLD_SIZE="1", GROUP_RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
-def build(fabric: Fabric, config: ModelConfig, parallel: ParallelConfig, seed: int) -> nn.Module:
-    """A model with its first weights, sharded over the ranks or whole on the one device, as Fabric's wrapper."""
+def build(
+    fabric: Fabric,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    seed: int,
+    z_loss: float = 0.0,
+    eos_id: int | None = None,
+) -> nn.Module:
+    """A model with its first weights, sharded over the ranks or whole on the one device, as Fabric's wrapper.
+
+    z_loss: `TrainConfig.z_loss`. eos_id: ends a document, where attention is to stay within documents.
+
+    Raises:
+        ValueError: an operation was asked for that cannot be had here.
+    """
+    operations = choose_operations(config, parallel, fabric.device, eos_id is not None).with_z_loss(z_loss)
+    if parallel.compile and isinstance(fabric.strategy, ModelParallelStrategy):
+        operations = operations.compiled_outside_of_layers()
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, operations, _compute_dtype(parallel), eos_id)
+    if parallel.precision == "fp8":
+        float8.convert(model, fabric.device)
     if not isinstance(fabric.strategy, ModelParallelStrategy):
         model.materialize(fabric.device)
     wrapped = fabric.setup_module(model)  # shards and materializes, see _shard
     model.init_weights(seed)
     if parallel.compile and not isinstance(fabric.strategy, ModelParallelStrategy):
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, fullgraph=True)
     return wrapped
+
+
+def choose_operations(
+    config: ModelConfig, parallel: ParallelConfig, device: torch.device, intra_document: bool
+) -> Operations:
+    """What a model of this shape computes with on `device`; its `choices` say why.
+
+    Raises:
+        ValueError: an operation was asked for that cannot be had here.
+    """
+    situation = backends.Situation(
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        dtype=_compute_dtype(parallel),
+        head_dim=config.head_dim,
+        compiled=parallel.compile,
+        documents=intra_document,
+        float8=parallel.precision == "fp8",
+    )
+    return backends.choose(config, situation)
+
+
+def _compute_dtype(config: ParallelConfig) -> torch.dtype:
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def _shard(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> Llama:
     """FSDP2 (`fully_shard`): each layer is a group that is gathered when it computes; embedding and head are the root's."""
-    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Inputs are bf16 already, but for the rotary table, which stays fp32 as on one device.
+    policy = MixedPrecisionPolicy(_compute_dtype(config), reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
         if config.compile:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, fullgraph=True)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.materialize(

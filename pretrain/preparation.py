@@ -53,13 +53,13 @@ def _build(
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
     run_dir = Path(settings.run_dir)
-    facts = {"model": asdict(settings.model), "data": _data_facts(settings, sources, mixture)}
+    facts = {"model": settings.model.shape(), "data": _data_facts(settings, sources, mixture)}
     found = _choose_checkpoint(run_dir, settings, facts, say=fabric.print)
+    eos_id = _eos_id(sources) if settings.data.intra_document else None
+    model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
     if fabric.is_global_zero:
         _keep_config(settings, run_dir, say=fabric.print)
         shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
-
-    model = parallel.build(fabric, settings.model, settings.parallel, settings.seed)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps = 0, torch.zeros((), device=fabric.device)
     if found is not None:
@@ -85,6 +85,17 @@ def _build(
         skipped_steps=skipped_steps,
         skipped_in_a_row=torch.zeros_like(skipped_steps),
     )
+
+
+def _eos_id(sources: list[data.Source]) -> int:
+    """The token that ends every document of all sources, by which a model tells documents apart."""
+    manifest = sources[0].train.manifest  # all have one tokenizer and one policy, see data.open_sources
+    if not manifest.append_eos or manifest.tokenizer.eos_id is None:
+        raise ValueError(
+            f"data.intra_document needs the ends of documents, and {sources[0].train.directory} was prepared without EOS after "
+            "each; prepare it with --append_eos true, or set data.intra_document to false"
+        )
+    return manifest.tokenizer.eos_id
 
 
 @contextmanager
@@ -121,7 +132,7 @@ def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
         before, now = yaml.safe_load(path.read_text()), asdict(settings)
         changes = [
             f"{section}.{key}: {before[section].get(key)} -> {value}"
-            for section in ("train", "optim", "validation", "parallel")
+            for section in ("model", "train", "optim", "validation", "parallel")
             for key, value in now[section].items()
             if isinstance(before.get(section), dict) and before[section].get(key) != value
         ]
@@ -211,7 +222,7 @@ def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> 
         checkpoint.load_into(source, model)
         return
     shape, weights = hf.load(source)
-    _check_shape(source, asdict(shape), expected)
+    _check_shape(source, shape.shape(), expected)
     assert isinstance(model, Llama)
     for name, parameter in model.named_parameters():
         fill(parameter, weights[name].float())
@@ -219,7 +230,7 @@ def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> 
 
 def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
     free = {"max_position_embeddings"}  # no weight depends on it
-    for key, value in asdict(expected).items():
+    for key, value in expected.shape().items():
         if found[key] != value and key not in free:
             raise ValueError(
                 f"--init_from {source} has {key} = {found[key]} and the configuration says model.{key} = {value}"

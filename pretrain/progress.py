@@ -45,7 +45,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line)
+        self._console.print(line, markup=False)  # "[gpu]" is no style
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -6,12 +6,13 @@
 with the same configuration, the run goes on where it was (`preparation` sees to that).
 """
 
+import json
 import platform
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pretrain
-from pretrain import config, data, metrics, parallel, ranks, validation
-from pretrain.model import num_parameters
+from pretrain import backends, config, data, metrics, parallel, ranks, validation
+from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_finite
 from pretrain.progress import Display
 from pretrain.saver import Saver
@@ -184,9 +185,13 @@ def _log_start(run: Run, display: Display) -> None:
     parameters, _ = num_parameters(settings.model)
     tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
     device = parallel.device_name(run.fabric.device)
+    model = parallel.unwrap(run.model)
+    assert isinstance(model, Llama)
+    operations = model.operations.choices
     record = {
         "world_size": run.fabric.world_size,
         "device": device,
+        "operations": [asdict(choice) for choice in operations],
         "parameters": parameters,
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
@@ -201,6 +206,8 @@ def _log_start(run: Run, display: Display) -> None:
         ),
     }
     run.log.write("start", run.step, record)
+    if run.fabric.is_global_zero:
+        (run.run_dir / "operations.json").write_text(json.dumps(record["operations"], indent=1) + "\n")
     mixture = ", ".join(
         f"{s.name} {100 * float(share):.1f}%" for s, share in zip(run.sources, run.mixture.shares_at(run.step + 1))
     )
@@ -209,6 +216,7 @@ def _log_start(run: Run, display: Display) -> None:
         f"{settings.train.global_batch_size} sequences = {tokens_per_step:,} tokens a step, "
         f"{run.grad_accum_steps} micro-steps of {settings.train.micro_batch_size} sequences; {mixture}"
     )
+    display.say(backends.table(operations))
     if run.step:
         display.say(f"resumed after step {run.step}")
 

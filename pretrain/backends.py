@@ -1,0 +1,269 @@
+"""Which library computes which operation, and why.
+
+    OpsConfig + Situation (chip, type, head size, compiled?) ─> decide ─> Choices, one an operation ─> make ─> Operations
+                                                                  └─ what is asked for and cannot be had: ValueError
+
+Pure up to `make`, so that every chip's choices can be looked at on any machine. Sources of the rules: the libraries'
+documentation, and measurements of this model (compiled PyTorch is faster than hand-fused kernels between the products).
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch.nn.attention import SDPBackend
+
+from pretrain import kernels, ops
+from pretrain.config import ModelConfig, OpsConfig
+from pretrain.ops import Choice, Operations
+
+PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers", "liger": "liger-kernel", "torchao": "torchao"}
+"""Name of a backend -> of its package."""
+
+MODULES = {"flash_attn": "flash_attn", "xformers": "xformers", "liger": "liger_kernel", "torchao": "torchao"}
+
+INSTALL = {
+    "flash_attn": "pip install -c constraints.txt --no-build-isolation '.[flash-attn]' (it compiles: needs nvcc)",
+    "xformers": "pip install xformers (a version made for this torch)",
+    "liger": "pip install -c constraints.txt '.[gpu]'",
+    "torchao": "pip install -c constraints.txt '.[gpu]'",
+}
+"""How to get a library; the remedy in an error."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a choice depends on, besides what was asked for."""
+
+    capability: tuple[int, int] | None
+    """Compute capability of the GPU, e.g. (8, 0) for an A100, (9, 0) for H100 and H200; None: the CPU."""
+    dtype: torch.dtype
+    """Type of queries, keys, values and the residual stream."""
+    head_dim: int
+    """Features of a head."""
+    compiled: bool = False
+    """Whether torch.compile is on."""
+    documents: bool = False
+    """Whether attention stays within documents, and positions start anew in each."""
+    float8: bool = False
+    """Whether the linear layers compute in float8."""
+
+
+def installed(backend: str) -> str | None:
+    """The version of a backend's package, or None where it cannot be imported."""
+    if importlib.util.find_spec(MODULES[backend]) is None:
+        return None
+    try:
+        return version(PACKAGES[backend])
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def obstacle(operation: str, backend: str, situation: Situation) -> str | None:
+    """Why `backend` cannot do `operation` here, with the remedy; None where it can."""
+    if backend == "torch":
+        return None
+    if situation.capability is None:
+        return "it needs a CUDA device, and this runs on the CPU"
+    found = installed(backend)
+    if found is None:
+        return f"{PACKAGES[backend]} is not installed: {INSTALL[backend]}"
+    if situation.capability < (8, 0):
+        return f"it needs compute capability 8.0 or later, and this GPU has {'.'.join(map(str, situation.capability))}"
+    rule = _RULES.get((operation, backend))
+    return rule(situation, found) if rule is not None else None
+
+
+def _flash_attention(s: Situation, found: str) -> str | None:
+    if s.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16, not in {_name(s.dtype)}: set parallel.precision to bf16"
+    if s.head_dim % 8 or s.head_dim > 256:
+        return f"it takes heads of up to 256 features, a multiple of 8; this model has {s.head_dim}"
+    return _documents_on_the_host(s, found)
+
+
+def _documents_on_the_host(s: Situation, found: str) -> str | None:
+    if s.documents and s.compiled:
+        return "with data.intra_document it needs the documents' lengths on the host, which breaks a compiled graph: use torch"
+    return None
+
+
+def _flash_rope(s: Situation, found: str) -> str | None:
+    return "its table has one position for all sequences: not with data.intra_document" if s.documents else None
+
+
+def _xformers_swiglu(s: Situation, found: str) -> str | None:
+    if Version(found) >= Version("0.0.34"):
+        return f"xformers {found} has no fused SwiGLU any more; the last that has is 0.0.33.post2 (for torch 2.9)"
+    if s.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16, not in {_name(s.dtype)}: set parallel.precision to bf16"
+    return "it multiplies by itself, not in float8: set parallel.precision to bf16" if s.float8 else None
+
+
+def _liger_cross_entropy(s: Situation, found: str) -> str | None:
+    return (
+        "it waits for the device, which breaks a compiled graph: use torch, or parallel.compile false"
+        if s.compiled
+        else None
+    )
+
+
+_RULES: dict[tuple[str, str], Callable[[Situation, str], str | None]] = {
+    ("attention", "flash_attn"): _flash_attention,
+    ("attention", "xformers"): _documents_on_the_host,
+    ("rope", "flash_attn"): _flash_rope,
+    ("swiglu", "xformers"): _xformers_swiglu,
+    ("cross_entropy", "liger"): _liger_cross_entropy,
+}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+
+
+def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
+    """One choice for each operation of `config`.
+
+    Raises:
+        ValueError: something was asked for by name that cannot be had here; all such things, with their remedies.
+    """
+    choices, problems = [], []
+    for operation in ("attention", "rope", "swiglu", "rms_norm", "cross_entropy"):
+        asked = getattr(config, operation)
+        if asked == "auto":
+            backend, why = _fastest(operation, situation)
+        else:
+            backend, why = asked, f"model.ops.{operation} asks for it"
+            if problem := obstacle(operation, backend, situation):
+                problems.append(f"model.ops.{operation} is {backend}: {problem}")
+        kernel = "PyTorch" if backend == "torch" else f"{PACKAGES[backend]} {installed(backend)}"
+        choices.append(Choice(operation, backend, kernel, why))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(choices)
+
+
+def _fastest(operation: str, s: Situation) -> tuple[str, str]:
+    """What auto takes, and why."""
+    if s.capability is None:
+        return "torch", "the only one on a CPU"
+    if operation == "attention":
+        if s.documents and not s.compiled:
+            return _first_of(operation, ("flash_attn", "xformers"), s, "skips other documents without compilation")
+        if s.documents:
+            return "torch", "flex_attention, compiled, skips other documents"
+        return "torch", "its fused attention is the fastest on this chip"
+    if operation == "cross_entropy":
+        return "torch", "chunked: never all logits, no wait for the device"
+    if s.compiled:
+        return "torch", "compiled, it is faster than hand-fused kernels"
+    return _first_of(operation, ("liger",), s, "fused, where nothing is compiled")
+
+
+def _first_of(operation: str, candidates: tuple[str, ...], s: Situation, why: str) -> tuple[str, str]:
+    problems = {backend: obstacle(operation, backend, s) for backend in candidates}
+    for backend, problem in problems.items():
+        if problem is None:
+            return backend, why
+    return "torch", "; ".join(f"not {backend}: {problem}" for backend, problem in problems.items())
+
+
+_MADE: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
+    ("attention", "flash_attn"): {
+        "attention": kernels.flash_attention,
+        "document_mask": kernels.flash_document_mask,
+    },
+    ("attention", "xformers"): {
+        "attention": kernels.xformers_attention,
+        "document_mask": kernels.xformers_document_mask,
+    },
+    ("rope", "flash_attn"): {"rope": kernels.flash_rope},
+    ("rope", "liger"): {"rope": kernels.liger_rope},
+    ("swiglu", "xformers"): {"swiglu": kernels.xformers_swiglu},
+    ("swiglu", "liger"): {"swiglu": kernels.liger_swiglu},
+    ("rms_norm", "liger"): {"rms_norm": kernels.liger_rms_norm},
+    ("cross_entropy", "flash_attn"): {"cross_entropy": kernels.flash_cross_entropy},
+    ("cross_entropy", "liger"): {"cross_entropy": kernels.liger_cross_entropy},
+}
+
+
+def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) -> Operations:
+    """The functions for `choices`; on a GPU PyTorch's attention is bound to the one kernel that was seen to work there.
+
+    Raises:
+        ValueError: no fused attention of PyTorch's works on this GPU.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    named = []
+    for choice in choices:
+        functions |= _MADE.get((choice.operation, choice.backend), {})
+        if choice.operation == "attention" and choice.backend == "torch":
+            bound, choice = _torch_attention(choice, situation, shape)
+            functions |= bound
+        named.append(choice)
+    return Operations(**functions, choices=tuple(named))  # type: ignore[arg-type]
+
+
+def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[dict[str, Callable[..., Any]], Choice]:
+    if s.capability is None:
+        return {}, replace(choice, kernel="SDPA of the CPU" + (", block-diagonal mask" if s.documents else ""))
+    if s.documents and s.compiled:
+        return {"attention": ops.flex, "document_mask": ops.flex_document_mask}, replace(
+            choice, kernel="flex_attention"
+        )
+    refused: list[str] = []
+    for kernel in sdpa_order(s):
+        problem = _refusal(kernel, s, shape)
+        if problem is None:
+            name = f"SDPA {kernel.name.removesuffix('_ATTENTION').lower()}"
+            why = choice.why + "".join(f"; {text}" for text in refused)
+            return {"attention": partial(ops.attention, kernel=kernel)}, replace(choice, kernel=name, why=why)
+        refused.append(f"not {kernel.name.removesuffix('_ATTENTION').lower()}: {problem}")
+    raise ValueError(
+        f"PyTorch has no fused attention for heads of {s.head_dim} features in {_name(s.dtype)} on this GPU: {'; '.join(refused)}"
+    )
+
+
+def sdpa_order(s: Situation) -> tuple[SDPBackend, ...]:
+    """PyTorch's fused kernels to try, the fastest first. Its unfused one, which holds all T x T scores, is never one of them."""
+    cudnn, flash, efficient = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    if s.dtype is torch.float32 or s.documents or s.capability is None or s.capability < (8, 0):
+        return (efficient,)  # alone in taking fp32, and masks
+    # cuDNN's is 1.7 to 2.3 times FlashAttention-2 on Hopper, and 0.8 of it on Ampere, where flash is FlashAttention-2.
+    return (cudnn, flash, efficient) if s.capability >= (9, 0) else (flash, efficient)
+
+
+def _refusal(kernel: SDPBackend, s: Situation, shape: ModelConfig) -> str | None:
+    """Try a kernel forward and backward on the current GPU; what it says where it does not work."""
+    T = 128
+    q, k, v = (
+        torch.randn(1, heads, T, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True)
+        for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
+    )
+    mask = ops.document_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None
+    try:
+        ops.attention(q, k, v, causal=True, mask=mask, kernel=kernel).sum().backward()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def choose(config: ModelConfig, situation: Situation) -> Operations:
+    """`decide` and `make`: the operations that a model of this shape computes with in this situation.
+
+    Raises:
+        ValueError: something was asked for by name that cannot be had here, with the remedy.
+    """
+    return make(decide(config.ops, situation), situation, config)
+
+
+def table(choices: tuple[Choice, ...]) -> str:
+    """The choices as aligned text, a line each."""
+    rows = [("operation", "backend", "kernel", "why"), *((c.operation, c.backend, c.kernel, c.why) for c in choices)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join((*(cell.ljust(w) for cell, w in zip(row, widths)), row[3])) for row in rows)
