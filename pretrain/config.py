@@ -201,8 +201,27 @@ class ParallelConfig:
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is a GPU."""
-    strategy: Literal["auto", "single", "full_shard"] = "auto"
-    """full_shard is FSDP2 over all ranks; auto takes it when there is more than one rank."""
+    strategy: Literal["auto", "single", "full_shard", "shard_grad_op", "hybrid"] = "auto"
+    """single: one rank, not sharded. full_shard: parameters, gradients and optimizer state over all ranks. shard_grad_op:
+    alike, but parameters stay gathered. hybrid: sharded over groups of ranks (`shard_size`), the groups replicas of each
+    other. auto: single for one rank, hybrid for several nodes, else shard_grad_op where it fits the GPU, else full_shard; the
+    log says what and why."""
+    shard_size: int = 0
+    """Ranks (processes) of a group in hybrid, neighbours in rank; 0: those of a node."""
+    gather: Literal["auto", "layer", "micro_step", "step"] = "auto"
+    """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32): for a layer's forward and again for its
+    backward; from a micro-step's forward to its backward; from a step's first forward to its last backward. auto: step for
+    shard_grad_op, else layer."""
+    reduce: Literal["auto", "micro_step", "step"] = "auto"
+    """When gradients are reduced: in every micro-step, so that a rank keeps its shard of the sum; or once a step, so that
+    it keeps the whole sum between micro-steps (4 bytes a parameter). hybrid reduces over its replicas once a step in any case.
+    auto: micro_step for hybrid and where the whole sum is more than a sixth of the GPU's memory, else step."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the host's memory, and update them there: for models that do not fit,
+    and slow. Needs a sharded strategy; on a CPU it changes nothing."""
+    activation_checkpointing: int = 0
+    """Every so many layers, drop one's activations in the forward and compute them again in the backward (layers): 1, every
+    layer; 0, none."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """Type of the products and of the residual stream; weights, optimizer, reductions, statistics of norms and the loss are
     always fp32. fp8: the layers' linear products in float8 with one scale a tensor (torchao), all else bf16."""
@@ -277,6 +296,7 @@ def check(config: Config) -> None:
     """Raise one ValueError that names everything in `config` that cannot work on any number of ranks."""
     problems = [] if config.run_dir.strip() else ["run_dir is empty; name a folder for the run"]
     problems += [*_check_model(config.model), *_check_data(config.data), *_check_optim(config.optim, config.train)]
+    problems += _check_parallel(config.parallel)
     positive = {
         "data.seq_len": config.data.seq_len,
         "train.max_steps": config.train.max_steps,
@@ -293,6 +313,8 @@ def check(config: Config) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every": config.checkpoint.keep_every,
+        "parallel.shard_size": config.parallel.shard_size,
+        "parallel.activation_checkpointing": config.parallel.activation_checkpointing,
     }
     problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if value < 0]
     if config.data.seq_len > config.model.max_position_embeddings:
@@ -380,6 +402,23 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must lie in [0, 1)")
     if not optim.max_grad_norm > 0:
         problems.append(f"optim.max_grad_norm is {optim.max_grad_norm}; it must be above 0")
+    return problems
+
+
+def _check_parallel(parallel: ParallelConfig) -> list[str]:
+    problems = []
+    strategy = f"parallel.strategy is {parallel.strategy}"
+    if parallel.shard_size and parallel.strategy not in ("auto", "hybrid"):
+        problems.append(f"parallel.shard_size is {parallel.shard_size} and {strategy}; set it to 0, or take hybrid")
+    if (parallel.strategy == "full_shard" and parallel.gather not in ("auto", "layer")) or (
+        parallel.strategy == "shard_grad_op" and parallel.gather == "layer"
+    ):
+        problems.append(
+            f"parallel.gather is {parallel.gather} and {strategy}; full_shard gathers a layer, shard_grad_op a "
+            "micro_step or a step"
+        )
+    if parallel.cpu_offload and parallel.strategy == "single":
+        problems.append(f"parallel.cpu_offload is true and {strategy}, which is not sharded; take full_shard")
     return problems
 
 

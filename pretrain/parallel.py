@@ -1,7 +1,7 @@
 """Devices, precision, sharding and compilation, through Lightning Fabric.
 
-    launch() ─> Fabric: one process a device, started by torchrun; or one process alone
-    build()  ─> Llama on the meta device ─> layers compiled ─> FSDP2 ─> memory ─> TinyLlama's initialisation
+    launch() ─> Fabric: one process a device, started by torchrun; or one process alone ─> Sharding
+    build()  ─> Llama on the meta device ─> layers recomputed, compiled ─> sharded ─> memory ─> TinyLlama's initialisation
 
 Weights, optimizer state and reductions are fp32. With bf16 the residual stream and all products are bf16 on one device and
 on many: there each linear layer casts its weight, here FSDP2 gathers weights that are cast already (Fabric's own "bf16-mixed"
@@ -19,19 +19,21 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
-from pretrain import backends, float8
+from pretrain import backends, float8, ranks, sharding
 from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.model import Llama
+from pretrain.model import Llama, num_parameters
 from pretrain.ops import Operations
+from pretrain.sharding import Sharding
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After so long a collective gives up on a rank that does not answer."""
 
 
-def launch(config: ParallelConfig, loggers: list[Logger], deterministic: bool = False) -> Fabric:
+def launch(
+    config: ParallelConfig, model: ModelConfig, loggers: list[Logger], deterministic: bool = False
+) -> tuple[Fabric, Sharding]:
     """Join the processes that torchrun started, or run alone; `deterministic`: the same bits every time, on a GPU too.
 
     Raises:
@@ -43,16 +45,16 @@ def launch(config: ParallelConfig, loggers: list[Logger], deterministic: bool = 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
-    if config.strategy == "single" and world_size > 1:
-        raise ValueError(
-            f"parallel.strategy is single and there are {world_size} ranks; set it to full_shard or auto, or start one"
-        )
-    sharded = config.strategy == "full_shard" or world_size > 1
+    parameters, _ = num_parameters(model)
+    chosen = sharding.choose(config, parameters, world_size, local_world_size, memory=None)
+    sharded = chosen.strategy != "single"
     if sharded:
         # By default Fabric would shard within tensors over the node's devices; all of ours are data parallel.
         # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
         strategy: Any = ModelParallelStrategy(
-            parallelize_fn=lambda model, mesh: _shard(model, mesh["data_parallel"], config),
+            parallelize_fn=lambda model, mesh: sharding.shard(
+                model, mesh["data_parallel"], chosen, _compute_dtype(config), config.cpu_offload
+            ),
             data_parallel_size=world_size,
             tensor_parallel_size=1,
             process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
@@ -71,7 +73,10 @@ def launch(config: ParallelConfig, loggers: list[Logger], deterministic: bool = 
         loggers=loggers,
     )
     fabric.launch()
-    return fabric
+    if fabric.device.type == "cuda":  # the ranks must choose alike, so by the smallest device
+        memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
+        chosen = sharding.choose(config, parameters, world_size, local_world_size, memory)
+    return fabric, chosen
 
 
 def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
@@ -108,18 +113,25 @@ def build(
     Raises:
         ValueError: an operation was asked for that cannot be had here.
     """
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     operations = choose_operations(config, parallel, fabric.device, eos_id is not None).with_z_loss(z_loss)
-    if parallel.compile and isinstance(fabric.strategy, ModelParallelStrategy):
+    if parallel.compile and sharded:
         operations = operations.compiled_outside_of_layers()
     with torch.device("meta"):
         model = Llama(config, operations, _compute_dtype(parallel), eos_id)
     if parallel.precision == "fp8":
         float8.convert(model, fabric.device)
-    if not isinstance(fabric.strategy, ModelParallelStrategy):
+    if parallel.activation_checkpointing:
+        for layer in model.model.layers[:: parallel.activation_checkpointing]:
+            _recompute(layer)
+    if parallel.compile and sharded:  # before sharding: what FSDP2 hooks on is not compiled
+        for layer in model.model.layers:
+            layer.compile(dynamic=False, fullgraph=True)
+    if not sharded:
         model.materialize(fabric.device)
-    wrapped = fabric.setup_module(model)  # shards and materializes, see _shard
+    wrapped = fabric.setup_module(model)  # shards and materializes, see sharding.shard
     model.init_weights(seed)
-    if parallel.compile and not isinstance(fabric.strategy, ModelParallelStrategy):
+    if parallel.compile and not sharded:
         model.compile(dynamic=False, fullgraph=True)
     return wrapped
 
@@ -147,32 +159,18 @@ def _compute_dtype(config: ParallelConfig) -> torch.dtype:
     return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
-def _shard(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> Llama:
-    """FSDP2 (`fully_shard`): each layer is a group that is gathered when it computes; embedding and head are the root's."""
-    # Inputs are bf16 already, but for the rotary table, which stays fp32 as on one device.
-    policy = MixedPrecisionPolicy(_compute_dtype(config), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.model.layers:
-        if config.compile:
-            layer.compile(dynamic=False, fullgraph=True)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.materialize(
-        torch.device(mesh.device_type, torch.cuda.current_device())
-        if mesh.device_type == "cuda"
-        else torch.device("cpu")
-    )
-    return model
+def _recompute(layer: nn.Module) -> None:
+    """Have a layer's activations computed again in the backward instead of kept.
 
-
-def reduce_gradients_after(model: nn.Module, last: bool) -> None:
-    """Before a micro-step's forward: only the `last` backward of a step reduces gradients over the ranks.
-
-    FSDP2's own switches: Fabric's `no_backward_sync` leaves the reduction off for good once it has been enabled.
+    Its forward is replaced and not the module wrapped, so that the parameters keep their names; inside the layer's hooks, so
+    that FSDP2 gathers before it recomputes.
     """
-    inner = unwrap(model)
-    if isinstance(inner, FSDPModule):
-        inner.set_requires_gradient_sync(last)
-        inner.set_is_last_backward(last)
+    forward = layer.forward
+
+    def recomputed(*inputs: Any) -> torch.Tensor:  # a function of ours: torch.compile leaves out frames of torch's own
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    layer.forward = recomputed
 
 
 def unwrap(model: nn.Module) -> nn.Module:

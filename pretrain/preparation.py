@@ -23,6 +23,7 @@ from pretrain import checkpoint, config, data, hf, metrics, parallel, ranks
 from pretrain.lock import lock
 from pretrain.model import Llama, fill, num_parameters
 from pretrain.optim import make_optimizer
+from pretrain.sharding import Sharding
 from pretrain.trainer import Run
 
 
@@ -37,19 +38,26 @@ def prepare(settings: config.Config) -> Run:
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"{tokenizer} is missing; an export needs it. data-prep writes it beside the shards")
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
-    fabric = parallel.launch(settings.parallel, metrics.make_loggers(settings), settings.train.deterministic)
+    fabric, sharding = parallel.launch(
+        settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
+    )
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources)
-        run = _build(settings, fabric, sources, mixture, accumulate)
+        run = _build(settings, fabric, sharding, sources, mixture, accumulate)
         run.at_end = on_failure.pop_all()
     return run
 
 
 def _build(
-    settings: config.Config, fabric: Fabric, sources: list[data.Source], mixture: data.Mixture, accumulate: int
+    settings: config.Config,
+    fabric: Fabric,
+    sharding: Sharding,
+    sources: list[data.Source],
+    mixture: data.Mixture,
+    accumulate: int,
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
     run_dir = Path(settings.run_dir)
@@ -72,6 +80,7 @@ def _build(
         config=settings,
         run_dir=run_dir,
         fabric=fabric,
+        sharding=sharding,
         model=model,
         optimizer=optimizer,
         sources=sources,

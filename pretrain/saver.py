@@ -11,6 +11,7 @@ mix with training's.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -196,9 +197,15 @@ def _describe_error(error: Exception) -> str:
 
 
 def _bytes_of(tensors: dict[str, Tensor]) -> int:
-    """What this rank holds of them, in bytes."""
-    held = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    """What is written for this rank, in bytes: of replicas one is, and it does not matter here which."""
+    size = 0
+    for tensor in tensors.values():
+        held, replicas = tensor, 1
+        if isinstance(tensor, DTensor):
+            held = tensor.to_local()
+            replicas = math.prod(n for n, p in zip(tensor.device_mesh.shape, tensor.placements) if p.is_replicate())
+        size += held.numel() * held.element_size() // replicas
+    return size
 
 
 def _files_of(staging: Path) -> list[str]:

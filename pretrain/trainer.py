@@ -29,6 +29,7 @@ from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_finite
 from pretrain.progress import Display
 from pretrain.saver import Saver
+from pretrain.sharding import Sharding, before_micro_step
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Run:
     config: config.Config
     run_dir: Path
     fabric: Fabric
+    sharding: Sharding
     model: nn.Module
     optimizer: torch.optim.AdamW
     sources: list[data.Source]
@@ -81,7 +83,8 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
         batch = batch.to(run.fabric.device, non_blocking=True)
         input_ids, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
 
-        parallel.reduce_gradients_after(run.model, last=micro_step == run.grad_accum_steps - 1)
+        last = micro_step == run.grad_accum_steps - 1
+        before_micro_step(parallel.unwrap(run.model), run.sharding, last)
         loss = run.model(input_ids, targets) / run.grad_accum_steps
         run.fabric.backward(loss)
         loss_sum += loss.detach()
@@ -95,7 +98,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
     run.optimizer.zero_grad()
     run.step += 1
     run.clock.steps += 1
-    return StepResult(loss_sum, grad_norm, data_hash)
+    return StepResult(loss_sum, grad_norm.to(loss_sum.device), data_hash)  # parallel.cpu_offload clips on the host
 
 
 def train(run: Run) -> int:
@@ -192,6 +195,7 @@ def _log_start(run: Run, display: Display) -> None:
         "world_size": run.fabric.world_size,
         "device": device,
         "operations": [asdict(choice) for choice in operations],
+        "sharding": asdict(run.sharding),
         "parameters": parameters,
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
@@ -217,6 +221,7 @@ def _log_start(run: Run, display: Display) -> None:
         f"{run.grad_accum_steps} micro-steps of {settings.train.micro_batch_size} sequences; {mixture}"
     )
     display.say(backends.table(operations))
+    display.say(str(run.sharding))
     if run.step:
         display.say(f"resumed after step {run.step}")
 

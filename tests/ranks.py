@@ -1,36 +1,189 @@
-"""Run under torchrun by test_parallel.py: shard a model over the ranks and write down what it is."""
+"""Run by test_parallel.py: worlds of several ranks one after the other, each rank a process that trains many runs.
 
+The ranks are forked from one process, so that torch is imported once; torchrun's own start is tested where runs are started as
+a user starts them.
+"""
+
+import dataclasses
 import json
+import multiprocessing
+import os
 import sys
+import weakref
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import parallel
-from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.optim import clip_gradients
+from pretrain import checkpoint, config, parallel, preparation, trainer
+from pretrain.config import ModelConfig, OptimConfig, ParallelConfig
+from pretrain.optim import clip_gradients, make_optimizer
+from pretrain.ranks import all_reduce_sum, rank
+from pretrain.sharding import before_micro_step
+
+ON_THE_CPU: dict[str, Any] = {"accelerator": "cpu", "precision": "fp32", "compile": False}
+FORK = multiprocessing.get_context("fork")
 
 
-def main(out: Path, model_config: ModelConfig) -> None:
-    """Build, save the whole initial weights, then one backward on different data a rank, and save the gradient's norm."""
-    settings = ParallelConfig(accelerator="cpu", precision="fp32", compile=False)
-    fabric = parallel.launch(settings, [])
-    model = parallel.unwrap(parallel.build(fabric, model_config, settings, seed=7))
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors on the CPU that operators made and that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and tensor.device.type == "cpu":
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def built(out: Path, shape: dict, settings: dict) -> None:
+    """Build; save the whole initial weights and the norm of one gradient, made of different data on every rank."""
+    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
+    fabric, sharding = parallel.launch(parallel_config, model_config, [])
+    with LiveMemory() as memory:
+        model = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=7))
     sharded = [isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters()]
-    whole = {
-        name: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for name, p in model.named_parameters()
+    facts = {
+        "sharded": sum(sharded),
+        "parameters": len(sharded),
+        "held_bytes": sum(local(p).nbytes for p in model.parameters()),
+        "peak_bytes": memory.peak,
+        "sharding": dataclasses.asdict(sharding),
+        "line": str(sharding),
     }
-    tokens = torch.randint(0, model_config.vocab_size, (6, 17), generator=torch.Generator().manual_seed(3))
+    weights = whole(model)
+    tokens = torch.randint(0, model_config.vocab_size, (12, 17), generator=torch.Generator().manual_seed(3))
     mine = tokens.chunk(fabric.world_size)[fabric.global_rank]
     fabric.backward(model(mine[:, :-1], mine[:, 1:]))
-    norm = clip_gradients(model, 1.0)
-    if fabric.is_global_zero:
-        torch.save(whole, out / "weights.pt")
-        facts = {"sharded": sum(sharded), "parameters": len(sharded), "grad_norm": norm.item()}
-        (out / "facts.json").write_text(json.dumps({**facts, "strategy": type(fabric.strategy).__name__}))
+    facts["grad_norm"] = clip_gradients(model, 1.0).item()
+    write(out, facts, weights)
+
+
+def counted(out: Path, shape: dict, settings: dict) -> None:
+    """Collectives of each of three micro-steps, the last of them the step's, by kind."""
+    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
+    fabric, sharding = parallel.launch(parallel_config, model_config, [])
+    model = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=7))
+    tokens = torch.arange(17)[None]
+    exchanges = []
+    for micro_step in range(3):
+        before_micro_step(model, sharding, last=micro_step == 2)
+        with CommDebugMode() as debug:
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        exchanges.append({str(kind).split(".")[-1]: n for kind, n in debug.get_comm_counts().items()})
+    write(out, {"exchanges": exchanges})
+
+
+def trained(config_file: Path) -> None:
+    """A whole run, as `pretrain train` makes it."""
+    assert trainer.train(preparation.prepare(config.load(config_file))) == 0
+
+
+def stepped(out: Path, config_file: Path) -> None:
+    """The steps of a run, and nothing besides."""
+    run = preparation.prepare(config.load(config_file))
+    micro_batches = iter(trainer._make_loader(run))
+    results = [trainer.optimizer_step(run, micro_batches) for _ in range(run.config.train.max_steps)]
+    losses = all_reduce_sum(torch.stack([r.loss for r in results])) / run.fabric.world_size
+    norms = [r.grad_norm.item() for r in results]
+    write(out, {"losses": losses.tolist(), "grad_norms": norms}, whole(parallel.unwrap(run.model)))
+    run.at_end.close()
+
+
+def resharded(shape: dict, settings: dict, folders: list[str]) -> None:
+    """Load checkpoints into a model and an optimizer that lie otherwise; every rank must then hold its part of them."""
+    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
+    fabric, _ = parallel.launch(parallel_config, model_config, [])
+    model = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=8))
+    optimizer = make_optimizer(model, OptimConfig())
+    for folder in folders:
+        tensors = checkpoint.tensors_of(model, optimizer)
+        for tensor in tensors.values():
+            tensor.fill_(-1.0)
+        checkpoint.load(Path(folder), model, optimizer)
+        saved = checkpoint.load_tensors(Path(folder))
+        assert saved.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            expected = saved[name]
+            if isinstance(tensor, DTensor):
+                expected = distribute_tensor(expected, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            assert torch.equal(local(tensor), local(expected)), f"{name} of {folder}"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters, gathered."""
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for n, p in model.named_parameters()}
+
+
+def write(out: Path, facts: dict, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """By rank 0, for the test to read."""
+    if rank() == 0:
+        out.mkdir()
+        torch.save(weights, out / "weights.pt")
+        (out / "facts.json").write_text(json.dumps(facts))
+
+
+JOBS = {"built": built, "counted": counted, "trained": trained, "stepped": stepped, "resharded": resharded}
+
+
+def be_rank(number: int, world_size: int, node_size: int, jobs: list[list], start: Connection) -> None:
+    """What torchrun would set, then the jobs."""
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(world_size), LOCAL_RANK=str(number % node_size))
+    os.environ.update(LOCAL_WORLD_SIZE=str(node_size), GROUP_RANK=str(number // node_size), MASTER_ADDR="127.0.0.1")
+    os.environ.update(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT=str(start.recv()))
+    for name, *arguments in jobs:
+        JOBS[name](*(Path(a) if isinstance(a, str) else a for a in arguments))
     parallel.leave()
 
 
+def main(worlds: list[dict]) -> None:
+    """One world after the other; a rank that fails ends everything."""
+    for world in worlds:
+        size = world["world_size"]
+        pipes = [FORK.Pipe() for _ in range(size)]
+        ranks = [
+            FORK.Process(target=be_rank, args=(number, size, world["node_size"], world["jobs"], pipes[number][1]))
+            for number in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # after the forks: it has a thread
+        for pipe, _ in pipes:
+            pipe.send(store.port)
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            sys.exit(f"world of {size}: exit codes {[process.exitcode for process in ranks]}")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), ModelConfig(**json.loads(sys.argv[2])))
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -13,7 +13,7 @@ LAYERS = [
     {"config"},
     {"ops", "optim", "data", "metrics", "pictures", "page"},
     {"model", "kernels", "checkpoint"},
-    {"backends"},
+    {"backends", "sharding"},
     {"float8"},
     {"parallel", "hf", "saver"},
     {"validation"},
