@@ -1,6 +1,6 @@
 """The command `pretrain`: shards to model.
 
-    pretrain train | order | verify-resume | report | export | generate
+    pretrain plan | train | order | verify-resume | report | export | generate
 
 Each command is a module of its own with `main(argv)`; only the one that is asked for is imported.
 """
@@ -9,6 +9,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "plan": ("pretrain.plan", "what a run needs before it starts: memory, days, disk; the fastest setting that fits"),
     "train": ("pretrain.train", "train the model that a configuration describes, or go on with it"),
     "order": ("pretrain.order", "which sequences and documents a step is made of; epochs of each source"),
     "verify-resume": ("pretrain.verify_resume", "prove on this machine that a killed run is the same run"),

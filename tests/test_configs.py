@@ -6,16 +6,33 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain import config
+from pretrain import config, plan
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
+PRESETS = {
+    "llama-120m": (124_668_672, 2.5e9, 6e-4),
+    "llama-360m": (358_667_264, 7.2e9, 3e-4),
+    "llama-7b": (6_738_415_616, 1.0e12, 3e-4),
+    "llama-13b": (13_015_864_320, 1.0e12, 3e-4),
+    "llama-33b": (32_528_943_616, 1.4e12, 1.5e-4),
+    "llama-65b": (65_285_660_672, 1.4e12, 1.5e-4),
+}
+"""Parameters, tokens of the run, learning rate."""
+LLAMA_PAPER = {
+    "llama-7b": (4096, 32, 32),
+    "llama-13b": (5120, 40, 40),
+    "llama-33b": (6656, 52, 60),
+    "llama-65b": (8192, 64, 80),
+}
+"""Dimension, heads and layers in table 2 of arXiv 2302.13971."""
+
 
 def test_there_are_configurations() -> None:
-    assert {path.stem for path in CONFIGS} >= {"demo", "tinyllama-1.1b"}
+    assert {path.stem for path in CONFIGS} >= {"demo", "tinyllama-1.1b", *PRESETS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -65,3 +82,38 @@ def test_tinyllama_is_the_whole_recipe() -> None:
         ValueError, match=r"1024 is not a multiple .* 8 x world_size 48 = 384 sequences; nearest: 768 or 1152"
     ):
         config.grad_accum_steps(t, world_size=48)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_name_says(name: str) -> None:
+    settings = config.load(ROOT / "configs" / f"{name}.yaml")
+    m, o, t = settings.model, settings.optim, settings.train
+    parameters, tokens, max_lr = PRESETS[name]
+    assert num_parameters(m)[0] == parameters
+    a_step = t.global_batch_size * settings.data.seq_len
+    assert tokens <= t.max_steps * a_step < tokens + a_step
+    assert learning_rate(o.warmup_steps, o, t.max_steps) == pytest.approx(max_lr)
+    assert learning_rate(t.max_steps, o, t.max_steps) == pytest.approx(max_lr / 10)
+    assert max(learning_rate(step, o, t.max_steps) for step in range(1, t.max_steps, 97)) <= max_lr
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    assert f"model: # {parameters:,} parameters" in text
+    assert f"# {t.max_steps:,} steps of {a_step:,} tokens are {t.max_steps * a_step:,} tokens" in text
+    if name in LLAMA_PAPER:
+        assert (m.hidden_size, m.num_attention_heads, m.num_hidden_layers) == LLAMA_PAPER[name]
+        assert m.num_key_value_heads == m.num_attention_heads
+        assert (a_step, o.warmup_steps, o.weight_decay, o.max_grad_norm) == (4_194_304, 2000, 0.1, 1.0)
+    else:
+        assert m.head_dim == 64
+        assert m.num_key_value_heads < m.num_attention_heads
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is written, on eight nodes of the largest chip, and with some setting that fits."""
+    settings = config.load(path)
+    nodes = 1 if settings.train.global_batch_size < 64 else 8
+    plan.main(["--config", str(path), "--chip", "H200", "--nodes", str(nodes)])
+    text = capsys.readouterr().out
+    assert "as configured" in text
+    assert "cannot run" not in text
+    assert text.splitlines()[-1].startswith("does not fit" if path.stem == "llama-65b" else "fits: micro-batch")

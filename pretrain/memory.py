@@ -1,0 +1,224 @@
+"""What a training step holds in a GPU's memory, formula by formula; no GPU is needed, and nothing is run.
+
+ModelConfig, T, Layout (how the run lies over the GPUs) ─> memory() ─> Memory, in bytes: parameters, gradients, optimizer,
+activations, logits, ... The formulas follow this project's own model: `layer_keeps` names every tensor that a layer keeps
+for its backward, and a test counts them in the real model (tests/test_plan.py).
+
+What is not computed but assumed is a constant here, with its reason. D, F, V, L, T, H as everywhere; P parameters; c bytes of a
+number in the compute, the residual stream too.
+"""
+
+from dataclasses import dataclass, fields
+
+from pretrain import ops
+from pretrain.config import ModelConfig
+
+FP32, BF16 = 4, 2
+GIB = 2**30
+
+CONTEXT = int(0.6 * GIB)
+"""A process's CUDA context, loaded kernels and cuBLAS workspaces (bytes); assumed: 0.4 to 0.6 GiB on A100 and H100."""
+NCCL = int(0.9 * GIB)
+"""NCCL's channels and the streams of FSDP on more than one GPU (bytes); assumed."""
+FRAGMENTATION = 0.04
+"""Share of what is allocated that the caching allocator loses between blocks; assumed, for shapes that never change."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies over its GPUs."""
+
+    strategy: str = "single"
+    """single, full_shard, shard_grad_op, hybrid: as in `parallel.strategy`."""
+    nodes: int = 1
+    gpus_per_node: int = 1
+    micro_batch_size: int = 1
+    """Sequences a GPU takes in one forward."""
+    grad_accum_steps: int = 1
+    """Forwards in an optimizer step."""
+    activation_checkpointing: int = 0
+    """0: none; n: every n-th layer is computed again in the backward."""
+    precision: str = "bf16"
+    compile: bool = True
+    gather: str = "layer"
+    """How long gathered weights are kept: for a layer, a micro_step, a whole step."""
+    reduce: str = "step"
+    """When gradients are reduced: once a step, the sum being kept whole till then, or in every micro_step."""
+    fused_norm: bool = True
+    """PyTorch's RMSNorm is one kernel on CUDA; on a CPU, not compiled, it is made of fp32 operations that keep more."""
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share one copy of weights and optimizer."""
+        return {"single": 1, "hybrid": self.gpus_per_node}.get(self.strategy, self.world_size)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in products and attention, c."""
+        return FP32 if self.precision == "fp32" else BF16
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters."""
+
+    embedding: int
+    """Of the input embedding, V D; the output projection has as many, or is the same when tied."""
+    layer: int
+    """Of one layer."""
+    layer_in_products: int
+    """Of one layer's matrices."""
+    root: int
+    """Of all that stands outside of the layers."""
+    total: int
+    in_products: int
+    """In matrix products: all but the input embedding and the norms."""
+
+
+def count(model: ModelConfig) -> Counts:
+    """Parameters by arithmetic: q and o D^2 each, k and v D D_kv each, gate, up and down D F each, two norms D."""
+    D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers
+    matrices = 2 * D * D + 2 * D * model.num_key_value_heads * model.head_dim + 3 * D * F
+    root = V * D * (1 if model.tie_word_embeddings else 2) + D
+    layer = matrices + 2 * D
+    return Counts(V * D, layer, matrices, root, L * layer + root, L * matrices + V * D)
+
+
+def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes for each token that one layer keeps from its forward for its backward, by tensor.
+
+    Flash attention (arXiv 2205.14135) keeps q, k, v, its result and a log-sum a head: nothing of T x T. Compiled, the
+    partitioner of AOTAutograd keeps every operand of a product that the backward needs (the two norms' results, SwiGLU's
+    gate, up and their product) and o_proj's result, and computes what lies between again. Eager keeps SiLU's result too.
+    """
+    D, F = model.hidden_size, model.intermediate_size
+    kv, c = model.num_key_value_heads * model.head_dim, layout.compute_bytes
+    keeps: dict[str, float] = {
+        "input": D * c,
+        "norm 1": D * c,
+        "q, k, v": (D + 2 * kv) * c,
+        "attention": D * c,
+        "log-sums": model.num_attention_heads * FP32,
+        "norm 2": D * c,
+        "gate, up": 2 * F * c,
+        "gate * up": F * c,
+        "root mean squares": 2 * FP32,
+    }
+    if layout.compile:
+        return keeps | {"o_proj": D * c}
+    norms = (
+        {"after attention": D * c}
+        if layout.fused_norm
+        else {
+            "input": D * FP32,
+            "after attention": D * FP32,
+            "normalised": 2 * D * FP32,
+        }
+    )
+    return keeps | norms | {"silu(gate)": F * c}
+
+
+def kept_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+    """All that one micro-batch's forward keeps for its backward, in the layers and before the loss, on one GPU (bytes).
+
+    Of a checkpointed layer only its input is kept (arXiv 1604.06174). The rotary table in bf16 is cast once a layer (eager:
+    once for q, once for k). After the layers the last norm's input, and the ids.
+    """
+    B, L, n = layout.micro_batch_size, model.num_hidden_layers, layout.activation_checkpointing
+    tokens = B * seq_len
+    checkpointed = -(-L // n) if n else 0
+    a_token = sum(layer_keeps(model, layout).values())
+    table = 2 * seq_len * model.head_dim * BF16 * (1 if layout.compile else 2) if layout.compute_bytes == BF16 else 0
+    layers = (L - checkpointed) * (a_token * tokens + table)
+    inputs = checkpointed * model.hidden_size * layout.compute_bytes * tokens
+    last_norm = model.hidden_size * (layout.compute_bytes if layout.fused_norm else 2 * FP32) + FP32
+    return int(layers + inputs + (last_norm + 8) * tokens)
+
+
+def loss_keeps(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+    """`ops.linear_cross_entropy` keeps both gradients from the forward on: of its input (c), of its weight (fp32) (bytes)."""
+    D, V = model.hidden_size, model.vocab_size
+    return layout.micro_batch_size * seq_len * D * layout.compute_bytes + V * D * FP32
+
+
+def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+    """The logits that exist at a time: the product (c), in fp32, their gradient (c); and the weight's gradient once (bytes)."""
+    V, c = model.vocab_size, layout.compute_bytes
+    chunk = min(max(256, ops.LOGITS_BYTES["cuda"] // (FP32 * V)), layout.micro_batch_size * seq_len)
+    return chunk * V * (2 * c + FP32) + V * model.hidden_size * c
+
+
+def layer_backward(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+    """What one layer's backward holds at its widest: gradients of gate, up and their product, and four as wide as D (bytes).
+
+    A checkpointed layer's forward is there again at that time.
+    """
+    wide = (3 * model.intermediate_size + 4 * model.hidden_size) * layout.compute_bytes
+    again = sum(layer_keeps(model, layout).values()) if layout.activation_checkpointing else 0
+    return int((wide + again) * layout.micro_batch_size * seq_len)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one GPU at the peak of a step, at the start of the backward (bytes)."""
+
+    parameters: int
+    """fp32, sharded; alone also the bf16 copies that the products take, which live as long as the forward's graph."""
+    gradients: int
+    """fp32, sharded; whole too where micro-steps are added up before the reduction (FSDP2 adds up in the reduction's type)."""
+    optimizer: int
+    """AdamW's two moments, fp32, sharded."""
+    activations: int
+    logits: int
+    """The chunk of logits, and the two gradients that the loss keeps."""
+    working: int
+    """What a layer's backward needs beyond the room that the logits left."""
+    communication: int
+    """Gathered weights, and gradients on their way (FSDP2: the layer in use, the next one, and its copy)."""
+    context: int
+    fragmentation: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1.0) -> Memory:
+    """The peak memory of a training step on one GPU, in bytes; `measured`: a probe's correction of the activations."""
+    counts, sharded = count(model), layout.strategy != "single"
+    share = counts.total / layout.shards
+    copies = 0 if sharded or layout.precision == "fp32" else BF16 * counts.in_products
+    adds_up_whole = sharded and layout.reduce == "step" and layout.grad_accum_steps > 1
+    chunk = logits_chunk(model, seq_len, layout)
+    parts = {
+        "parameters": FP32 * share + copies,
+        "gradients": FP32 * share + (FP32 * counts.total if adds_up_whole else 0),
+        "optimizer": 2 * FP32 * share,
+        "activations": measured * kept_bytes(model, seq_len, layout),
+        "logits": loss_keeps(model, seq_len, layout) + chunk,
+        "working": max(0, layer_backward(model, seq_len, layout) - chunk),
+        "communication": _communication(counts, layout) if sharded else 0,
+        "context": CONTEXT + (NCCL if layout.world_size > 1 else 0),
+    }
+    allocated = sum(parts.values()) - parts["context"]
+    return Memory(**{name: int(size) for name, size in parts.items()}, fragmentation=int(FRAGMENTATION * allocated))
+
+
+def _communication(counts: Counts, layout: Layout) -> float:
+    """Embedding and head stay gathered; of the layers three copies, or all where they are kept. Two reductions are in flight,
+    each a gradient in the compute's type and its fp32 copy, of a layer or of the root.
+    """
+    c = layout.compute_bytes
+    gathered = counts.total if layout.gather != "layer" else counts.root + 3 * counts.layer
+    return c * gathered + (c + FP32) * max(2 * counts.layer, counts.root)
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """A checkpoint on disk: fp32 weights and two moments, 12 bytes a parameter."""
+    return 3 * FP32 * count(model).total

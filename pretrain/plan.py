@@ -1,0 +1,354 @@
+"""`pretrain plan`: what a run needs, before it starts, without a GPU.
+
+Config, chip, nodes ─> every strategy x micro-batch x checkpointing ─> memory, seconds (memory.py, speed.py)
+─> the fastest that fits ─> days, disk, epochs ─> the advice in one line
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain import config, data, published, speed
+from pretrain.cli import Parser, fail
+from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, count, memory
+from pretrain.speed import CHIPS, Chip, Rates, Step
+
+ROOM = 0.05
+"""Share of a GPU's memory that is left free, since the model of memory is not exact."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the figures rest on: a chip, what it attains, and by how much that is uncertain."""
+
+    name: str
+    chip: Chip
+    rates: Rates
+    activations: float
+    """A probe's correction of the activations; 1 without."""
+    error: str
+    """Of the tokens/s, with where it comes from."""
+    note: str
+    """The error alone, for the line of advice."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A layout, and what it means."""
+
+    layout: Layout
+    memory: Memory
+    fits: bool
+    step: Step
+    tokens_per_sec_per_gpu: float
+
+
+def main(argv: list[str]) -> None:
+    """The command `pretrain plan`."""
+    parser = Parser(prog="pretrain plan", description="What a run needs, before it starts; no GPU is needed.")
+    parser.add_argument("--config", type=Path | None, default=None, help="The run's configuration (path).")
+    parser.add_argument("--chip", type=str | None, default=None, help=f"One of {', '.join(CHIPS)}.")
+    parser.add_argument("--nodes", type=int, default=1, help="Machines.")
+    parser.add_argument("--gpus_per_node", type=int | None, default=None, help="GPUs in each; 8, or with --probe all.")
+    parser.add_argument("--tokens", type=float | None, default=None, help="Plan for so many, not train.max_steps.")
+    parser.add_argument(
+        "--network_gbits", type=float | None, default=None, help="Of a node to the others, all its cards (Gbit/s)."
+    )
+    parser.add_argument("--probe", action="store_true", help="Measure a few steps on this machine first.")
+    parser.add_argument("--published", action="store_true", help="Show the model of time against published runs.")
+    args = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # lines stay whole in a file
+    try:
+        if args.published:
+            console.print(published_table())
+            return
+        if args.config is None:
+            raise ValueError("say what to plan: --config FILE; or --published")
+        settings = _for_tokens(config.load(args.config), args.tokens)
+        basis, gpus = _probed(settings, args.chip) if args.probe else (_known(args.chip, settings.parallel.compile), 8)
+        if args.network_gbits is not None:
+            basis = replace(basis, chip=replace(basis.chip, network_gbits=args.network_gbits))
+        _print_plan(console, settings, basis, args.nodes, gpus if args.gpus_per_node is None else args.gpus_per_node)
+    except (ValueError, OSError) as error:
+        fail(parser.prog, error)
+
+
+def _for_tokens(settings: config.Config, tokens: float | None) -> config.Config:
+    if tokens is None:
+        return settings
+    a_step = settings.train.global_batch_size * settings.data.seq_len
+    if not (math.isfinite(tokens) and tokens >= a_step):
+        raise ValueError(f"--tokens {tokens:g} must be at least one step's {a_step:,}")
+    return replace(settings, train=replace(settings.train, max_steps=math.ceil(tokens / a_step)))
+
+
+def _known(name: str | None, compiled: bool) -> Basis:
+    """By datasheet and published runs."""
+    if name not in CHIPS:
+        raise ValueError(f"--chip {name}: there are {', '.join(CHIPS)}; another one is measured by --probe")
+    chip = CHIPS[name]
+    error = f"±{100 * published.stated_error(chip, compiled):.0f}%"
+    where = "H100" if speed.rates_of(chip) is speed.HOPPER else "A100"
+    text = f"{error}: the largest error on a published run on {where} that was left out of the fit (pretrain plan --published)"
+    if compiled:
+        text += ", and what the gain of torch.compile is uncertain by"
+    return Basis(name, chip, speed.rates_of(chip), 1.0, text, error)
+
+
+def _probed(settings: config.Config, name: str | None) -> tuple[Basis, int]:
+    """By measurement on this machine; and its GPUs."""
+    if name is not None:
+        raise ValueError(f"--probe measures this machine's chip; leave --chip {name} out, or --probe")
+    from pretrain.probe import FITTED, HELD_OUT, probe  # lightning takes seconds: a plan without it should not
+
+    found = probe(settings)
+    error = f"±{100 * found.time_error:.0f}%"
+    memory_error = (
+        "memory is not measured on a CPU" if found.memory_error is None else f"memory ±{100 * found.memory_error:.0f}%"
+    )
+    text = (
+        f"{error}: measured on this machine at {FITTED[0]} and {FITTED[1]} layers, its error at {HELD_OUT}; "
+        f"{memory_error}; communication is not measured"
+    )
+    return Basis(found.chip.device, found.chip, found.rates, found.activations or 1.0, text, error), found.gpus
+
+
+def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Every layout to choose from: strategies and checkpointing that the configuration knows, each micro-batch that divides.
+
+    Raises:
+        ValueError: the sequences of a step cannot be divided among the GPUs.
+    """
+    world_size, sequences = nodes * gpus_per_node, settings.train.global_batch_size
+    if nodes < 1 or gpus_per_node < 1:
+        raise ValueError(f"--nodes {nodes} and --gpus_per_node {gpus_per_node} must be at least 1")
+    if sequences % world_size:
+        below = sequences // world_size * world_size
+        nearest = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ValueError(
+            f"train.global_batch_size {sequences} sequences cannot be divided among {world_size} GPUs; nearest: {nearest}"
+        )
+    share = sequences // world_size
+    for strategy, gather, reduce in _shardings(nodes, world_size):
+        for micro_batch_size in (b for b in range(1, share + 1) if share % b == 0):
+            for every in (0, 1, 2, 4) if _knows("activation_checkpointing") else (0,):
+                yield Layout(
+                    strategy,
+                    nodes,
+                    gpus_per_node,
+                    micro_batch_size,
+                    share // micro_batch_size,
+                    every,
+                    settings.parallel.precision,
+                    settings.parallel.compile,
+                    gather,
+                    reduce,
+                )
+
+
+def _shardings(nodes: int, world_size: int) -> list[tuple[str, str, str]]:
+    """Strategy, gather and reduce, as far as `ParallelConfig` has them."""
+    if world_size == 1:
+        return [("single", "layer", "step")]
+    known = get_args(next(f.type for f in fields(config.ParallelConfig) if f.name == "strategy"))
+    gathers = {"full_shard": "layer", "shard_grad_op": "step"} | ({"hybrid": "layer"} if nodes > 1 else {})
+    reduces = ("step", "micro_step") if _knows("reduce") else ("step",)
+    return [
+        (strategy, gather, reduce) for strategy, gather in gathers.items() if strategy in known for reduce in reduces
+    ]
+
+
+def _knows(setting: str) -> bool:
+    return setting in {f.name for f in fields(config.ParallelConfig)}
+
+
+def configured(settings: config.Config, nodes: int, gpus_per_node: int) -> Layout:
+    """The layout that the configuration asks for.
+
+    Raises:
+        ValueError: its micro-batch does not divide.
+    """
+    p, world_size = settings.parallel, nodes * gpus_per_node
+    strategy = p.strategy if p.strategy != "auto" else ("single" if world_size == 1 else "full_shard")
+    gather = "step" if strategy == "shard_grad_op" else "layer"
+    return Layout(
+        strategy,
+        nodes,
+        gpus_per_node,
+        settings.train.micro_batch_size,
+        config.grad_accum_steps(settings.train, world_size),
+        getattr(p, "activation_checkpointing", 0),
+        p.precision,
+        p.compile,
+        gather,
+    )
+
+
+def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:
+    """Memory and speed of one layout."""
+    T = settings.data.seq_len
+    held = memory(settings.model, T, layout, basis.activations)
+    step = speed.step_seconds(settings.model, T, layout, basis.chip, basis.rates)
+    fits = held.total <= basis.chip.memory_gib * GIB
+    return Outcome(layout, held, fits, step, speed.tokens_per_second(T, layout, step))
+
+
+def choose(outcomes: list[Outcome], chip: Chip) -> Outcome | None:
+    """The fastest that leaves `ROOM`; where none does, the fastest that fits."""
+    fitting = [o for o in outcomes if o.fits]
+    roomy = [o for o in fitting if o.memory.total <= (1 - ROOM) * chip.memory_gib * GIB]
+    return max(roomy or fitting, key=lambda o: o.tokens_per_sec_per_gpu, default=None)
+
+
+def days(settings: config.Config, found: Outcome) -> float:
+    """Days of training, without validation, saving and waiting."""
+    return settings.train.max_steps * found.step.seconds / 86400
+
+
+def disk(settings: config.Config) -> tuple[int, int]:
+    """Checkpoints that are there at most, the one that is being written included, and their bytes."""
+    c, steps = settings.checkpoint, settings.train.max_steps
+    saves = -(-steps // c.every_steps) if c.every_steps else 1
+    kept = saves
+    if c.keep_last:
+        for_good = steps // math.lcm(c.keep_every, c.every_steps or steps) if c.keep_every else 0
+        kept = min(saves, for_good + c.keep_last)
+    return min(saves, kept) + 1, (min(saves, kept) + 1) * checkpoint_bytes(settings.model)
+
+
+def epochs(settings: config.Config) -> dict[str, float] | str:
+    """How often the run goes through each source; or why that is not known."""
+    try:
+        sources = data.open_sources(settings.data, settings.model.vocab_size)
+    except FileNotFoundError as error:
+        return f"not known before the data is prepared ({error})"
+    mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+    drawn = mixture.drawn(settings.train.max_steps)
+    return {source.name: n / length for source, n, length in zip(sources, drawn, mixture.lengths)}
+
+
+def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> str:
+    """What to set, in one line; or what is missing."""
+    best = choose(outcomes, basis.chip)
+    T, gpus = settings.data.seq_len, outcomes[0].layout.world_size
+    tokens = settings.train.max_steps * settings.train.global_batch_size * T
+    if best is None:
+        least = min(outcomes, key=lambda o: o.memory.total)
+        return (
+            f"does not fit: the least is {least.memory.total / GIB:.1f} GiB a GPU ({_words(least.layout)}), and a "
+            f"{basis.name} has {basis.chip.memory_gib:.1f}; take more GPUs or another chip"
+        )
+    largest = max(o.layout.micro_batch_size for o in outcomes if o.fits and _same_but_batch(o.layout, best.layout))
+    also = f" (up to {largest} fits)" if largest > best.layout.micro_batch_size else ""
+    return (
+        f"fits: {_words(best.layout)}{also}; {gpus} {basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU "
+        f"({basis.note}), {_days(days(settings, best))} for {_short(tokens)} tokens"
+    )
+
+
+def _same_but_batch(a: Layout, b: Layout) -> bool:
+    return replace(a, micro_batch_size=1, grad_accum_steps=1) == replace(b, micro_batch_size=1, grad_accum_steps=1)
+
+
+def _words(layout: Layout) -> str:
+    every = layout.activation_checkpointing
+    checkpointing = "" if not every else f", activation_checkpointing {every}"
+    often = ", reduce micro_step" if layout.reduce == "micro_step" and layout.grad_accum_steps > 1 else ""
+    return f"micro-batch {layout.micro_batch_size}, {layout.strategy}{often}{checkpointing}"
+
+
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}" if number < 1000 else f"{number / 1000:,.1f}k"
+
+
+def _days(number: float) -> str:
+    return (
+        f"{number:,.0f} days" if number >= 10 else f"{number:.1f} days" if number >= 0.1 else f"{24 * number:.1f} hours"
+    )
+
+
+def _short(tokens: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if tokens >= unit:
+            return f"{tokens / unit:.3g}{letter}"
+    return f"{tokens:,.0f}"
+
+
+def _print_plan(console: Console, settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> None:
+    outcomes = [outcome(settings, layout, basis) for layout in layouts(settings, nodes, gpus_per_node)]
+    columns: list[tuple[str, Outcome]] = []
+    try:
+        columns.append(("as configured", outcome(settings, configured(settings, nodes, gpus_per_node), basis)))
+    except ValueError as error:
+        console.print(f"as configured it cannot run: {error}", soft_wrap=True, highlight=False)
+    if (best := choose(outcomes, basis.chip)) is not None:
+        columns.append(("fastest that fits", best))
+    tokens = settings.train.max_steps * settings.train.global_batch_size * settings.data.seq_len
+    title = f"{count(settings.model).total:,} parameters, {settings.train.max_steps:,} steps, {tokens:,} tokens"
+    console.print(plan_table(f"{title}; {nodes} x {gpus_per_node} {basis.name}", settings, basis, columns))
+    kept, size = disk(settings)
+    lines = [
+        f"checkpoints    {checkpoint_bytes(settings.model) / 1e9:,.1f} GB each, {kept} at most: {size / 1e12:,.2f} TB of disk",
+        f"epochs         {_epochs_line(settings)}",
+        f"error          {basis.error}",
+        advice(settings, basis, outcomes),
+    ]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def _epochs_line(settings: config.Config) -> str:
+    found = epochs(settings)
+    return found if isinstance(found, str) else ", ".join(f"{name} {n:.2f}" for name, n in found.items())
+
+
+def plan_table(title: str, settings: config.Config, basis: Basis, columns: list[tuple[str, Outcome]]) -> Table:
+    """Memory by part, and speed, one column a layout."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("a GPU")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    found = [o for _, o in columns]
+    table.add_row("setting", *(_words(o.layout) for o in found))
+    table.add_row("micro-steps a step", *(str(o.layout.grad_accum_steps) for o in found))
+    table.add_section()
+    for part in fields(Memory):
+        table.add_row(f"{part.name}, GiB", *(f"{getattr(o.memory, part.name) / GIB:.2f}" for o in found))
+    verdict = ("does not fit", "fits")
+    table.add_row(
+        f"total, of {basis.chip.memory_gib:.1f} GiB",
+        *(f"{verdict[o.fits]}: {o.memory.total / GIB:.2f}" for o in found),
+        style="bold",
+    )
+    table.add_section()
+    for item in fields(Step):
+        name = item.name.replace("_", "-")
+        table.add_row(f"{name}, s a step", *(f"{getattr(o.step, item.name):.3f}" for o in found))
+    table.add_row("tokens/s/GPU", *(f"{o.tokens_per_sec_per_gpu:,.0f}" for o in found), style="bold")
+    table.add_row("run", *(_days(days(settings, o)) for o in found), style="bold")
+    return table
+
+
+def published_table() -> Table:
+    """One row a published run: its tokens/s/GPU, what the model of time says, and the error."""
+    table = Table(title="published runs against the model of time, tokens/s/GPU", title_justify="left")
+    for name in ("run", "published", "predicted", "error", "memory, GiB"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    table.add_column("not published, assumed (not counted)")
+    for run in published.PUBLISHED:
+        held = memory(run.model, run.seq_len, run.layout).total / GIB
+        table.add_row(
+            run.name,
+            f"{run.tokens_per_second:,.0f}",
+            f"{published.predicted(run):,.0f}",
+            f"{100 * published.error(run):+.1f}%",
+            f"{held:.1f} of {CHIPS[run.chip].memory_gib:.1f}",
+            run.assumed,
+        )
+    return table

@@ -1,0 +1,155 @@
+"""A short calibration on this machine: real training steps of the configuration's own layers, at small depths.
+
+    depths 2 and 6 ─> seconds and bytes = rest + depth x layer ─> measured / predicted ─> the plan's correction
+    depth 4, not used for it ─> predicted from the line, against measured: the probe's own error
+
+Random token ids, the configuration's width, micro-batch, precision and compile; one device, so that communication stays
+what the model says. On a GPU time and peak memory are measured; on a CPU time only.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from lightning.fabric import Fabric
+
+from pretrain import config, data, metrics, parallel
+from pretrain.memory import Layout, count, layer_keeps
+from pretrain.optim import make_optimizer
+from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
+from pretrain.trainer import Run, optimizer_step
+
+FITTED, HELD_OUT = (2, 6), 4
+"""Depths (layers): two that the line goes through, one to test it on."""
+WARM_UP, MEASURED = 3, 5
+"""Optimizer steps at each depth."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured, as the plan needs it."""
+
+    chip: Chip
+    gpus: int
+    """Of this machine; 1 for a CPU."""
+    rates: Rates
+    """With the corrections of time in them."""
+    activations: float | None
+    """Measured over predicted bytes that a layer keeps; None on a CPU."""
+    time_error: float
+    """Of a step's seconds at the depth that was held out (share of 1)."""
+    memory_error: float | None
+    """Of its peak memory (share of 1); None on a CPU."""
+
+
+def probe(settings: config.Config) -> Probe:
+    """Measure on the device that the configuration would train on.
+
+    Raises:
+        ValueError: the accelerator is not there.
+    """
+    alone = replace(settings.parallel, strategy="single")
+    fabric = parallel.launch(alone, [])
+    on_cpu = fabric.device.type == "cpu"
+    chip = _chip(fabric.device)
+    base = replace(rates_of(chip), compiled=1.0, compiled_error=0.0)
+    steps, peaks = {}, {}
+    for depth in (*FITTED, HELD_OUT):
+        steps[depth], peaks[depth] = _measure(fabric, settings, alone, depth)
+    layer_s, rest_s, time_error = _line(steps)
+    T, layout = settings.data.seq_len, _layout(settings)
+    shallow, deep = (
+        step_seconds(replace(settings.model, num_hidden_layers=depth), T, layout, chip, base).seconds
+        for depth in FITTED
+    )
+    layer_expected = (deep - shallow) / (FITTED[1] - FITTED[0])
+    rest_expected = shallow - FITTED[0] * layer_expected
+    rates = replace(base, layers=layer_s / layer_expected, rest=max(0.0, rest_s / rest_expected))
+    gpus = 1 if on_cpu else torch.cuda.device_count()
+    if on_cpu:
+        return Probe(chip, gpus, rates, None, time_error, None)
+    layer_bytes, _, memory_error = _line(peaks)
+    # A layer alone on a device stands for its weight, gradient and two moments in fp32, and in bf16 for a copy.
+    fixed = count(settings.model).layer * (16 + (2 if layout.precision == "bf16" else 0))
+    tokens = layout.micro_batch_size * T
+    kept = (layer_bytes - fixed) / tokens / sum(layer_keeps(settings.model, layout).values())
+    return Probe(chip, gpus, rates, kept, time_error, memory_error)
+
+
+def _layout(settings: config.Config) -> Layout:
+    return Layout(
+        micro_batch_size=settings.train.micro_batch_size,
+        precision=settings.parallel.precision,
+        compile=settings.parallel.compile,
+        fused_norm=torch.cuda.is_available(),
+    )
+
+
+def _chip(device: torch.device) -> Chip:
+    """By name; what is not known of it has a nominal figure, which the measurement corrects (a link does not: PCIe's)."""
+    if device.type == "cpu":
+        return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10)
+    properties = torch.cuda.get_device_properties(device)
+    for chip in CHIPS.values():
+        if chip.device == properties.name:
+            return chip
+    peak = metrics.peak_flops(properties.name) or 100e12
+    return Chip(properties.name, peak, properties.total_memory / 2**30, 1e12, 25e9, 100)
+
+
+def _line(measured: dict[int, float]) -> tuple[float, float, float]:
+    """The line through the fitted depths: slope, intercept, and its error at the depth held out (share of 1)."""
+    a, b = FITTED
+    slope = (measured[b] - measured[a]) / (b - a)
+    rest = measured[a] - a * slope
+    return slope, rest, abs((rest + HELD_OUT * slope) / measured[HELD_OUT] - 1)
+
+
+def _measure(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int) -> tuple[float, float]:
+    """Median seconds of an optimizer step of one micro-batch, and its peak memory (bytes; 0 on a CPU)."""
+    torch._dynamo.reset()
+    run = _run(fabric, settings, alone, depth)
+    B, T, V = settings.train.micro_batch_size, settings.data.seq_len, settings.model.vocab_size
+    generator = torch.Generator().manual_seed(settings.seed)
+    batch = torch.randint(V, (B, T + 1), generator=generator)  # random: zeros would run faster
+    cuda = fabric.device.type == "cuda"
+    seconds = []
+    for step in range(WARM_UP + MEASURED):
+        if cuda and step == WARM_UP:
+            torch.cuda.reset_peak_memory_stats(fabric.device)
+        started = time.perf_counter()
+        optimizer_step(run, iter([(batch, 0)]))
+        if cuda:
+            torch.cuda.synchronize(fabric.device)
+        seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated(fabric.device) if cuda else 0
+    del run
+    if cuda:
+        torch.cuda.empty_cache()
+    return median(seconds[WARM_UP:]), float(peak)
+
+
+def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int) -> Run:
+    """All that a step needs, and no data, no folder and no log."""
+    model = parallel.build(fabric, replace(settings.model, num_hidden_layers=depth), alone, settings.seed)
+    zero = torch.zeros((), device=fabric.device)
+    return Run(
+        config=replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size)),
+        run_dir=Path(),
+        fabric=fabric,
+        model=model,
+        optimizer=make_optimizer(parallel.unwrap(model), settings.optim),
+        sources=[],
+        mixture=data.Mixture([1], [data.Stage(1, (Fraction(1),))], [""], settings.train.micro_batch_size),
+        grad_accum_steps=1,
+        facts={},
+        flops_per_token={},
+        log=cast(Any, None),
+        clock=metrics.Clock(fabric.device),
+        skipped_steps=zero,
+        skipped_in_a_row=zero.clone(),
+    )

@@ -1,0 +1,138 @@
+"""Published runs, and what the time model says of them: the evidence behind `plan`'s figures.
+
+MPT's rows are llm-foundry's benchmark tables (scripts/train/benchmarking/README.md), full shard, T = 2048, the sizes that
+lie within ours; its feed-forward of 2 x 4 D^2 is written as ours of 3 x 8/3 D^2, the same products. All but the compiled one
+run hand-fused kernels without torch.compile.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.config import ModelConfig
+from pretrain.memory import Layout
+from pretrain.speed import CHIPS, Chip, rates_of, step_seconds, tokens_per_second
+
+
+def _mpt(hidden_size: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(50368, hidden_size, round(hidden_size * 8 / 3), layers, heads, heads, tie_word_embeddings=True)
+
+
+TINYLLAMA = ModelConfig()
+MPT = {
+    "125M": _mpt(768, 12, 12),
+    "350M": _mpt(1024, 24, 16),
+    "760M": _mpt(1536, 24, 12),
+    "1B": _mpt(2048, 24, 16),
+    "3B": _mpt(2560, 32, 20),
+    "7B": _mpt(4096, 32, 32),
+    "13B": _mpt(5120, 40, 40),
+    "30B": _mpt(7168, 48, 56),
+    "70B": _mpt(8192, 80, 64),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One run's figure."""
+
+    name: str
+    model: ModelConfig
+    chip: str
+    layout: Layout
+    tokens_per_second: float
+    """A GPU's."""
+    seq_len: int = 2048
+    assumed: str = ""
+    """What of the run was not published; such a row is shown and not counted."""
+
+
+def _mosaic(
+    size: str, chip: str, gpus: int, micro: int, accum: int, checkpointed: bool, tokens_per_second: float
+) -> Published:
+    layout = Layout(
+        "full_shard",
+        max(1, gpus // 8),
+        min(8, gpus),
+        micro,
+        accum,
+        int(checkpointed),
+        compile=False,
+        reduce="micro_step",
+    )
+    return Published(f"MPT-{size}, {gpus} {chip}", MPT[size], chip, layout, tokens_per_second)
+
+
+PUBLISHED = [
+    Published(
+        "TinyLlama-1.1B, 16 A100-40G",
+        TINYLLAMA,
+        "A100-40G",
+        Layout("full_shard", 2, 8, 8, 8, compile=False),
+        24_000,
+    ),
+    _mosaic("125M", "A100-40G", 8, 26, 3, False, 136_334),
+    _mosaic("350M", "A100-40G", 8, 16, 4, False, 55_995),
+    _mosaic("350M", "A100-40G", 16, 18, 1, False, 55_413),
+    _mosaic("760M", "A100-40G", 8, 12, 4, False, 30_173),
+    _mosaic("760M", "A100-40G", 64, 12, 1, False, 29_344),
+    _mosaic("1B", "A100-40G", 8, 8, 8, False, 19_271),
+    _mosaic("1B", "A100-40G", 16, 8, 1, False, 19_085),
+    _mosaic("1B", "A100-40G", 128, 10, 1, False, 18_647),
+    _mosaic("3B", "A100-40G", 8, 5, 8, False, 10_065),
+    _mosaic("3B", "A100-40G", 64, 6, 1, False, 9_736),
+    _mosaic("7B", "A100-40G", 16, 16, 1, True, 3_645),
+    _mosaic("13B", "A100-40G", 64, 16, 1, True, 1_976),
+    _mosaic("30B", "A100-40G", 32, 4, 1, True, 857),
+    _mosaic("70B", "A100-40G", 128, 4, 1, True, 376),
+    _mosaic("1B", "A100-80G", 8, 14, 4, False, 20_513),
+    _mosaic("7B", "A100-80G", 8, 6, 2, False, 4_641),
+    _mosaic("760M", "H100", 16, 24, 1, False, 68_551),
+    _mosaic("1B", "H100", 8, 14, 1, False, 45_455),
+    _mosaic("1B", "H100", 16, 20, 1, False, 46_037),
+    _mosaic("1B", "H100", 64, 20, 1, False, 44_402),
+    _mosaic("3B", "H100", 16, 10, 3, False, 24_142),
+    _mosaic("7B", "H100", 8, 6, 1, False, 10_643),
+    _mosaic("13B", "H100", 16, 2, 1, False, 4_767),
+    _mosaic("30B", "H100", 32, 14, 3, True, 2_308),
+    _mosaic("70B", "H100", 64, 8, 4, True, 1_039),
+]
+
+
+def _nanotron(nodes: int, mfu: float, accum: int) -> Published:
+    """MFU in the products' FLOPs: 6 N_matmul + 12 L D T, N_matmul 1.31e9, L 24, D 2048, T 4096."""
+    tokens_per_second = mfu * 989e12 / (6 * 1.31e9 + 12 * 24 * 2048 * 4096)
+    layout = Layout("shard_grad_op", nodes, 8, 4, accum, compile=False, gather="step")
+    assumed = "its shape, T = 4096, 1M tokens a step, ZeRO-1"
+    return Published(f"nanotron 1.3B, {8 * nodes} H100", MPT["1B"], "H100", layout, tokens_per_second, 4096, assumed)
+
+
+PUBLISHED += [
+    Published(
+        "nanochat d24 as TinyLlama-1.1B, 8 H100",
+        TINYLLAMA,
+        "H100",
+        Layout("full_shard", 1, 8, 16, 2),
+        68_000,
+        assumed="the figure is scaled from its own shape; torch.compile's gain is fitted to it",
+    ),
+    _nanotron(1, 0.44, 8),
+    _nanotron(2, 0.42, 4),
+    _nanotron(8, 0.33, 1),
+]
+
+
+def predicted(run: Published) -> float:
+    """What the time model says (tokens/s/GPU)."""
+    chip = CHIPS[run.chip]
+    step = step_seconds(run.model, run.seq_len, run.layout, chip, rates_of(chip))
+    return tokens_per_second(run.seq_len, run.layout, step)
+
+
+def error(run: Published) -> float:
+    """Predicted over published, less 1."""
+    return predicted(run) / run.tokens_per_second - 1
+
+
+def stated_error(chip: Chip, compiled: bool) -> float:
+    """The largest error on a run left out of its generation's fit, and what compiling is uncertain by (share of 1)."""
+    rates = rates_of(chip)
+    return rates.fit_error + (rates.compiled_error if compiled else 0)

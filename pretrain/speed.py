@@ -1,0 +1,197 @@
+"""How long a training step takes, formula by formula; no GPU is needed, and nothing is run.
+
+    ModelConfig, T, Layout, Chip ─> step_seconds() ─> Step: products, attention, memory-bound, loss, communication, optimizer
+
+Products and attention run at a share of the chip's dense peak, everything between them at a share of its memory's
+bandwidth, collectives at the link's, hidden behind the computation as far as that goes. The shares are `Rates`, fitted to
+published runs (`published.py` has them, and the error of each); a probe on a GPU replaces them.
+"""
+
+from dataclasses import dataclass, fields
+
+from pretrain import metrics, ops
+from pretrain.config import ModelConfig
+from pretrain.memory import FP32, Layout, count
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU and its node, by datasheet."""
+
+    device: str
+    """What CUDA calls it."""
+    peak_flops: float
+    """Dense bf16 products (FLOP/s)."""
+    memory_gib: float
+    """What PyTorch reports as total memory (GiB)."""
+    bandwidth: float
+    """Of its memory (bytes/s)."""
+    link: float
+    """To the other GPUs of its node: NVLink, one direction (bytes/s)."""
+    network_gbits: float
+    """Of the whole node to the others, the usual machine's: eight network cards (Gbit/s)."""
+
+
+def _chip(device: str, memory_gib: float, bandwidth: float, link: float, network_gbits: float) -> Chip:
+    return Chip(device, metrics.PEAK_FLOPS[device], memory_gib, bandwidth, link, network_gbits)
+
+
+CHIPS = {
+    "A100-40G": _chip("NVIDIA A100-SXM4-40GB", 39.4, 1.555e12, 300e9, 1600),
+    "A100-80G": _chip("NVIDIA A100-SXM4-80GB", 79.2, 2.039e12, 300e9, 1600),
+    "H100": _chip("NVIDIA H100 80GB HBM3", 79.1, 3.35e12, 450e9, 3200),
+    "H200": _chip("NVIDIA H200", 139.8, 4.8e12, 450e9, 3200),
+}
+"""NVIDIA's datasheets; networks: DGX A100 (8 x 200 Gbit/s), DGX H100 (8 x 400 Gbit/s)."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a chip attains of its datasheet; shares of 1."""
+
+    products: float
+    """Of the dense peak, in matrix products of endless width."""
+    half_width: float
+    """The width D at which products attain half of that (features); 0: all widths alike."""
+    attention: float
+    """Of the dense peak, in flash attention's forward and backward, causal, heads of 64 to 128."""
+    bandwidth: float = 0.8
+    """Of the memory's bandwidth, in elementwise kernels; usual for streaming kernels."""
+    link: float = 0.7
+    """Of the link's bandwidth, in all-gather and reduce-scatter."""
+    hidden: float = 0.5
+    """Of communication behind computation, where there is computation enough: collectives take multiprocessors and bandwidth."""
+    fit_error: float = 0.0
+    """The largest error on a published run that was left out of the fit (share of 1): benchmarks/plan_fit.py."""
+    compiled: float = 1.0
+    """How much faster torch.compile is than hand-fused kernels, which the published runs have."""
+    compiled_error: float = 0.0
+    """What that is uncertain by (share of 1)."""
+    layers: float = 1.0
+    """A probe's correction: measured over predicted seconds of the layers."""
+    rest: float = 1.0
+    """A probe's correction: measured over predicted seconds of the loss and all else outside of the layers."""
+
+
+A100 = Rates(
+    products=0.78, half_width=0, attention=0.22, hidden=0.5, fit_error=0.066, compiled=1.12, compiled_error=0.03
+)
+"""Fitted to `published.PUBLISHED` on A100: two numbers to 17 runs, `hidden` chosen. Compiled: 10 to 15% over hand-fused kernels,
+this project's estimate for A100."""
+HOPPER = Rates(
+    products=0.72, half_width=800, attention=0.28, hidden=0.25, fit_error=0.088, compiled=1.20, compiled_error=0.05
+)
+"""Fitted on H100: four numbers to 9 runs. Compiled: nanochat's d24, 50% of the peak in the products' FLOPs."""
+
+LAUNCH_S = 40 * 5e-6
+"""A layer's forward and backward are at least this long: about 40 kernels, 5 us each to start (seconds); assumed."""
+
+
+def rates_of(chip: Chip) -> Rates:
+    """The calibration of a chip's generation."""
+    return A100 if "A100" in chip.device else HOPPER
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step, by what they go to."""
+
+    products: float
+    attention: float
+    memory_bound: float
+    loss: float
+    recomputed: float
+    communication: float
+    """What is not hidden behind the computation."""
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, rates: Rates) -> Step:
+    """One optimizer step on every GPU of the layout."""
+    counts, L, n = count(model), model.num_hidden_layers, layout.activation_checkpointing
+    tokens = layout.micro_batch_size * seq_len * layout.grad_accum_steps
+    bandwidth = rates.bandwidth * chip.bandwidth
+    products = 6 * L * counts.layer_in_products * tokens / _product_flops(model, chip, rates)
+    # Causal: 2 T D forward, and 2.5 times as much backward, where the scores are computed again (arXiv 2307.08691, 3.2).
+    attention = 7 * L * model.hidden_size * seq_len * tokens / (rates.attention * chip.peak_flops)
+    between = layer_traffic(model, layout) * L * tokens / bandwidth
+    between = max(between, L * LAUNCH_S * layout.grad_accum_steps - products - attention)
+    recomputed = (-(-L // n) / L if n else 0) * (products / 3 + attention / 3.5 + between / 3)
+    loss = _loss_seconds(model, tokens, layout, chip, rates)
+    gain = rates.compiled if layout.compile else 1.0
+    products, attention, between, recomputed = (
+        seconds * rates.layers / gain for seconds in (products, attention, between, recomputed)
+    )
+    loss *= rates.rest / gain
+    communication = communication_seconds(model, layout, chip, rates)
+    return Step(
+        products,
+        attention,
+        between,
+        loss,
+        recomputed,
+        exposed(communication, products + attention + between + recomputed + loss, rates),
+        optimizer=40
+        * counts.total
+        / layout.shards
+        / bandwidth,  # AdamW moves 28 bytes a parameter, norm and clipping 12
+    )
+
+
+def _product_flops(model: ModelConfig, chip: Chip, rates: Rates) -> float:
+    return rates.products * chip.peak_flops * model.hidden_size / (model.hidden_size + rates.half_width)
+
+
+def layer_traffic(model: ModelConfig, layout: Layout) -> float:
+    """Bytes that a layer's fused elementwise kernels read and write for a token, forward and backward.
+
+    Forward, in numbers: norm 2 D; rotary 2 (D + D_kv); residual with the second norm 4 D; SwiGLU 3 F; residual 3 D. The
+    backward moves about twice as much.
+    """
+    D, F, kv = model.hidden_size, model.intermediate_size, model.num_key_value_heads * model.head_dim
+    return 3 * (11 * D + 2 * kv + 3 * F) * layout.compute_bytes
+
+
+def _loss_seconds(model: ModelConfig, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
+    """Three products with the head, and about 40 bytes moved a logit: cast, log-sum, exp, cast; d_weight once a chunk."""
+    V, D = model.vocab_size, model.hidden_size
+    chunk = max(256, ops.LOGITS_BYTES["cuda"] // (FP32 * V))
+    moved = 40 * V * tokens + (2 * FP32 + 2 * layout.compute_bytes) * V * D * tokens / chunk
+    return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth)
+
+
+def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> float:
+    """Seconds of collectives in a step, hidden or not.
+
+    Weights are gathered in the compute's type, twice a micro-step or as `gather` says; gradients are reduced in fp32, once a
+    step or in every micro-step. A ring moves (n - 1) / n of what it gathers at the slowest link that it crosses; a node's
+    ring has all of its network cards. hybrid gathers and reduces inside the node, and adds up across nodes once a step.
+    """
+    if layout.strategy == "single":
+        return 0.0
+    P, N, G, micro_steps = count(model).total, layout.world_size, layout.gpus_per_node, layout.grad_accum_steps
+    inside = rates.link * chip.link
+    between_nodes = rates.link * chip.network_gbits / 8 * 1e9
+    gathered = (
+        layout.compute_bytes * P * {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
+    )
+    reduced = FP32 * P * (1 if layout.reduce == "step" else micro_steps)
+    if layout.strategy != "hybrid":
+        return (gathered + reduced) * (N - 1) / N / (inside if layout.nodes == 1 else min(inside, between_nodes))
+    across = 2 * FP32 * P * (layout.nodes - 1) / layout.nodes / between_nodes  # G rings of P / G share the node's cards
+    return (gathered + reduced) * (G - 1) / G / inside + across
+
+
+def exposed(communication: float, computation: float, rates: Rates) -> float:
+    """What of the communication is not behind the computation (seconds)."""
+    return max(communication - computation, (1 - rates.hidden) * communication)
+
+
+def tokens_per_second(seq_len: int, layout: Layout, step: Step) -> float:
+    """Tokens a second and GPU."""
+    return layout.micro_batch_size * layout.grad_accum_steps * seq_len / step.seconds
