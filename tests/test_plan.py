@@ -32,10 +32,10 @@ def saved_bytes(model: ModelConfig, B: int, layout: Layout) -> int:
     """What our model's forward really keeps for its backward, without weights and the rotary table in fp32."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        llama = Llama(model)
+        llama = Llama(model, dtype=torch.bfloat16 if layout.precision == "bf16" else None)
     llama.materialize(torch.device("cpu"))
     llama.init_weights(0)
-    if layout.precision == "bf16":
+    if layout.precision == "bf16" and layout.strategy != "single":
         rope = llama.model.rope
         llama.to(torch.bfloat16).model.rope = rope  # as FSDP2 gathers it
     if layout.compile:
@@ -147,6 +147,10 @@ def test_the_advice_is_the_fastest_that_fits(capsys: pytest.CaptureFixture[str])
     assert "16 A100-40G: " in last
     assert last.endswith("days for 3T tokens")
     assert "not known before the data is prepared" in text
+    page = (ROOT / "README.md").read_text()
+    shown = page.split("--chip A100-40G --nodes 2\n```\n```\n")[1].split("\n```")[0].splitlines()
+    assert len(shown) == 4
+    assert set(shown) <= set(text.splitlines()), "the README shows another answer"
     basis = plan._known("A100-40G", compiled=True)
     outcomes = [plan.outcome(TINYLLAMA, layout, basis) for layout in plan.layouts(TINYLLAMA, 2, 8)]
     assert any(not o.fits for o in outcomes)

@@ -38,7 +38,7 @@ MINIATURE = [
         f"{MINIATURE_MODEL} {ON_THE_CPU}",
     ),
     (r"^pretrain (export|report)", ""),
-    (r"^pretrain order", ""),
+    (r"^pretrain (order|plan)", ""),
     (
         r"^pretrain verify-resume",
         f"--steps 6 --ranks '[1]' --overrides '{json.dumps(MINIATURE_MODEL.split())}'",
@@ -133,7 +133,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             for part in miniature(command)
         ]
         outputs[command] = run_on_two_nodes(parts, folder) if "--nnodes=2" in command else run(parts, folder)
-    assert len(outputs) == 24
+    assert len(outputs) == 25
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
