@@ -44,6 +44,8 @@ class Layout:
     """How long gathered weights are kept: for a layer, a micro_step, a whole step."""
     reduce: str = "step"
     """When gradients are reduced: once a step, the sum being kept whole till then, or in every micro_step."""
+    shard_size: int = 0
+    """GPUs that share one copy of weights and optimizer in hybrid; 0: those of a node."""
     fused_norm: bool = True
     """PyTorch's RMSNorm is one kernel on CUDA; on a CPU, not compiled, it is made of fp32 operations that keep more."""
 
@@ -55,7 +57,7 @@ class Layout:
     @property
     def shards(self) -> int:
         """GPUs that share one copy of weights and optimizer."""
-        return {"single": 1, "hybrid": self.gpus_per_node}.get(self.strategy, self.world_size)
+        return {"single": 1, "hybrid": self.shard_size or self.gpus_per_node}.get(self.strategy, self.world_size)
 
     @property
     def compute_bytes(self) -> int:

@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import config, data, published, speed
+from pretrain import config, data, published, sharding, speed
 from pretrain.cli import Parser, fail
 from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, count, memory
 from pretrain.speed import CHIPS, Chip, Rates, Step
@@ -138,7 +137,7 @@ def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator
     share = sequences // world_size
     for strategy, gather, reduce in _shardings(nodes, world_size):
         for micro_batch_size in (b for b in range(1, share + 1) if share % b == 0):
-            for every in (0, 1, 2, 4) if _knows("activation_checkpointing") else (0,):
+            for every in (0, 1, 2, 4):
                 yield Layout(
                     strategy,
                     nodes,
@@ -154,40 +153,36 @@ def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator
 
 
 def _shardings(nodes: int, world_size: int) -> list[tuple[str, str, str]]:
-    """Strategy, gather and reduce, as far as `ParallelConfig` has them."""
+    """Strategy, gather and reduce to choose from."""
     if world_size == 1:
-        return [("single", "layer", "step")]
-    known = get_args(next(f.type for f in fields(config.ParallelConfig) if f.name == "strategy"))
+        return [("single", "step", "step")]
     gathers = {"full_shard": "layer", "shard_grad_op": "step"} | ({"hybrid": "layer"} if nodes > 1 else {})
-    reduces = ("step", "micro_step") if _knows("reduce") else ("step",)
-    return [
-        (strategy, gather, reduce) for strategy, gather in gathers.items() if strategy in known for reduce in reduces
-    ]
+    return [(strategy, gather, reduce) for strategy, gather in gathers.items() for reduce in ("step", "micro_step")]
 
 
-def _knows(setting: str) -> bool:
-    return setting in {f.name for f in fields(config.ParallelConfig)}
-
-
-def configured(settings: config.Config, nodes: int, gpus_per_node: int) -> Layout:
-    """The layout that the configuration asks for.
+def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Chip) -> Layout:
+    """The layout that the configuration asks for; what is auto in it, as training will decide it.
 
     Raises:
-        ValueError: its micro-batch does not divide.
+        ValueError: its micro-batch does not divide, its strategy does not fit the GPUs, or it asks for cpu_offload.
     """
     p, world_size = settings.parallel, nodes * gpus_per_node
-    strategy = p.strategy if p.strategy != "auto" else ("single" if world_size == 1 else "full_shard")
-    gather = "step" if strategy == "shard_grad_op" else "layer"
+    if p.cpu_offload:
+        raise ValueError("parallel.cpu_offload is true, for which the plan has no figures")
+    room = None if math.isinf(chip.memory_gib) else int(chip.memory_gib * GIB)
+    chosen = sharding.choose(p, count(settings.model).total, world_size, gpus_per_node, room)
     return Layout(
-        strategy,
+        chosen.strategy,
         nodes,
         gpus_per_node,
         settings.train.micro_batch_size,
         config.grad_accum_steps(settings.train, world_size),
-        getattr(p, "activation_checkpointing", 0),
+        p.activation_checkpointing,
         p.precision,
         p.compile,
-        gather,
+        chosen.gather,
+        chosen.reduce,
+        chosen.shard_size,
     )
 
 
@@ -201,10 +196,15 @@ def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:
 
 
 def choose(outcomes: list[Outcome], chip: Chip) -> Outcome | None:
-    """The fastest that leaves `ROOM`; where none does, the fastest that fits."""
+    """The fastest that leaves `ROOM`, or where none does, that fits; of those within 1%, the one with the largest micro-batch.
+
+    The model cannot tell so small a difference, and a larger product is never slower.
+    """
     fitting = [o for o in outcomes if o.fits]
-    roomy = [o for o in fitting if o.memory.total <= (1 - ROOM) * chip.memory_gib * GIB]
-    return max(roomy or fitting, key=lambda o: o.tokens_per_sec_per_gpu, default=None)
+    roomy = [o for o in fitting if o.memory.total <= (1 - ROOM) * chip.memory_gib * GIB] or fitting
+    fastest = max((o.tokens_per_sec_per_gpu for o in roomy), default=0.0)
+    close = [o for o in roomy if o.tokens_per_sec_per_gpu >= 0.99 * fastest]
+    return max(close, key=lambda o: (o.layout.micro_batch_size, o.tokens_per_sec_per_gpu), default=None)
 
 
 def days(settings: config.Config, found: Outcome) -> float:
@@ -285,7 +285,9 @@ def _print_plan(console: Console, settings: config.Config, basis: Basis, nodes: 
     outcomes = [outcome(settings, layout, basis) for layout in layouts(settings, nodes, gpus_per_node)]
     columns: list[tuple[str, Outcome]] = []
     try:
-        columns.append(("as configured", outcome(settings, configured(settings, nodes, gpus_per_node), basis)))
+        columns.append(
+            ("as configured", outcome(settings, configured(settings, nodes, gpus_per_node, basis.chip), basis))
+        )
     except ValueError as error:
         console.print(f"as configured it cannot run: {error}", soft_wrap=True, highlight=False)
     if (best := choose(outcomes, basis.chip)) is not None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric import Fabric
 
-from pretrain import config, data, metrics, parallel
+from pretrain import config, data, metrics, parallel, sharding
 from pretrain.memory import Layout, count, layer_keeps
 from pretrain.optim import make_optimizer
 from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
@@ -27,6 +27,15 @@ FITTED, HELD_OUT = (2, 6), 4
 """Depths (layers): two that the line goes through, one to test it on."""
 WARM_UP, MEASURED = 3, 5
 """Optimizer steps at each depth."""
+
+ALONE: dict[str, Any] = {
+    "strategy": "single",
+    "shard_size": 0,
+    "gather": "auto",
+    "cpu_offload": False,
+    "activation_checkpointing": 0,
+}
+"""One device, nothing computed twice."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,8 @@ def probe(settings: config.Config) -> Probe:
     Raises:
         ValueError: the accelerator is not there.
     """
-    alone = replace(settings.parallel, strategy="single")
-    fabric = parallel.launch(alone, [])
+    alone = replace(settings.parallel, **ALONE)
+    fabric, _ = parallel.launch(alone, settings.model, [])
     on_cpu = fabric.device.type == "cpu"
     chip = _chip(fabric.device)
     base = replace(rates_of(chip), compiled=1.0, compiled_error=0.0)
@@ -141,6 +150,7 @@ def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, 
         config=replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size)),
         run_dir=Path(),
         fabric=fabric,
+        sharding=sharding.choose(alone, 0, 1, 1, None),
         model=model,
         optimizer=make_optimizer(parallel.unwrap(model), settings.optim),
         sources=[],

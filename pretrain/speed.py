@@ -170,21 +170,22 @@ def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates:
 
     Weights are gathered in the compute's type, twice a micro-step or as `gather` says; gradients are reduced in fp32, once a
     step or in every micro-step. A ring moves (n - 1) / n of what it gathers at the slowest link that it crosses; a node's
-    ring has all of its network cards. hybrid gathers and reduces inside the node, and adds up across nodes once a step.
+    ring has all of its network cards. hybrid gathers and reduces among `shards` GPUs, and adds up over its replicas once a step.
     """
     if layout.strategy == "single":
         return 0.0
-    P, N, G, micro_steps = count(model).total, layout.world_size, layout.gpus_per_node, layout.grad_accum_steps
+    P, N, G, micro_steps = count(model).total, layout.world_size, layout.shards, layout.grad_accum_steps
     inside = rates.link * chip.link
     between_nodes = rates.link * chip.network_gbits / 8 * 1e9
     gathered = (
         layout.compute_bytes * P * {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
     )
     reduced = FP32 * P * (1 if layout.reduce == "step" else micro_steps)
-    if layout.strategy != "hybrid":
-        return (gathered + reduced) * (N - 1) / N / (inside if layout.nodes == 1 else min(inside, between_nodes))
-    across = 2 * FP32 * P * (layout.nodes - 1) / layout.nodes / between_nodes  # G rings of P / G share the node's cards
-    return (gathered + reduced) * (G - 1) / G / inside + across
+    ring = inside if layout.gpus_per_node >= G else min(inside, between_nodes)
+    seconds = (gathered + reduced) * (G - 1) / G / ring
+    if (replicas := N // G) > 1:  # one ring for each shard of P / G; those of a node share its cards
+        seconds += 2 * FP32 * P / G * min(G, layout.gpus_per_node) * (replicas - 1) / replicas / between_nodes
+    return seconds
 
 
 def exposed(communication: float, computation: float, rates: Rates) -> float:

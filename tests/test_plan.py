@@ -98,7 +98,7 @@ def test_tinyllama_fits_as_it_did() -> None:
     assert run.name.startswith("TinyLlama")
     assert run.layout.micro_batch_size * run.seq_len == 16_384
     assert memory(run.model, run.seq_len, run.layout).total < CHIPS["A100-40G"].memory_gib * GIB
-    as_configured = plan.configured(TINYLLAMA, 2, 8)
+    as_configured = plan.configured(TINYLLAMA, 2, 8, CHIPS["A100-40G"])
     assert as_configured.micro_batch_size == 8
     assert memory(TINYLLAMA.model, 2048, as_configured).total < CHIPS["A100-40G"].memory_gib * GIB
 
@@ -158,7 +158,9 @@ def test_the_advice_is_the_fastest_that_fits(capsys: pytest.CaptureFixture[str])
     assert best is not None
     limit = (1 - plan.ROOM) * basis.chip.memory_gib * GIB
     assert best.memory.total <= limit
-    assert all(o.tokens_per_sec_per_gpu <= best.tokens_per_sec_per_gpu or o.memory.total > limit for o in outcomes)
+    assert all(
+        0.99 * o.tokens_per_sec_per_gpu <= best.tokens_per_sec_per_gpu or o.memory.total > limit for o in outcomes
+    )
     assert 1024 % (best.layout.micro_batch_size * 16) == 0
     assert 24_000 < best.tokens_per_sec_per_gpu < 30_000
 
