@@ -128,15 +128,13 @@ def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:
 def kept_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     """All that one micro-batch's forward keeps for its backward, in the layers and before the loss, on one GPU (bytes).
 
-    Of a checkpointed layer only its input is kept (arXiv 1604.06174). The rotary table in bf16 is cast once a layer (eager:
-    once for q, once for k). After the layers the last norm's input, and the ids.
+    Of a checkpointed layer only its input is kept (arXiv 1604.06174). After the layers the last norm's input, and the ids.
     """
     B, L, n = layout.micro_batch_size, model.num_hidden_layers, layout.activation_checkpointing
     tokens = B * seq_len
     checkpointed = -(-L // n) if n else 0
     a_token = sum(layer_keeps(model, layout).values())
-    table = 2 * seq_len * model.head_dim * BF16 * (1 if layout.compile else 2) if layout.compute_bytes == BF16 else 0
-    layers = (L - checkpointed) * (a_token * tokens + table)
+    layers = (L - checkpointed) * a_token * tokens
     inputs = checkpointed * model.hidden_size * layout.compute_bytes * tokens
     last_norm = model.hidden_size * (layout.compute_bytes if layout.fused_norm else 2 * FP32) + FP32
     return int(layers + inputs + (last_norm + 8) * tokens)
