@@ -1,6 +1,6 @@
 """The command `pretrain`: shards to model.
 
-    pretrain plan | train | order | verify-resume | report | export | generate
+    pretrain plan | train | order | verify-resume | bench | report | export | generate
 
 Each command is a module of its own with `main(argv)`; only the one that is asked for is imported.
 """
@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("pretrain.train", "train the model that a configuration describes, or go on with it"),
     "order": ("pretrain.order", "which sequences and documents a step is made of; epochs of each source"),
     "verify-resume": ("pretrain.verify_resume", "prove on this machine that a killed run is the same run"),
+    "bench": ("pretrain.benchmark", "how fast a configuration trains here, and against what else there is"),
     "report": ("pretrain.report", "pictures and a page of a run"),
     "export": ("pretrain.export", "a run's model as a Hugging Face folder"),
     "generate": ("pretrain.generate", "text from an exported model"),

@@ -252,8 +252,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-def parse(argv: list[str]) -> Config:
-    """Read `--config FILE` and the overrides in `argv`, and check the result.
+def parse(argv: list[str], prog: str = "pretrain train") -> Config:
+    """Read `--config FILE` and the overrides in `argv`, and check the result; errors are said in the name of `prog`.
 
     Raises:
         ValueError: with all problems found, one after the other.
@@ -263,9 +263,7 @@ def parse(argv: list[str]) -> Config:
 
     from pretrain.cli import Parser
 
-    parser = Parser(
-        prog="pretrain train", description="Train, or go on with, the run that the configuration describes."
-    )
+    parser = Parser(prog=prog, description="Train, or go on with, the run that the configuration describes.")
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     parsed = parser.parse_args(argv)

@@ -69,24 +69,30 @@ class Clock:
         self._started = time.perf_counter()
 
 
+def throughput(
+    tokens_per_step: int, step_time_s: float, world_size: int, flops: dict[str, float], device: torch.device
+) -> dict[str, float | None]:
+    """Tokens/s and MFU of steps that take `step_time_s`; the run's metrics and `pretrain bench` both take it from here.
+
+    MFU is the share of the chip's dense bf16 peak, once for each convention in `flops` (FLOPs a token); None where the chip's
+    peak is not known.
+    """
+    per_gpu = tokens_per_step / step_time_s / world_size
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    mfu = {f"mfu_{name}_pct": None if peak is None else 100 * per_gpu * f / peak for name, f in flops.items()}
+    return {"tokens_per_sec": per_gpu * world_size, "tokens_per_sec_per_gpu": per_gpu, **mfu}
+
+
 def train_metrics(
     clock: Clock, tokens_per_step: int, world_size: int, flops: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """Speed and memory over the whole steps since the last line; `clock` is paused, the device has finished."""
-    per_second = tokens_per_step * clock.steps / clock.train_s
     cuda = device.type == "cuda"
-    peak = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
     memory = (
         torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    mfu = {
-        f"mfu_{name}_pct": None if peak is None else 100 * per_second / world_size * f / peak
-        for name, f in flops.items()
-    }
     return {
-        "tokens_per_sec": per_second,
-        "tokens_per_sec_per_gpu": per_second / world_size,
-        **mfu,
+        **throughput(tokens_per_step, clock.train_s / clock.steps, world_size, flops, device),
         "step_time_s": clock.train_s / clock.steps,
         "data_wait_s": clock.data_wait_s / clock.steps,
         "peak_mem_gib": memory / 2**30,

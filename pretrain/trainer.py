@@ -120,7 +120,7 @@ def _train(run: Run, display: Display) -> int:
     stop = _StopSignal()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     saved_step = run.step
-    micro_batches = iter(_make_loader(run))
+    micro_batches = iter(make_loader(run))
     _log_start(run, display)
     if run.step == 0:
         _validate(run, display)
@@ -149,7 +149,7 @@ def _train(run: Run, display: Display) -> int:
     return 128 + stop.signal
 
 
-def _make_loader(run: Run) -> DataLoader:
+def make_loader(run: Run) -> DataLoader:
     """The rank's micro-batches from the next step on to the last."""
     settings, rank, world_size = run.config, run.fabric.global_rank, run.fabric.world_size
     micro_batches = data.MicroBatches(

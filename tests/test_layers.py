@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"cli", "folder", "history", "lock", "progress", "ranks"},
-    {"config"},
-    {"ops", "optim", "data", "metrics", "pictures", "page"},
+    {"bench_profile", "bench_timing", "cli", "folder", "history", "lock", "progress", "ranks"},
+    {"bench_rows", "config", "peer"},
+    {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page"},
     {"model", "kernels", "checkpoint", "memory"},
     {"backends", "sharding"},
     {"float8"},
@@ -19,7 +19,10 @@ LAYERS = [
     {"validation", "published"},
     {"trainer"},
     {"preparation", "probe"},
-    {"plan", "train", "order", "verify_resume", "report", "export", "generate"},
+    {"bench_step"},
+    {"bench_peers", "bench_sweep"},
+    {"bench_paper"},
+    {"benchmark", "plan", "train", "order", "verify_resume", "report", "export", "generate"},
     {"__main__"},
 ]
 """Modules of `pretrain`, from the ground up; the commands are the last but one and never import each other."""

@@ -1,0 +1,247 @@
+"""The same model through other trainers' code.
+
+    Config ─> weights, batches as files ─> ours (pretrain bench), each peer (pretrain.peer), each in its own process ─> ratios
+
+On a GPU one after the other, ours first and last for the drift. On a CPU in turns, a step each, so that a machine whose speed
+drifts slows all alike. A peer whose first loss is not ours does not train the same model, and its speed does not count.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pretrain import bench_result, bench_step, config, hf
+from pretrain.bench_result import Result, Row
+from pretrain.bench_rows import Budget, Child, bench_command, take_turns
+from pretrain.model import Llama
+from pretrain.optim import learning_rate
+
+LOSS_TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
+"""Largest difference of a first loss from ours, by the precision of the compute (nats a token)."""
+
+SHORTEST_ROW_S = 20.0
+"""A row is not begun with less time left (seconds)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train the model with one peer."""
+
+    name: str
+    peer: str
+    """Key of `pretrain.peer.BUILDERS`."""
+    package: str
+    """What must be installed, as pip calls it; its import is the same with underscores."""
+    options: dict[str, Any] = field(default_factory=dict)
+    default: bool = False
+    """As the peer comes; the others are what it offers to be faster."""
+    triton: bool = False
+    """Its kernels are Triton's: a GPU and liger-kernel are needed."""
+    cpu_only: bool = False
+
+
+LIGER = {"liger": {"fused_linear_cross_entropy": True}}
+
+VARIANTS = (
+    Variant("transformers (eager)", "transformers", "transformers", default=True),
+    Variant("transformers (compiled)", "transformers", "transformers", {"compile": True}),
+    Variant("transformers (Liger)", "transformers", "transformers", LIGER, triton=True),
+    Variant("litgpt (compiled)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128}, default=True),
+    Variant("litgpt (compiled; loss in one piece)", "litgpt", "litgpt", {"compile": True, "chunk_size": 0}),
+    Variant("litgpt (eager; loss in one piece)", "litgpt", "litgpt", {"chunk_size": 0}, cpu_only=True),
+    Variant("torchtitan (compiled)", "torchtitan", "torchtitan", {"compile": True}),
+    Variant("torchtitan (eager)", "torchtitan", "torchtitan", default=True),
+    Variant("stand-in for TinyLlama's code", "tinyllama", "transformers", default=True, triton=True),
+)
+"""The most telling first: a budget may end before the last."""
+
+
+def peers(args: Any, settings: config.Config) -> Result:
+    """Time ours and every peer on the same weights and batches; ratios are the best of ours to each."""
+    settings = replace(
+        settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
+    )
+    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+    with tempfile.TemporaryDirectory(prefix="cria-peers-") as scratch:
+        bench = Bench(args, settings, Path(scratch), in_turns=not on_gpu)
+        bench.hand_over()
+        wanted = [v for v in VARIANTS if not (v.cpu_only and on_gpu) and bench.asked_for(v.name)]
+        ours = {
+            "cria": [],
+            **({} if settings.parallel.compile else {"cria (compiled)": ["--parallel.compile", "true"]}),
+        }
+        rows = (_one_after_the_other if on_gpu else _in_turns)(bench, ours, wanted)
+    return _compared(rows, args, settings)
+
+
+def _labelled(rows: list[Row]) -> list[Row]:
+    """Say of every peer which row is its default and which its best."""
+    for peer in {v.peer for v in VARIANTS}:
+        names = {v.name: v for v in VARIANTS if v.peer == peer}
+        mine = [row for row in rows if row["name"] in names and row["problem"] is None]
+        best = max(mine, key=lambda row: row["tokens_per_sec_per_gpu"], default=None)
+        for row in mine:
+            labels = ["its default"] * names[row["name"]].default + ["its best"] * (row is best)
+            row["note"] = ", ".join([*labels, row["note"]])
+    return rows
+
+
+def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
+    rows = [{**bench.cria(name, keys).row(), "name": name} for name, keys in ours.items() if bench.asked_for(name)]
+    for variant in wanted:
+        child = bench.peer(variant)
+        rows.append({**(child.row() if isinstance(child, Child) else child), "name": variant.name})
+    again = {"problem": "not timed: no time left"} if bench.out_of_time() else bench.cria("cria (again)", []).row()
+    return [*rows, {**again, "name": "cria (again)"}]
+
+
+def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
+    children: dict[str, Child | Row] = {
+        name: bench.cria(name, keys) for name, keys in ours.items() if bench.asked_for(name)
+    }
+    children |= {variant.name: bench.peer(variant) for variant in wanted}
+    take_turns([child for child in children.values() if isinstance(child, Child)])
+    return [{**(child.row() if isinstance(child, Child) else child), "name": name} for name, child in children.items()]
+
+
+class Bench:
+    """Files that are handed over, and how a process is started on them."""
+
+    def __init__(self, args: Any, settings: config.Config, scratch: Path, in_turns: bool):
+        self.args, self.scratch, self.in_turns = args, scratch, in_turns
+        self.on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+        self.budget = Budget(args.budget_s)
+        self.settings = bench_step.with_random_data(settings, scratch / "data")
+        self.pythons = [sys.executable, *map(str, args.peers_python or [])]
+        self.steps = args.warmup + args.steps
+
+    def hand_over(self) -> None:
+        """Write the weights as a Hugging Face folder, the batches, and our own configuration over both."""
+        settings = self.settings
+        with torch.device("meta"):
+            model = Llama(settings.model)
+        model.materialize(torch.device("cpu"))
+        model.init_weights(settings.seed)
+        stored = torch.bfloat16 if settings.parallel.precision == "bf16" else torch.float32
+        folder = self.scratch / "weights"
+        folder.mkdir()
+        weights = {name: p.detach().to(stored) for name, p in model.named_parameters()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hf.to_hf_config(settings.model, stored, None, None)))
+        save_file({"batches": bench_step.batches(settings, self.steps).int()}, self.scratch / "batches.safetensors")
+        config.write(replace(settings, init_from=str(folder)), self.scratch / "config.yaml")
+
+    def out_of_time(self) -> bool:
+        return self.budget.too_short(SHORTEST_ROW_S)
+
+    def asked_for(self, name: str) -> bool:
+        """Whether --rows has the beginning of this name; ours is always wanted."""
+        wanted = self.args.rows
+        return name == "cria" or wanted is None or any(name.startswith(part.strip()) for part in wanted.split(","))
+
+    def cria(self, name: str, keys: list[str]) -> Child:
+        """Start ours, on the handed over weights and data."""
+        row = self.scratch / f"{name}.json"
+        command = bench_command(
+            ["--config", str(self.scratch / "config.yaml"), *keys, "--data", "real", "--row", str(row)]
+            + ["--steps", str(self.args.steps), "--warmup", str(self.args.warmup)]
+            + (["--in_turns"] if self.in_turns else [])
+            + ([f"--memory_limit_gib={self.args.memory_limit_gib}"] if self.args.memory_limit_gib else [])
+        )
+        return Child(command, row, self.budget.left(), in_turns=self.in_turns)
+
+    def peer(self, variant: Variant, micro_batch_size: int | None = None) -> Child | Row:
+        """Start a peer; or the row that says why not. Another micro-batch takes the first sequences of each batch."""
+        if variant.triton and not self.on_gpu:
+            return {"problem": "not timed: its kernels are Triton's and need a GPU"}
+        packages = [variant.package, *(["liger-kernel"] if variant.triton else [])]
+        python = next((p for p in self.pythons if all(_has(p, package) for package in packages)), None)
+        if python is None:
+            missing = [p for p in packages if not _has(sys.executable, p)]
+            return {
+                "problem": f"not timed: {' and '.join(missing)} not installed here (pip install {' '.join(missing)}, or an "
+                "environment that has it: --peers_python PATH)"
+            }
+        if self.out_of_time():
+            return {"problem": "not timed: no time left"}
+        return self._start(python, variant, micro_batch_size)
+
+    def _start(self, python: str, variant: Variant, micro_batch_size: int | None) -> Child:
+        settings, name = self.settings, variant.name.replace(" ", "-").replace("'", "")
+        last_step = max(settings.train.max_steps, self.steps + bench_step.PROFILED_STEPS)
+        spec = {
+            "peer": variant.peer,
+            "package": variant.package,
+            "options": variant.options,
+            "folder": str(self.scratch / "weights"),
+            "batches": str(self.scratch / "batches.safetensors"),
+            "micro_batch_size": micro_batch_size or settings.train.micro_batch_size,
+            "device": "cuda" if self.on_gpu else "cpu",
+            "precision": settings.parallel.precision,
+            "optim": asdict(settings.optim),
+            "lrs": [learning_rate(step, settings.optim, last_step) for step in range(1, self.steps + 1)],
+            "warmup": self.args.warmup,
+            "memory_limit_gib": self.args.memory_limit_gib,
+            "in_turns": self.in_turns,
+        }
+        file = self.scratch / f"{name}.spec.json"
+        file.write_text(json.dumps(spec))
+        out = self.scratch / f"{name}.json"
+        command = [python, "-m", "pretrain.peer", str(file), str(out)]
+        return Child(command, out, self.budget.left(), in_turns=self.in_turns)
+
+
+def _compared(rows: list[Row], args: Any, settings: config.Config) -> Result:
+    """Check that the same model was trained, and set the ratios: tokens/s of the best of ours, over each row's."""
+    reference = rows[0]
+    notes = bench_result.notes(args.steps, args.warmup)[:2]
+    if reference["problem"] is None:
+        for row in rows[1:]:
+            off = abs(row["first_loss"] - reference["first_loss"]) if row["problem"] is None else 0.0
+            if not off <= LOSS_TOLERANCE[settings.parallel.precision]:  # NaN is off as well
+                row["problem"] = (
+                    f"does not train the same model: its first loss is {row['first_loss']:.5f}, off by {off:.1e}"
+                )
+        ours = [row for row in rows if row["name"].startswith("cria") and row["problem"] is None]
+        best = max(ours, key=lambda row: row["tokens_per_sec_per_gpu"])
+        for row in rows:
+            if row["problem"] is None:
+                row["ratio"] = _ratio(best, row)
+        notes += _verdict(rows, best, ours)
+    title = (
+        f"{args.config.stem} through each trainer's code: {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a "
+        f"step, {settings.parallel.precision}, the same weights and batches"
+    )
+    return Result("peers", title, bench_result.subject(settings, 1), _labelled(rows), notes)
+
+
+def _ratio(ours: Row, other: Row) -> float:
+    """How many times as fast ours is: the median over the rounds where both took turns, which no drift touches."""
+    return statistics.median(b / a for a, b in zip(ours["seconds"], other["seconds"]))
+
+
+def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
+    theirs = [row for row in rows if row not in ours and row["problem"] is None]
+    lines = ["Each peer as it comes and at its best; 'ours is' compares the best of ours with the row."]
+    if theirs:
+        fastest = max(theirs, key=lambda row: row["tokens_per_sec_per_gpu"])
+        lines.append(f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']}).")
+    again = next((row for row in ours if row["name"] == "cria (again)"), None)
+    if again is not None:
+        drift = 100 * (again["tokens_per_sec_per_gpu"] / rows[0]["tokens_per_sec_per_gpu"] - 1)
+        lines.append(f"Drift, ours last against ours first: {drift:+.1f}%.")
+    return lines
+
+
+def _has(python: str, package: str) -> bool:
+    """Whether an environment has a package; it is not imported, which can take seconds."""
+    check = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package.replace('-', '_')!r}) is None)"
+    return subprocess.run([python, "-c", check], capture_output=True).returncode == 0

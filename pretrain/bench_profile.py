@@ -1,0 +1,93 @@
+"""A few steps under torch's profiler: where their time goes.
+
+    step, step ─> profiler ─> share of the time in communication, ten most expensive operations, trace (Chrome's JSON)
+
+Communication on a GPU is the time in which a NCCL kernel runs, and `exposed` the part of it in which no other kernel does;
+on a CPU it is the time in which a gloo collective is under way. The profiler slows steps down, so shares are taken of the
+profiled window, and never a speed.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+COLLECTIVES = ("nccl", "gloo:")
+"""How the names of the communication's events begin."""
+
+Interval = tuple[float, float]
+
+
+def profile_steps(device: torch.device, step: Callable[[], object], steps: int, trace: Path | None) -> dict[str, Any]:
+    """Run `step` so many times under the profiler.
+
+    Returns `communication_pct` and `exposed_communication_pct` of the window, and `operations`: the ten most expensive, each
+    with its name, `ms` a step, `pct` of all operations' time, and `calls` a step. `trace`: a file to write the trace to.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    events = [e for e in profiler.events() if e.time_range.end > e.time_range.start]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation] if on_gpu else events
+    talk = merged((e.time_range.start, e.time_range.end) for e in kernels if _is_collective(e.name))
+    work = merged((e.time_range.start, e.time_range.end) for e in kernels if not _is_collective(e.name))
+    window = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+    return {
+        "communication_pct": 100 * _length(talk) / window,
+        "exposed_communication_pct": 100 * (_length(talk) - _overlap(talk, work)) / window if on_gpu else None,
+        "operations": _most_expensive(profiler, on_gpu, steps),
+    }
+
+
+def _is_collective(name: str) -> bool:
+    return name.lower().startswith(COLLECTIVES)
+
+
+def _most_expensive(profiler: profile, on_gpu: bool, steps: int) -> list[dict[str, Any]]:
+    averages = [e for e in profiler.key_averages() if not e.is_user_annotation and not _is_collective_on_cpu(e, on_gpu)]
+    self_us = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in averages}
+    total = sum(self_us.values())
+    first = sorted(averages, key=lambda e: self_us[e.key], reverse=True)[:10]
+    return [
+        {
+            "name": e.key,
+            "ms": self_us[e.key] / 1000 / steps,
+            "pct": 100 * self_us[e.key] / total,
+            "calls": e.count / steps,
+        }
+        for e in first
+    ]
+
+
+def _is_collective_on_cpu(event: Any, on_gpu: bool) -> bool:
+    return not on_gpu and _is_collective(event.key)  # they run beside the operations, in gloo's threads
+
+
+def merged(intervals: Iterable[Interval]) -> list[Interval]:
+    """The union of the intervals, in order, without overlaps."""
+    union: list[Interval] = []
+    for start, end in sorted(intervals):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end))
+        else:
+            union.append((start, end))
+    return union
+
+
+def _length(union: list[Interval]) -> float:
+    return sum(end - start for start, end in union)
+
+
+def _overlap(a: list[Interval], b: list[Interval]) -> float:
+    """Length of what lies in both; length(a) + length(b) - length(a or b)."""
+    return _length(a) + _length(b) - _length(merged([*a, *b]))

@@ -1,0 +1,121 @@
+"""Rows that are timed in processes of their own: what one leaves behind on the device touches no other.
+
+Child(command, OUT.json) ─> run to its end within a time limit, or in turns with others ─> the row it wrote, or a problem
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.bench_timing import SPENT
+
+ROOT = Path(__file__).parent.parent
+"""Where the packages lie: children import them from there, whether they are installed or not."""
+
+
+class Budget:
+    """Seconds that may be spent; None: as many as it takes."""
+
+    def __init__(self, seconds: float | None):
+        self._seconds, self._started = seconds, time.monotonic()
+
+    def left(self) -> float | None:
+        """Seconds left, at least 0; None: no limit."""
+        return None if self._seconds is None else max(0.0, self._seconds - (time.monotonic() - self._started))
+
+    def too_short(self, needed: float) -> bool:
+        """Whether less than `needed` seconds are left."""
+        left = self.left()
+        return left is not None and left < needed
+
+
+class Child:
+    """A process that times one row and writes it, as JSON, to `out`; killed after `timeout_s` (None: never)."""
+
+    def __init__(self, command: list[str], out: Path, timeout_s: float | None, in_turns: bool = False):
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._out, self._timeout_s, self._expired = out, timeout_s, False
+        self._log = open(out.with_suffix(".txt"), "w+")  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if in_turns else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if in_turns else self._log,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+        self._watch = threading.Timer(timeout_s or 0, self._expire)
+        self._watch.daemon = True
+        if timeout_s is not None:
+            self._watch.start()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def ready(self) -> bool:
+        """Wait until it stands before its next step; False: it has no more, or is gone."""
+        assert self._process.stdout is not None
+        return any(line == "ready\n" for line in iter(self._process.stdout.readline, ""))
+
+    def step(self) -> bool:
+        """Let it take a step, then as `ready`."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and its row says why
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        return self.ready()
+
+    def row(self) -> dict[str, Any]:
+        """Wait for its end and return its row; a process that failed, or took too long, is a row with a `problem`."""
+        try:
+            status = self._process.wait()
+        except BaseException:  # Ctrl-C: it does not reach a session of its own
+            self._kill()
+            raise
+        self._watch.cancel()
+        self._log.seek(0)
+        said = self._log.read()
+        self._log.close()
+        if self._out.exists():
+            return json.loads(self._out.read_text())
+        if self._expired:
+            return {"problem": f"not timed: stopped after the {self._timeout_s:.0f} s that were left"}
+        return {"problem": _problem(status, said)}
+
+
+def take_turns(children: list[Child]) -> None:
+    """Let the processes take steps, one each, round and round, until none has any left."""
+    waiting = [child for child in children if child.ready()]
+    while waiting:
+        waiting = [child for child in waiting if child.step()]
+
+
+def _problem(status: int, said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    spent = [line for line in lines if any(words in line for words in SPENT)]
+    if spent:
+        return f"does not fit: {spent[-1][:200]}"
+    if status == -9:
+        return "does not fit: the system killed it, most likely for its memory"
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error): ", line)] or lines
+    return f"failed with status {status}: {errors[-1][:300] if errors else 'it said nothing'}"
+
+
+def bench_command(arguments: list[str], ranks: int = 1) -> list[str]:
+    """The command line of `pretrain bench` on so many ranks of this machine."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launch, "-m", "pretrain", "bench", *arguments]

@@ -1,0 +1,188 @@
+"""Times the real training step: what `pretrain train` prepares, loads and does, on random tokens or the run's own.
+
+    Config ─> random_data (ids in a real dataset) ─> preparation.prepare ─> Run
+           ─> optimizer_step x warm-up, timed ─> a profiled window ─> one row of figures
+
+Under torchrun every rank calls `measure`; a step takes as long as its slowest rank.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, token_dtype
+from pretrain import bench_profile, bench_timing, data, metrics, parallel, preparation, ranks, trainer
+from pretrain.config import Config, SourceConfig
+
+PROFILED_STEPS = 2
+"""Length of the window that is profiled, after the timed steps (steps)."""
+
+
+RANDOM_SEQUENCES = 256
+"""Size of the random dataset, which is gone through as often as need be (sequences)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed, and how."""
+
+    steps: int = 15
+    """Timed steps; the figure is their median."""
+    warmup: int = 5
+    """Steps before them: compilation, autotuning, the allocator."""
+    real_data: bool = False
+    """Train on the configuration's own sources; else on uniformly random ids."""
+    memory_limit_gib: float | None = None
+    """Play a GPU with so much memory (GiB)."""
+    profile: bool = False
+    """Profile a window even where nothing is communicated."""
+    trace: Path | None = None
+    """File to write the window's trace to (path)."""
+    in_turns: bool = False
+    """Wait for a line on standard input before each step."""
+
+
+def measure(settings: Config, timing: Timing) -> dict[str, Any]:
+    """Time the step that `settings` describes; returns a row, the same on all ranks. Out of memory is a row with a `problem`.
+
+    Raises:
+        ValueError, OSError: something that the user can mend, in one line.
+    """
+    with _scratch(settings, timing) as changed:
+        device = _device(changed)
+        try:
+            bench_timing.limit_memory(device, timing.memory_limit_gib)
+            run = preparation.prepare(changed)
+            with run.at_end as at_end:
+                at_end.callback(run.log.close)
+                row = _time(run, timing)
+        except RuntimeError as error:
+            problem = bench_timing.out_of_memory(error)
+            if problem is None:
+                raise
+            return {"problem": problem, **bench_timing.memory(device)}
+    return {"problem": bench_timing.over_limit(device, timing.memory_limit_gib), **row}
+
+
+def _device(settings: Config) -> torch.device:
+    """Where `parallel.launch` will put this rank; a limit on memory must be set before anything is there."""
+    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+
+
+def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
+    device, world_size = run.fabric.device, run.fabric.world_size
+    micro_batches = iter(trainer.make_loader(run))
+    timer = bench_timing.Timer(device, timing.in_turns)
+    losses = []
+    for _ in timer.steps(timing.warmup, timed=False):
+        losses.append(trainer.optimizer_step(run, micro_batches).loss)
+    run.clock.pause()
+    _say_how_long(run, timing)
+    run.clock.reset()
+    for _ in timer.steps(timing.steps, timed=True):
+        losses.append(trainer.optimizer_step(run, micro_batches).loss)
+    run.clock.pause()
+    tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
+    as_logged = metrics.train_metrics(run.clock, tokens_per_step, world_size, run.flops_per_token, device)
+    seconds = ranks.all_reduce_max(torch.tensor(timer.seconds(), dtype=torch.float64)).tolist()
+    used = bench_timing.memory(device)  # before the profiler, which needs some itself
+    mean_losses = (ranks.all_reduce_sum(torch.stack(losses)) / world_size).tolist()
+    window: dict[str, Any] = {"communication_pct": 0.0, "exposed_communication_pct": 0.0}
+    if world_size > 1 or timing.profile:
+        trace = timing.trace if ranks.rank() == 0 else None
+        window = bench_profile.profile_steps(
+            device, lambda: trainer.optimizer_step(run, micro_batches), PROFILED_STEPS, trace
+        )
+    step_time_s = statistics.median(seconds)
+    return {
+        **metrics.throughput(tokens_per_step, step_time_s, world_size, run.flops_per_token, device),
+        "as_logged_tokens_per_sec_per_gpu": as_logged["tokens_per_sec_per_gpu"],
+        "step_time_s": step_time_s,
+        "step_time_spread_pct": 100 * (max(seconds) - min(seconds)) / step_time_s,
+        "data_wait_pct": 100 * as_logged["data_wait_s"] / as_logged["step_time_s"],
+        **window,
+        **used,
+        "first_loss": mean_losses[0],
+        "last_loss": mean_losses[-1],
+        "seconds": seconds,
+        "tokens_per_step": tokens_per_step,
+        "grad_accum_steps": run.grad_accum_steps,
+        "world_size": world_size,
+        "device": parallel.device_name(device),
+        "flops_per_token": run.flops_per_token,
+    }
+
+
+def _say_how_long(run: trainer.Run, timing: Timing) -> None:
+    """A step of millions of tokens on one GPU takes half a minute; nobody should have to guess."""
+    seconds = run.clock.train_s / run.clock.steps  # with the compilation
+    if seconds * timing.steps > 60:
+        run.fabric.print(
+            f"the first {timing.warmup} steps took {seconds:.1f} s each, {run.grad_accum_steps} micro-steps; {timing.steps} more "
+            "follow. For a quick look: --grad_accum_steps 1"
+        )
+
+
+@contextmanager
+def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
+    """`settings` as a run that leaves nothing: a run folder that is removed, no checkpoints, no validation, no loggers."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    with tempfile.TemporaryDirectory(prefix="cria-bench-") as own:  # on this rank's node
+        # Ranks of several nodes need one folder that they share; that of the run is on such a file system.
+        run_dir = Path(own) / "run" if world_size == 1 else Path(f"{settings.run_dir}-bench") / "run"
+        if not timing.real_data:
+            settings = with_random_data(settings, Path(own) / "data")
+        last_step = timing.warmup + timing.steps + PROFILED_STEPS
+        try:
+            yield replace(
+                settings,
+                run_dir=str(run_dir),
+                logger="none",
+                resume=None,
+                data=replace(settings.data, verify="sizes"),
+                train=replace(settings.train, max_steps=max(settings.train.max_steps, last_step)),
+                validation=replace(settings.validation, every_steps=0),
+                checkpoint=replace(settings.checkpoint, every_steps=0),
+            )
+        finally:
+            if ranks.rank() == 0:
+                shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def with_random_data(settings: Config, folder: Path) -> Config:
+    """`settings` with one source instead of its own: uniformly random ids, written to `folder`, the same every time.
+
+    Never zeros: a GPU computes faster, and draws less power, on data that are all the same.
+    """
+    vocab_size = settings.model.vocab_size
+    tokens = RANDOM_SEQUENCES * settings.data.seq_len + 1
+    ids = np.random.default_rng(settings.seed).integers(0, vocab_size, tokens)
+    with ShardWriter(folder, "shards/random.npy", token_dtype(vocab_size), durable=False) as writer:
+        writer.append(ids)
+    info = TokenizerInfo(f"sha256:{'0' * 64}", "sentencepiece", vocab_size, None, None)
+    shards = (writer.shard(source_file="random", documents=1),)
+    Manifest("random", "train", info, append_eos=False, prepend_bos=False, shards=shards).save(folder)
+    (folder / TOKENIZER_DIR).mkdir(exist_ok=True)
+    return replace(settings, data=replace(settings.data, sources=[SourceConfig("random", str(folder))], stages=[]))
+
+
+def batches(settings: Config, steps: int) -> torch.Tensor:
+    """What the first `steps` steps of a run on one rank train on, as its loader gives it: (steps, B, T + 1) int64.
+
+    For a step of one micro-batch.
+    """
+    assert settings.train.global_batch_size == settings.train.micro_batch_size
+    sources = data.open_sources(settings.data, settings.model.vocab_size)
+    mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+    loaded = data.MicroBatches(sources, mixture, settings.data.seq_len, settings.train.micro_batch_size, 0, 1)
+    return torch.stack([loaded[step][0] for step in range(steps)])

@@ -1,0 +1,151 @@
+"""Which settings are the fastest here: micro-batch, compilation, operations, activation checkpointing.
+
+    start ─> micro-batches ─> compile ─> operations ─> checkpointing, with its own micro-batches ─> best
+
+One setting after the other, the best kept: not every combination. Each is a `pretrain bench` in processes of its own, so that
+one that runs out of memory is a row of the table and touches no other.
+"""
+
+import dataclasses
+import importlib.util
+import tempfile
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import bench_result, config
+from pretrain.bench_result import Result, Row
+from pretrain.bench_rows import Budget, Child, bench_command
+
+SHORTEST_ROW_S = 20.0
+"""A row is not begun with less time left (seconds)."""
+
+GAIN = 1.01
+"""A larger micro-batch must be so many times as fast to look further."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of settings."""
+
+    micro_batch_size: int
+    compile: bool
+    operations: str
+    """A key of `Sweep.operations`."""
+    checkpointing: int
+
+    @property
+    def name(self) -> str:
+        """How the row is called."""
+        kind = "compiled" if self.compile else "eager"
+        extras = [f"operations {self.operations}"] if self.operations != "as configured" else []
+        extras += [f"checkpointing {self.checkpointing}"] if self.checkpointing else []
+        return ", ".join([f"micro-batch {self.micro_batch_size}", kind, *extras])
+
+
+def sweep(args: Any, settings: config.Config, keys: list[str]) -> Result:
+    """Search from what is configured; the result names the best that fits, and the keys that set it."""
+    with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
+        search = Sweep(args, settings, keys, Path(scratch))
+        best = search.best()
+    rows = [{**row, "name": point.name} for point, row in search.tried.items()]
+    limit = f" in {args.memory_limit_gib:g} GiB" if args.memory_limit_gib else ""
+    if best is None:
+        verdict = f"Nothing that was tried fits{limit}."
+    else:
+        rows[list(search.tried).index(best)]["note"] = "best"
+        verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`"
+    title = f"{args.config.stem}: which settings are the fastest{limit}"
+    subject = {**bench_result.subject(settings, args.ranks), "memory_limit_gib": args.memory_limit_gib}
+    return Result("sweep", title, subject, rows, [verdict, *bench_result.notes(args.steps, args.warmup)])
+
+
+class Sweep:
+    """The search; `tried` holds every point's row, in the order of the trials."""
+
+    def __init__(self, args: Any, settings: config.Config, keys: list[str], scratch: Path):
+        self._args, self._settings, self._keys, self._scratch = args, settings, keys, scratch
+        self._budget = Budget(args.budget_s)
+        self.operations = {"as configured": [], **_operations(settings)}
+        self.tried: dict[Point, Row] = {}
+
+    def best(self) -> Point | None:
+        """Go along one setting after the other; None where nothing fits."""
+        settings = self._settings
+        checkpointing = getattr(settings.parallel, "activation_checkpointing", None)
+        start = Point(settings.train.micro_batch_size, settings.parallel.compile, "as configured", checkpointing or 0)
+        best = self._best_micro_batch(start)
+        best = self._faster(best, replace(best, compile=not best.compile))
+        for operations in self.operations:
+            best = self._faster(best, replace(best, operations=operations))
+        if checkpointing is not None:
+            other = replace(best, checkpointing=0 if checkpointing else 1)
+            best = self._faster(best, self._best_micro_batch(other))
+        return best if self._speed(best) > 0 else None
+
+    def _best_micro_batch(self, point: Point) -> Point:
+        """Halve the micro-batch until it fits, or else double it until it does not, or gains nothing."""
+        while self._speed(point) == 0 and point.micro_batch_size > 1:
+            point = replace(point, micro_batch_size=point.micro_batch_size // 2)
+            if self._speed(point) > 0:
+                return point
+        while self._speed(point) > 0:
+            larger = replace(point, micro_batch_size=2 * point.micro_batch_size)
+            if self._speed(larger) < GAIN * self._speed(point):
+                break
+            point = larger
+        return point
+
+    def _faster(self, a: Point, b: Point) -> Point:
+        return b if self._speed(b) > self._speed(a) else a
+
+    def _speed(self, point: Point) -> float:
+        """Tokens/s/GPU, 0 for what has a problem; timed when it is first asked for."""
+        if point not in self.tried:
+            self.tried[point] = self._time(point)
+        row = self.tried[point]
+        return 0.0 if row["problem"] else row["tokens_per_sec_per_gpu"]
+
+    def keys(self, point: Point) -> list[str]:
+        """The keys of the configuration that set it."""
+        keys = ["--train.micro_batch_size", str(point.micro_batch_size)]
+        keys += ["--parallel.compile", str(point.compile).lower(), *self.operations[point.operations]]
+        if hasattr(self._settings.parallel, "activation_checkpointing"):
+            keys += ["--parallel.activation_checkpointing", str(point.checkpointing)]
+        return keys
+
+    def _time(self, point: Point) -> Row:
+        if self._budget.too_short(SHORTEST_ROW_S):
+            return {"problem": "not timed: no time left"}
+        args = self._args
+        accumulate = args.grad_accum_steps or 1
+        sequences = point.micro_batch_size * args.ranks * accumulate
+        out = self._scratch / f"{len(self.tried)}.json"
+        options = ["--config", str(args.config), *self._keys, *self.keys(point)]
+        options += ["--train.global_batch_size", str(sequences), "--data", args.data, "--row", str(out)]
+        options += ["--steps", str(args.steps), "--warmup", str(args.warmup), "--out", str(out.with_suffix(""))]
+        if args.memory_limit_gib:
+            options += ["--memory_limit_gib", str(args.memory_limit_gib)]
+        return Child(bench_command(options, args.ranks), out, self._budget.left()).row()
+
+
+def _operations(settings: config.Config) -> dict[str, list[str]]:
+    """For each library that computes operations and is installed: the keys that take it wherever it has one."""
+    section = getattr(settings.model, "ops", None)
+    if section is None:
+        return {}
+    hints = typing.get_type_hints(type(section))
+    choices = {f.name: set(typing.get_args(hints[f.name])) for f in dataclasses.fields(section)}
+    libraries = {"torch": "torch"}
+    if settings.parallel.accelerator != "cpu" and torch.cuda.is_available():
+        libraries |= {"liger": "liger_kernel", "flash_attn": "flash_attn"}
+    return {
+        library: [
+            part for name, known in choices.items() if library in known for part in (f"--model.ops.{name}", library)
+        ]
+        for library, module in libraries.items()
+        if importlib.util.find_spec(module) is not None
+    }

@@ -1,0 +1,100 @@
+"""How a step is timed, the same for ours and for every peer: torch and the standard library, nothing else.
+
+    Timer.steps(n) ─> (wait for one's turn) ─> mark ─> step ─> mark ... ─> Timer.seconds(): one figure a step
+
+A peer runs in an environment of its own, so nothing here may need more than torch.
+"""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+SPENT = ("out of memory", "can't allocate memory")
+"""What an allocator says, on a GPU and on a CPU, when there is no memory left."""
+
+
+class Timer:
+    """Times steps: by CUDA events on a GPU, which are read only at the end, by the wall clock on a CPU.
+
+    `in_turns`: before each step, say "ready" on standard output and wait for a line on standard input. So that several
+    processes on a machine whose speed drifts can take turns, a step each.
+    """
+
+    def __init__(self, device: torch.device, in_turns: bool = False):
+        self._device, self._in_turns = device, in_turns
+        self._marks: list[tuple[Any, Any]] = []
+
+    def steps(self, number: int, timed: bool) -> Iterator[int]:
+        """Count from 0 to `number` - 1; what happens between two counts is a step, and is kept if `timed`."""
+        for step in range(number):
+            if self._in_turns:
+                print("ready", flush=True)
+                if not sys.stdin.readline():
+                    raise SystemExit("whoever gave the turns is gone")
+            started = self._mark()
+            yield step
+            if timed:
+                self._marks.append((started, self._mark()))
+            elif self._in_turns:
+                self._mark()  # a turn ends when its work does
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self._in_turns:
+            event.synchronize()
+        return event
+
+    def seconds(self) -> list[float]:
+        """The timed steps' durations; waits for the device."""
+        if self._device.type != "cuda":
+            return [end - start for start, end in self._marks]
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
+
+
+def limit_memory(device: torch.device, limit_gib: float | None) -> None:
+    """Let this process have at most so much of the GPU's memory, as a smaller GPU would; on a CPU see `over_limit`.
+
+    Raises:
+        ValueError: the GPU has less than that.
+    """
+    if limit_gib is None or device.type != "cuda":
+        return
+    total_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if limit_gib > total_gib:
+        raise ValueError(f"--memory_limit_gib is {limit_gib:g} and the GPU has {total_gib:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(limit_gib / total_gib, device)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory so far: GiB of tensors and GiB taken from the GPU; on a CPU both are the process's largest resident size."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    else:
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_mem_gib": allocated / 2**30, "reserved_mem_gib": reserved / 2**30}
+
+
+def over_limit(device: torch.device, limit_gib: float | None) -> str | None:
+    """On a CPU nothing holds a process to a limit while it runs: say afterwards that it went over it."""
+    peak = memory(device)["peak_mem_gib"]
+    if limit_gib is None or device.type == "cuda" or peak <= limit_gib:
+        return None
+    return f"does not fit: {peak:.2f} GiB resident at the peak, the limit is {limit_gib:g} GiB"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line where `error` says that memory ran out, else None."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not any(words in text for words in SPENT):
+        return None
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+    return "does not fit: out of memory" + (f", {asked[1]} more were asked for" if asked else "")

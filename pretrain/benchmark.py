@@ -1,0 +1,166 @@
+"""`pretrain bench`: how fast a configuration trains on the machine it is on, and against what else there is.
+
+    pretrain bench --config FILE [keys]            the step, as the configuration says; also under torchrun
+                                 --sweep           which micro-batch, compilation, operations, checkpointing are the best
+                                 --peers           the same model through litgpt, transformers, torchtitan ...
+                                 --paper           GPU hours for 300B tokens: TinyLlama-1.1B, Pythia-1.0B, MPT-1.3B
+
+Each leaves OUT.json and OUT.md; `--compare` an earlier OUT.json ends with status 1 where something got slower.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain import config
+from pretrain.cli import fail
+
+PROG = "pretrain bench"
+
+
+def main(argv: list[str]) -> int:
+    """Time, write the result, compare; 1: slower than before, or nothing could be timed."""
+    parser = _parser()
+    args, keys = parser.parse_known_args(argv)
+    try:
+        settings = config.parse(["--config", str(args.config), *keys], PROG)
+        _check(args, settings)
+        from pretrain import bench_result  # torch takes seconds: a typing error should not
+
+        result = _run(args, settings, keys)
+        if result is None:  # another rank's
+            return 0
+        if args.row is not None:  # for whoever started this process
+            return 0
+        result.save(args.out)
+        print(result.markdown())
+        print(f"{args.out}.json, {args.out}.md")
+        if args.compare is not None:
+            lines, lost = bench_result.compare(result, args.compare, args.noise_pct)
+            print("\n".join(lines))
+            if lost:
+                print(f"SLOWER by more than {args.noise_pct:g}%: {', '.join(lost)}")
+                return 1
+    except (ValueError, OSError) as error:
+        fail(PROG, error)
+    return 0 if any(row["problem"] is None for row in result.rows) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Time the real training step of a configuration on this machine.",
+        epilog="Any key of the configuration can be set as well: pretrain train --help names them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="The run's configuration (path).")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sweep", action="store_true", help="Try micro-batch, compile, operations, checkpointing.")
+    kind.add_argument("--peers", action="store_true", help="The same model through other trainers' code.")
+    kind.add_argument("--paper", action="store_true", help="GPU hours for 300B tokens beside TinyLlama's paper.")
+    add("--steps", type=int, default=15, help="Timed steps; the figure is their median.")
+    add("--warmup", type=int, default=5, help="Steps before the timed ones.")
+    add(
+        "--grad_accum_steps",
+        type=int,
+        help="Micro-steps of a step; none: as many as the configuration has on these ranks.",
+    )
+    add("--data", choices=("random", "real"), default="random", help="Random ids, or the configuration's sources.")
+    add("--memory_limit_gib", type=float, help="Play a GPU with so much memory; on a CPU, resident memory (GiB).")
+    add("--profile", action="store_true", help="Also OUT.trace.json and the ten most expensive operations.")
+    add("--budget_s", type=float, help="Time for all rows together; what is not reached is named (seconds).")
+    add("--ranks", type=int, default=1, help="For --sweep: ranks of this machine that each row runs on.")
+    add("--rows", help="For --peers and --paper: only these, by the beginning of their name (comma-separated).")
+    add(
+        "--peers_python", type=Path, action="append", help="For --peers: another environment to find peers in (python)."
+    )
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="For --paper: size of the models, 1 is the paper's; hours are scaled up.",
+    )
+    add("--compare", type=Path, help="An earlier OUT.json; status 1 where a row lost more than --noise_pct.")
+    add("--noise_pct", type=float, default=5.0, help="What counts as slower (percent).")
+    add("--out", type=Path, help="Where the result goes, without suffix (path); none: RUN_DIR-bench/KIND.")
+    add("--in_turns", action="store_true", help=argparse.SUPPRESS)  # for a child that takes turns with others
+    add("--row", type=Path, help=argparse.SUPPRESS)  # for a child: write the bare row there
+    return parser
+
+
+def _check(args: argparse.Namespace, settings: config.Config) -> None:
+    at_least = {"steps": 1, "warmup": 1, "grad_accum_steps": 1, "ranks": 1}
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}")
+    for name in ("memory_limit_gib", "budget_s", "scale"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} is {value:g}; it must be above 0")
+    args.kind = next((kind for kind in ("sweep", "peers", "paper") if getattr(args, kind)), "step")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.kind != "step" and world_size > 1:
+        raise ValueError(
+            f"--{args.kind} starts its own processes, and here are {world_size} ranks; start it without torchrun"
+            + (f", with --ranks {world_size}" if args.kind == "sweep" else "")
+        )
+    if args.compare is not None and not args.compare.is_file():
+        raise FileNotFoundError(f"--compare {args.compare} is missing; an earlier result's OUT.json is needed")
+    if args.out is None:
+        args.out = Path(f"{settings.run_dir}-bench") / args.kind
+
+
+def _run(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> Any:
+    if args.kind == "sweep":
+        from pretrain import bench_sweep
+
+        return bench_sweep.sweep(args, settings, keys)
+    if args.kind == "peers":
+        from pretrain import bench_peers
+
+        return bench_peers.peers(args, settings)
+    if args.kind == "paper":
+        from pretrain import bench_paper
+
+        return bench_paper.paper(args, settings)
+    return _step(args, settings)
+
+
+def _step(args: argparse.Namespace, settings: config.Config) -> Any:
+    """The configuration's own step, on all ranks; the result is rank 0's, None on the others."""
+    from pretrain import bench_result, bench_step, parallel, ranks
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.grad_accum_steps is not None:
+        sequences = settings.train.micro_batch_size * world_size * args.grad_accum_steps
+        settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
+    config.grad_accum_steps(settings.train, world_size)
+    trace = args.out.with_name(f"{args.out.name}.trace.json")
+    timing = bench_step.Timing(
+        steps=args.steps,
+        warmup=args.warmup,
+        real_data=args.data == "real",
+        memory_limit_gib=args.memory_limit_gib,
+        profile=args.profile,
+        trace=trace if args.profile else None,
+        in_turns=args.in_turns,
+    )
+    row = {"name": "cria", **bench_step.measure(settings, timing)}
+    first = ranks.rank() == 0
+    parallel.leave()
+    if not first:
+        return None
+    if args.row is not None:
+        args.row.write_text(json.dumps(row))
+    accumulated = settings.train.global_batch_size // settings.train.micro_batch_size // world_size
+    title = (
+        f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
+        f"{accumulated} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
+    )
+    subject = bench_result.subject(settings, world_size)
+    return bench_result.Result("step", title, subject, [row], bench_result.notes(args.steps, args.warmup))
