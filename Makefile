@@ -7,14 +7,16 @@ DEMO := runs/demo
 # The commands as a user types them, found in the environment that setup made.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint faults bench-cpu bench-data clean
+.PHONY: help setup demo test lint faults bench-cpu bench-gpu bench-data clean
 
 help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
 	@echo "make test       lint, types and all tests"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files (half an hour)"
-	@echo "make bench-cpu  a training step against transformers' model; bench-data,: into benchmarks/results"
+	@echo "make bench-cpu  a training step against other trainers' code, on the CPU: into benchmarks/results"
+	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
+	@echo "make bench-data data preparation against the usual ways"
 	@echo "make clean      remove runs/demo"
 
 setup: $(VENV)/.installed
@@ -53,7 +55,10 @@ faults: setup
 	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --flips 1000 --elastic 30 --folder $$(mktemp -d)
 
 bench-cpu: setup
-	python benchmarks/train_step.py
+	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --out benchmarks/results/peers_cpu
+
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 bench-data: setup
 	python benchmarks/data_prep_speed.py

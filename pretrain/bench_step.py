@@ -65,7 +65,7 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
             with run.at_end as at_end:
                 at_end.callback(run.log.close)
                 row = _time(run, timing)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             problem = bench_timing.out_of_memory(error)
             if problem is None:
                 raise
@@ -169,9 +169,9 @@ def with_random_data(settings: Config, folder: Path) -> Config:
     ids = np.random.default_rng(settings.seed).integers(0, vocab_size, tokens)
     with ShardWriter(folder, "shards/random.npy", token_dtype(vocab_size), durable=False) as writer:
         writer.append(ids)
-    info = TokenizerInfo(f"sha256:{'0' * 64}", "sentencepiece", vocab_size, None, None)
+    info = TokenizerInfo(f"sha256:{'0' * 64}", "sentencepiece", vocab_size, None, vocab_size - 1)
     shards = (writer.shard(source_file="random", documents=1),)
-    Manifest("random", "train", info, append_eos=False, prepend_bos=False, shards=shards).save(folder)
+    Manifest("random", "train", info, append_eos=True, prepend_bos=False, shards=shards).save(folder)
     (folder / TOKENIZER_DIR).mkdir(exist_ok=True)
     return replace(settings, data=replace(settings.data, sources=[SourceConfig("random", str(folder))], stages=[]))
 

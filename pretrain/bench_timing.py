@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-SPENT = ("out of memory", "can't allocate memory")
-"""What an allocator says, on a GPU and on a CPU, when there is no memory left."""
+SPENT = ("out of memory", "can't allocate memory", "Unable to allocate")
+"""What the allocators of CUDA, of torch on a CPU and of numpy say when there is no memory left."""
 
 
 class Timer:
@@ -94,7 +94,7 @@ def over_limit(device: torch.device, limit_gib: float | None) -> str | None:
 def out_of_memory(error: BaseException) -> str | None:
     """One line where `error` says that memory ran out, else None."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not any(words in text for words in SPENT):
+    if not any(words in text for words in SPENT):
         return None
-    asked = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+    asked = re.search(r"(?:ried to|Unable to) allocate ([\d.]+ \w+)", text)
     return "does not fit: out of memory" + (f", {asked[1]} more were asked for" if asked else "")

@@ -82,7 +82,7 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
         norm_eps=hf["rms_norm_eps"],
         mlp_class_name="LLaMAMLP",
     )
-    model, state = GPT(config), {}
+    model, state = GPT(config), dict[str, Tensor]()
     copy_weights_hf_llama(config, {}, state, _weights(spec))
     model.load_state_dict(state)
     forward, chunk_size = _maybe_compiled(model, spec), spec["options"]["chunk_size"]
@@ -219,7 +219,7 @@ def main(spec_file: Path, out: Path) -> None:
     """Time what the specification says; memory that ran out is a row with a `problem`."""
     try:
         row = time_steps(json.loads(spec_file.read_text()))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         problem = bench_timing.out_of_memory(error)
         if problem is None:
             raise
