@@ -7,7 +7,7 @@ DEMO := runs/demo
 # The commands as a user types them, found in the environment that setup made.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint faults bench-cpu bench-gpu bench-data clean
+.PHONY: help setup demo test lint faults bench-cpu bench-gpu bench-watchdog bench-data clean
 
 help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
@@ -16,6 +16,7 @@ help:
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files (half an hour)"
 	@echo "make bench-cpu  a training step against other trainers' code, on the CPU: into benchmarks/results"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
+	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
 	@echo "make bench-data data preparation against the usual ways"
 	@echo "make clean      remove runs/demo"
 
@@ -59,6 +60,9 @@ bench-cpu: setup
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+bench-watchdog: setup
+	OMP_NUM_THREADS=1 python benchmarks/watchdog.py
 
 bench-data: setup
 	python benchmarks/data_prep_speed.py

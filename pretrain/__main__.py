@@ -1,6 +1,6 @@
 """The command `pretrain`: shards to model.
 
-    pretrain plan | train | order | verify-resume | bench | report | export | generate
+    pretrain plan | doctor | train | order | verify-resume | bench | report | export | generate
 
 Each command is a module of its own with `main(argv)`; only the one that is asked for is imported.
 """
@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "plan": ("pretrain.plan", "what a run needs before it starts: memory, days, disk; the fastest setting that fits"),
+    "doctor": ("pretrain.doctor", "before the big run: machines, links, files and versions, on all ranks"),
     "train": ("pretrain.train", "train the model that a configuration describes, or go on with it"),
     "order": ("pretrain.order", "which sequences and documents a step is made of; epochs of each source"),
     "verify-resume": ("pretrain.verify_resume", "prove on this machine that a killed run is the same run"),

@@ -230,6 +230,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """When a rank is taken to hang, or to be slow."""
+
+    limit_s: float = 600.0
+    """A rank that stays so long in one place of the loop hangs: it is named, stacks are written, the job ends (seconds);
+    0: no watchdog."""
+    first_step_limit_s: float = 1800.0
+    """The same until the first step is done: shards are checked, a checkpoint is loaded, the model compiled (seconds)."""
+    stragglers_every: int = 10
+    """Compare what each rank's own work takes every so many lines of metrics, and name the slow (lines); 0: never."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -250,10 +263,15 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
-def parse(argv: list[str], prog: str = "pretrain train") -> Config:
-    """Read `--config FILE` and the overrides in `argv`, and check the result; errors are said in the name of `prog`.
+def parse(
+    argv: list[str],
+    prog: str = "pretrain train",
+    purpose: str = "Train, or go on with, the run that the configuration describes.",
+) -> Config:
+    """Read `--config FILE` and the overrides in `argv`, and check the result; `prog` and `purpose` are for --help.
 
     Raises:
         ValueError: with all problems found, one after the other.
@@ -263,7 +281,7 @@ def parse(argv: list[str], prog: str = "pretrain train") -> Config:
 
     from pretrain.cli import Parser
 
-    parser = Parser(prog=prog, description="Train, or go on with, the run that the configuration describes.")
+    parser = Parser(prog=prog, description=purpose)
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     parsed = parser.parse_args(argv)
@@ -313,6 +331,9 @@ def check(config: Config) -> None:
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "parallel.shard_size": config.parallel.shard_size,
         "parallel.activation_checkpointing": config.parallel.activation_checkpointing,
+        "watchdog.limit_s": config.watchdog.limit_s,
+        "watchdog.first_step_limit_s": config.watchdog.first_step_limit_s,
+        "watchdog.stragglers_every": config.watchdog.stragglers_every,
     }
     problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if value < 0]
     if config.data.seq_len > config.model.max_position_embeddings:

@@ -2,7 +2,7 @@
 
     trainer ─> Clock (seconds of training, of waiting for data) ─> train_metrics ─> MetricsLog ─> metrics.jsonl, TensorBoard, W&B
 
-metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, stop. `step` counts finished optimizer
+metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, straggler, stop. `step` counts finished optimizer
 steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
 """
 
@@ -17,23 +17,15 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 
+from pretrain import pace
+from pretrain.chips import CHIPS
 from pretrain.config import Config, ModelConfig
-
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bf16 matrix products by datasheet (FLOP/s), by the device's whole name: a variant or a part (MIG) is another chip."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it is not known: then there is no MFU."""
-    return PEAK_FLOPS.get(device_name)
+    chip = CHIPS.get(device_name)
+    return None if chip is None else chip.flops
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, parameters: int, in_products: int) -> dict[str, float]:
@@ -56,17 +48,20 @@ class Clock:
     def reset(self) -> None:
         """Start anew, after a line of metrics."""
         self.steps, self.train_s, self.data_wait_s = 0, 0.0, 0.0
-        self._started = time.perf_counter()
+        self.work_s = 0.0
+        """Of them, those in which this rank's training thread computed."""
+        self.go_on()
 
     def pause(self, finished: bool = False) -> None:
         """Before something that is not training: let the device finish, unless it is known to have, and stop counting."""
         if self._device.type == "cuda" and not finished:
             torch.cuda.synchronize(self._device)
         self.train_s += time.perf_counter() - self._started
+        self.work_s += pace.work_s() - self._worked
 
     def go_on(self) -> None:
         """After `pause`."""
-        self._started = time.perf_counter()
+        self._started, self._worked = time.perf_counter(), pace.work_s()
 
 
 def throughput(

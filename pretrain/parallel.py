@@ -27,8 +27,9 @@ from pretrain.model import Llama, num_parameters
 from pretrain.ops import Operations
 from pretrain.sharding import Sharding
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After so long a collective gives up on a rank that does not answer."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""After so long a collective gives up on a rank that does not answer. The watchdog is sooner, and knows which rank it is; what
+is rightly long on one rank, such as compiling, must not end the others."""
 
 
 def launch(

@@ -19,12 +19,13 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import checkpoint, config, data, hf, metrics, parallel, ranks
+from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks
 from pretrain.lock import lock
 from pretrain.model import Llama, fill, num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
 from pretrain.trainer import Run
+from pretrain.watchdog import Watchdog, at
 
 
 def prepare(settings: config.Config) -> Run:
@@ -43,11 +44,13 @@ def prepare(settings: config.Config) -> Run:
     )
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
+        guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources)
         run = _build(settings, fabric, sharding, sources, mixture, accumulate)
         run.at_end = on_failure.pop_all()
+        guard.rest()
     return run
 
 
@@ -62,14 +65,17 @@ def _build(
     """The model and the optimizer, as they are before the next step."""
     run_dir = Path(settings.run_dir)
     facts = {"model": settings.model.shape(), "data": _data_facts(settings, sources, mixture)}
+    at("choosing a checkpoint")
     found = _choose_checkpoint(run_dir, settings, facts, say=fabric.print)
     eos_id = _eos_id(sources) if settings.data.intra_document else None
+    at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
     if fabric.is_global_zero:
         _keep_config(settings, run_dir, say=fabric.print)
         shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps = 0, torch.zeros((), device=fabric.device)
+    at("loading the checkpoint")
     if found is not None:
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
         step = state["step"]
@@ -90,6 +96,7 @@ def _build(
         flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, *num_parameters(settings.model)),
         log=metrics.MetricsLog(run_dir, fabric),
         clock=metrics.Clock(fabric.device),
+        comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=step,
         skipped_steps=skipped_steps,
         skipped_in_a_row=torch.zeros_like(skipped_steps),
@@ -160,9 +167,15 @@ def _verify_shards(record: Path, sources: list[data.Source]) -> None:
         key, signature = str(dataset.directory), ranks.broadcast(dataset.signature())
         if ranks.broadcast(known.get(key)) == signature:
             continue
-        problem = ranks.first_problem(dataset.check(share=(ranks.rank(), ranks.world_size())))
-        if problem is not None:
-            raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
+        parts = -(
+            -len(dataset.manifest.shards) // (16 * ranks.world_size())
+        )  # of 16 shards a rank: signs of life between
+        for part in range(parts):
+            at("checking the shards")
+            share = (ranks.rank() * parts + part, ranks.world_size() * parts)
+            problem = ranks.first_problem(dataset.check(share))
+            if problem is not None:
+                raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
         known[key] = signature
     if ranks.rank() == 0:
         record.write_text(json.dumps(known, indent=1) + "\n")

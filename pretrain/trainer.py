@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pretrain
-from pretrain import backends, config, data, metrics, parallel, ranks, validation
+from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
 from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_finite
 from pretrain.progress import Display
 from pretrain.saver import Saver
 from pretrain.sharding import Sharding, before_micro_step
+from pretrain.watchdog import at, first_step_done
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Run:
     flops_per_token: dict[str, float]
     log: metrics.MetricsLog
     clock: metrics.Clock
+    comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
+    """Names slow ranks; not by itself."""
     at_end: ExitStack = field(default_factory=ExitStack)
     """Gives the run's folder free."""
     step: int = 0
@@ -76,10 +79,12 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
     loss_sum = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):
+        at("waiting for data", run.step + 1)
         waiting = time.perf_counter()
         batch, fingerprint = next(micro_batches)  # (B, T + 1) int64
         run.clock.data_wait_s += time.perf_counter() - waiting
         data_hash += fingerprint
+        at("forward and backward", run.step + 1)
         batch = batch.to(run.fabric.device, non_blocking=True)
         input_ids, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
 
@@ -89,6 +94,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
         run.fabric.backward(loss)
         loss_sum += loss.detach()
 
+    at("clipping and update", run.step + 1)
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps)
@@ -117,6 +123,7 @@ def train(run: Run) -> int:
 
 def _train(run: Run, display: Display) -> int:
     settings = run.config
+    at("starting")
     stop = _StopSignal()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     saved_step = run.step
@@ -127,6 +134,7 @@ def _train(run: Run, display: Display) -> int:
     run.clock.reset()
     while run.step < settings.train.max_steps and not stop.agreed():
         result = optimizer_step(run, micro_batches)
+        first_step_done()
         display.step(run.step)
         last = run.step == settings.train.max_steps
         if last or run.step % settings.train.log_every == 0:
@@ -138,6 +146,7 @@ def _train(run: Run, display: Display) -> int:
             saved_step = run.step
     if saved_step < run.step:
         _save(run, saver)
+    at("waiting for the last checkpoint to be written", run.step)
     saver.close()
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
@@ -177,6 +186,7 @@ class _StopSignal:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer, and the signal's number."""
+        at("agreeing on whether to stop")
         asked = ranks.all_reduce_max(torch.tensor(self.signal or 0))  # on the CPU: the GPU's queue goes on
         self.signal = int(asked) or None
         return self.signal is not None
@@ -231,6 +241,7 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
 
     The one place where a step waits for the device, and once.
     """
+    at("metrics", run.step)
     # Every rank counts the same number of tokens a step, so the mean over ranks is the mean over tokens.
     mean = ranks.all_reduce_sum(result.loss.clone()) / run.fabric.world_size
     data_hash = ranks.all_reduce_sum(torch.tensor(result.data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
@@ -248,9 +259,12 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device
         ),
     }
-    run.clock.reset()
     run.log.write("train", run.step, record)
     display.train_line(run.step, record)
+    for slow in run.comparison.add(run.clock.steps, run.clock.train_s, run.clock.data_wait_s, run.clock.work_s):
+        run.log.write("straggler", run.step, slow)
+        display.say(pace.words(slow))
+    run.clock.reset()
     if figures[3] >= run.config.train.max_skipped_steps:
         raise FloatingPointError(
             f"the gradient was not finite in the last {int(figures[3])} steps up to step {run.step} (train.max_skipped_steps "
@@ -262,6 +276,7 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
 def _validate(run: Run, display: Display) -> None:
     if run.config.validation.every_steps == 0:
         return
+    at("validation", run.step)
     run.clock.pause()
     losses = validation.losses(
         run.fabric,
@@ -279,6 +294,7 @@ def _validate(run: Run, display: Display) -> None:
 
 
 def _save(run: Run, saver: Saver) -> None:
+    at("save", run.step)
     run.clock.pause()
     drawn = run.mixture.drawn(run.step)
     state = {

@@ -9,6 +9,7 @@ from torch import nn
 from pretrain import data, ranks
 from pretrain.config import ValidationConfig
 from pretrain.ops import IGNORE_INDEX
+from pretrain.watchdog import at
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def losses(
         for batch, counted in data.validation_batches(
             source.validation, seq_len, config.max_sequences, micro_batch_size, fabric.global_rank, fabric.world_size
         ):
+            at(f"validation on {source.name}")
             batch = batch.to(fabric.device)
             targets = batch[:, 1:].clone()
             targets[max(counted, 1) :] = IGNORE_INDEX  # a rank with nothing left goes along, and counts for nothing

@@ -91,7 +91,7 @@ def tiny_config(datasets: Path, run_dir: Path, **sections: object) -> dict:
         "parallel": {"accelerator": "cpu", "precision": "fp32", "compile": False},
     }
     for name, value in sections.items():
-        tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
     return tree
 
 

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"bench_profile", "bench_timing", "cli", "folder", "history", "lock", "progress", "ranks"},
-    {"bench_rows", "config", "peer"},
-    {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page"},
+    {"bench_profile", "bench_timing", "cli", "crash", "folder", "history", "lock", "processes", "progress", "ranks"},
+    {"bench_rows", "chips", "config", "pace", "peer", "watcher"},
+    {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "watchdog"},
     {"model", "kernels", "checkpoint", "memory"},
     {"backends", "sharding"},
     {"float8"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"bench_step"},
     {"bench_peers", "bench_sweep"},
     {"bench_paper"},
-    {"benchmark", "plan", "train", "order", "verify_resume", "report", "export", "generate"},
+    {"benchmark", "plan", "train", "doctor", "order", "verify_resume", "report", "export", "generate"},
     {"__main__"},
 ]
 """Modules of `pretrain`, from the ground up; the commands are the last but one and never import each other."""

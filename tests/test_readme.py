@@ -37,6 +37,7 @@ MINIATURE = [
         r"^torchrun --nnodes=2 .* -m pretrain train --config configs/tinyllama-1.1b.yaml",
         f"{MINIATURE_MODEL} {ON_THE_CPU}",
     ),
+    (r"^torchrun .* -m pretrain doctor", "--seconds 0.1"),
     (r"^pretrain (export|report)", ""),
     (r"^pretrain (order|plan)", ""),
     (
@@ -133,7 +134,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             for part in miniature(command)
         ]
         outputs[command] = run_on_two_nodes(parts, folder) if "--nnodes=2" in command else run(parts, folder)
-    assert len(outputs) == 25
+    assert len(outputs) == 27
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")

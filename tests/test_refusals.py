@@ -194,6 +194,6 @@ def test_help_explains_every_field_with_its_unit() -> None:
 
 
 UNITS = (
-    r"\((steps|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads|processes"
-    r"|[Cc]heckpoints"
+    r"\((steps|seconds|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
+    r"|processes|[Cc]heckpoints"
 )

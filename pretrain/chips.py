@@ -1,0 +1,42 @@
+"""What chips can do by their datasheets.
+
+By the device's whole name: a variant or a part (MIG) is another chip. A chip that is not here gets no MFU and no judgement
+from `pretrain doctor`, rather than a guessed one.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks by datasheet."""
+
+    flops: float | None
+    """Dense bf16 matrix products with fp32 accumulation (FLOP/s); none: it has no units for them."""
+    bytes_per_s: float
+    """Memory bandwidth (bytes/s)."""
+
+
+CHIPS = {
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
+    "NVIDIA H200": Chip(989e12, 4800e9),
+    "NVIDIA B200": Chip(2250e12, 8000e9),
+    "NVIDIA L40S": Chip(362e12, 864e9),
+    "NVIDIA L40": Chip(181e12, 864e9),
+    "NVIDIA L4": Chip(121e12, 300e9),
+    "NVIDIA A40": Chip(149.7e12, 696e9),
+    "NVIDIA A30": Chip(165e12, 933e9),
+    "NVIDIA A10": Chip(125e12, 600e9),
+    "NVIDIA RTX A6000": Chip(154.8e12, 768e9),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 1008e9),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 936e9),
+    "Tesla V100-SXM2-16GB": Chip(None, 900e9),
+    "Tesla V100-SXM2-32GB": Chip(None, 900e9),
+    "Tesla V100-PCIE-16GB": Chip(None, 900e9),
+    "Tesla V100-PCIE-32GB": Chip(None, 900e9),
+}

@@ -1,0 +1,280 @@
+"""Which rank was first, and the page that says so: crash-report.txt.
+
+    what each rank's watcher saw (`Rank`) ─> first_cause ─> Cause ─> page ─> RUN_DIR/crash-report.txt
+
+Most of what is printed when a run ends badly are consequences: one rank raises ValueError, and all the others find their
+connections closed. The cause is the earliest failure that is no consequence. Nothing here touches a process or a socket.
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT = "crash-report.txt"
+STACKS = "crash-stacks.txt"
+
+_CONSEQUENCE = re.compile(
+    r"DistBackendError|DistNetworkError|DistStoreError|Connection (reset|closed|refused)|connection (was )?closed by peer|"
+    r"Broken pipe|gloo|NCCL|ProcessGroup|[Tt]imed out waiting"
+)
+"""What a collective says when another rank is gone (class name and message of the exception)."""
+
+
+@dataclass
+class Rank:
+    """What is known of a rank. Seconds are of one clock: that of the process which collects."""
+
+    number: int
+    host: str = "?"
+    pid: int = 0
+    place: str = "starting"
+    """Where in the loop it is."""
+    step: int | None = None
+    """The optimizer step that it works on, counted from 1."""
+    beats: int = 0
+    """Places that it has come to; all ranks come to the same ones, so who has the fewest is behind."""
+    age_s: float = 0.0
+    """How long it has been at this place, by its own host's clock (seconds)."""
+    limit_s: float = 0.0
+    """How long it may be (seconds); 0: as long as it likes."""
+    state: str = ""
+    """Of the process, by the kernel: R runs, S sleeps, D waits for a disk or file system, T is stopped."""
+    error: str | None = None
+    """The exception that ended it: class and message."""
+    trace: str = ""
+    """The exception's traceback."""
+    refused: bool = False
+    """The exception is something that the user can mend, found before the first step."""
+    ended_at_s: float | None = None
+    """When it failed or was gone."""
+    gone: str | None = None
+    """How it ended without an exception."""
+    left: bool = False
+    """It ended well."""
+    stacks: str = ""
+    """Stacks of its threads and of its loader's workers."""
+
+    @property
+    def name(self) -> str:
+        """For a sentence."""
+        return f"rank {self.number} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What came first."""
+
+    kind: str
+    """"failed" (an exception), "died" (without one), "hangs" """
+    ranks: list[Rank]
+    """Whose doing it is; empty: all ranks wait at one place, and none stands out."""
+    line: str
+    """All of it in a sentence."""
+    advice: str
+
+
+def overdue(ranks: list[Rank]) -> bool:
+    """Whether all that are furthest behind have been where they are for longer than they may.
+
+    A rank that waits for one that is still coming on does not hang, however long it waits, nor when that one has just come.
+    """
+    behind = _behind([rank for rank in ranks if not rank.left])
+    return bool(behind) and all(0 < rank.limit_s < rank.age_s for rank in behind)
+
+
+def _behind(ranks: list[Rank]) -> list[Rank]:
+    fewest = min((rank.beats for rank in ranks), default=0)
+    return [rank for rank in ranks if rank.beats == fewest]
+
+
+def is_consequence(rank: Rank) -> bool:
+    """Whether its exception is that of a collective that lost another rank."""
+    return rank.error is not None and _CONSEQUENCE.search(rank.error) is not None
+
+
+def first_cause(ranks: list[Rank]) -> Cause:
+    """Name what was first: an exception of one's own or a death, by time; else who hangs."""
+    ended = sorted((rank for rank in ranks if rank.ended_at_s is not None), key=lambda rank: rank.ended_at_s or 0.0)
+    own = [rank for rank in ended if not is_consequence(rank)]
+    for rank in own[:1]:
+        if rank.error is not None:
+            return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", _ADVICE["failed"])
+        return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", _ADVICE["died"])
+    if len(ended) == len(ranks):  # every rank lost another one: a link broke, and the first to see it is next to it
+        rank = ended[0]
+        return Cause("failed", [rank], f"{rank.name} lost another rank first: {rank.error}", _ADVICE["link"])
+    return _name_hanging([rank for rank in ranks if rank.ended_at_s is None and not rank.left])
+
+
+def _name_hanging(ranks: list[Rank]) -> Cause:
+    """Who keeps the others waiting: who is behind; of these who is stopped; of these who does not wait for another rank."""
+    hanging = _behind(ranks)
+    stopped = [rank for rank in hanging if rank.state[:1] in ("T", "t", "D")]
+    working = [rank for rank in hanging if not waits_for_others(rank.stacks)]
+    hanging = stopped or working or hanging
+    first = hanging[0]
+    if len(hanging) == len(ranks) > 1:
+        where = (
+            f"all {len(ranks)} ranks have been at {first.place!r} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
+        )
+        return Cause(
+            "hangs", [], f"{where}; none stands out: a collective or the devices do not come back", _ADVICE["all"]
+        )
+    places = "; ".join(f"{rank.name} hangs at {rank.place!r}{_how(rank)}" for rank in hanging[:4])
+    more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
+    line = f"{places}{more} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
+    advice = "stopped" if stopped else "data" if "data" in first.place else "hangs"
+    return Cause("hangs", hanging, line, _ADVICE[advice])
+
+
+def _how(rank: Rank) -> str:
+    words = {
+        "T": ", stopped by a signal,",
+        "t": ", held by a debugger,",
+        "D": ", waiting inside the kernel for a file system,",
+    }
+    return words.get(rank.state[:1], "")
+
+
+def waits_for_others(stacks: str) -> bool:
+    """Whether a thread of the rank, by its stack, is inside a collective; False where there is no stack.
+
+    Any thread: the main one may wait for the thread that saves, and that one for other ranks.
+    """
+    mine = stacks.partition("\n--- ")[0]  # the rank's own threads stand first, then its loader's workers
+    threads = re.split(r"^(?:Current thread|Thread) .*$", mine, flags=re.MULTILINE)[1:]
+    return any(_COLLECTIVE.search(line) for thread in threads for line in thread.strip().splitlines()[:4])
+
+
+_COLLECTIVE = re.compile(
+    r"torch/distributed/(distributed_c10d|_functional_collectives|fsdp/_fully_shard/_fsdp_\w+)\.py"
+)
+
+_ADVICE = {
+    "failed": "Mend what the exception names; the same command then goes on from the newest checkpoint.",
+    "died": (
+        "A process that goes without a word was killed: look on its host for the out-of-memory killer (dmesg), for what the "
+        "scheduler did (sacct, scancel), and for a crash in C code below. The same command goes on from the newest checkpoint."
+    ),
+    "link": (
+        "No rank failed by itself: a connection between hosts broke. pretrain doctor measures the links; sbatch --exclude=HOST "
+        "leaves a host out. The same command goes on from the newest checkpoint."
+    ),
+    "data": (
+        "The stacks of the loader's workers, below, say what they wait for: most often the file system of the shards on that "
+        "host. pretrain doctor reads from every host. The same command goes on from the newest checkpoint."
+    ),
+    "stopped": (
+        "Something stopped that process or its file system does not answer: look at the host. sbatch --exclude=HOST leaves it "
+        "out. The same command goes on from the newest checkpoint."
+    ),
+    "hangs": (
+        "The stack below is where it was. If that place can rightly take longer, raise watchdog.limit_s (or "
+        "watchdog.first_step_limit_s before the first step is done). The same command goes on from the newest checkpoint."
+    ),
+    "all": (
+        "All ranks wait in the same place, so it is the network or a device: pretrain doctor measures both. If that place can "
+        "rightly take longer, raise watchdog.limit_s. The same command goes on from the newest checkpoint."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says of the run besides."""
+
+    run_dir: str
+    micro_batch_size: int
+    """Sequences a rank takes in one forward."""
+    global_batch_size: int
+    """Sequences an optimizer step takes."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def page(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
+    """The report: what, where, on which data, with which versions, what to do."""
+    rows: list[tuple[str, str]] = [("what", cause.line), ("what to do", cause.advice)]
+    rows += [("run", f"{facts.run_dir}, {len(ranks)} ranks"), ("data", _data(cause, ranks, facts))]
+    rows += [("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items()))]
+    text = [f"Cria's crash report of {time.strftime('%Y-%m-%d %H:%M:%S %z')}", ""]
+    text += [f"{name:<12}{words}" for name, words in rows]
+    text += ["", "ranks", *_rank_lines(cause, ranks)]
+    for rank in cause.ranks[:1]:
+        text += ["", f"where {rank.name} was (more in {STACKS})", *_shortened(rank.trace or rank.stacks, 60)]
+    text += ["", "the last metrics", *(line[:300] for line in last_lines(Path(facts.run_dir) / "metrics.jsonl", 3))]
+    return "\n".join(text) + "\n"
+
+
+def all_stacks(ranks: list[Rank]) -> str:
+    """Every rank's traceback or stacks, whole."""
+    return "\n".join(f"=== {rank.name}, {rank.place}\n{rank.trace}{rank.stacks}" for rank in ranks)
+
+
+def _data(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
+    """The command that shows the documents, and which slots of the step were this rank's."""
+    steps = [rank.step for rank in cause.ranks or ranks if rank.step]
+    if not steps:
+        return "none yet: it was before the first step"
+    words = f"step {steps[0]}; its documents: pretrain order --config {facts.run_dir}/config.yaml --step {steps[0]}"
+    B = facts.micro_batch_size
+    for rank in cause.ranks[:1]:
+        firsts = range(rank.number * B, facts.global_batch_size, len(ranks) * B)
+        slots = ", ".join(f"{first}-{first + B - 1}" if B > 1 else f"{first}" for first in firsts[:8])
+        words += f"   (rank {rank.number}: slots {slots}{', ...' if len(firsts) > 8 else ''})"
+    return words
+
+
+def _rank_lines(cause: Cause, ranks: list[Rank], most: int = 24) -> list[str]:
+    """A line a rank: the named ones first, then those that ended, then the rest."""
+    order = sorted(ranks, key=lambda r: (r not in cause.ranks, r.ended_at_s is None, r.ended_at_s or 0.0, r.number))
+    lines = []
+    for rank in order[:most]:
+        how = rank.error or rank.gone or ("ended well" if rank.left else f"for {rank.age_s:.1f} s{_how(rank)}")
+        after = " (a consequence)" if is_consequence(rank) and rank not in cause.ranks else ""
+        lines.append(f"  rank {rank.number:<5}{rank.host:<20} process {rank.pid:<9}{rank.place}; {how[:200]}{after}")
+    return lines + ([f"  ... and {len(order) - most} more"] if len(order) > most else [])
+
+
+def _shortened(text: str, most: int) -> list[str]:
+    lines = text.strip().splitlines() or ["no stack: the process did not answer"]
+    return [
+        "  " + line
+        for line in (lines if len(lines) <= most else [*lines[:most], f"... {len(lines) - most} lines more"])
+    ]
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The end of a text file; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**16))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []
+
+
+def publish(folder: Path, name: str, text: str) -> None:
+    """Write a file that is there whole or not at all; one of an earlier crash is replaced."""
+    staged = folder / f".{name}.{os.getpid()}.tmp"
+    staged.write_text(text)
+    os.replace(staged, folder / name)
+
+
+def from_message(rank: Rank, message: dict[str, Any], now_s: float) -> None:
+    """Take what a rank's watcher sent into `rank`; `ago_s` in a message tells when it was, without a common clock.
+
+    Once its stacks are there, only an end is news: a stopped process was let go on for them.
+    """
+    if rank.stacks and not rank.ended_at_s and not {"ago_s", "left"} & set(message):
+        return
+    for name in ("host", "pid", "place", "step", "beats", "age_s", "limit_s", "state", "error", "trace", "refused"):
+        if name in message:
+            setattr(rank, name, message[name])
+    rank.gone = message.get("gone", rank.gone)
+    rank.left = message.get("left", rank.left)
+    rank.stacks = message.get("stacks", rank.stacks)
+    if "ago_s" in message and rank.ended_at_s is None:
+        rank.ended_at_s = now_s - message["ago_s"]

@@ -1,0 +1,331 @@
+"""`pretrain doctor`: before the big run, on the machines and with the configuration of the run.
+
+    every rank: versions, device, folder, shards, clock ──> gathered ─┐
+    ranks in pairs and by host: all-reduce ───────────────────────────┴─> checkup.judge ─> a table, --exclude=, exit status
+
+Started like the run itself, with the same configuration and overrides: alone, under torchrun or under srun. Nothing of the
+run's folder is changed: a file is written beside the checkpoints, read, and removed. Exit status 1 where something is bad. On
+a CPU the lines about GPUs are left out.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+import pretrain
+from pretrain import checkup, config, data, metrics, parallel, ranks
+from pretrain.checkup import Finding, Link, Measured, Needs
+from pretrain.cli import fail
+from pretrain.model import num_parameters
+
+_STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
+
+
+def main(argv: list[str]) -> int:
+    """The command `pretrain doctor`."""
+    command = "pretrain doctor"
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--seconds", type=float, default=2.0)
+    args, rest = own.parse_known_args(argv)
+    purpose = "Check what the run will need: machines, links, files. --seconds S: measure each speed for S seconds (2)."
+    try:
+        if not args.seconds > 0:
+            raise ValueError(f"--seconds {args.seconds:g}: it must be above 0")
+        settings = config.parse(rest, command, purpose)
+        fabric, _ = parallel.launch(settings.parallel, settings.model, [])
+    except (ValueError, OSError) as error:
+        fail(command, error)
+    measured, links, needs = examine(settings, fabric.device, args.seconds)
+    findings = checkup.judge(measured, links, needs)
+    if ranks.rank() == 0:
+        show(findings, len(measured))
+    parallel.leave()
+    return int(any(finding.status == "bad" for finding in findings))
+
+
+def examine(settings: config.Config, device: torch.device, seconds: float) -> tuple[list[Measured], list[Link], Needs]:
+    """Measure everything; called by all ranks, the same result on all."""
+    host = socket.gethostname()
+    mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
+    mine["device"] = parallel.device_name(device)
+    mine["clock_skew_s"] = _clock_skew()
+    if device.type == "cuda":
+        mine["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        mine["memory_bytes_per_s"] = _copy_speed(device, seconds)
+    flops = _product_speed(device, seconds)
+    mine["product_flops"] = flops
+    mine["health"] = _health(device) if device.type == "cuda" else {}  # after the work: a hot chip slows down now
+    mine |= _look_at_shards(settings, seconds)
+    ranks.barrier()
+    mine |= _look_at_folder(settings, seconds)
+    measured = ranks.gather(Measured(**mine))
+    needs = ranks.broadcast(_needs(settings, [rank.product_flops or 0.0 for rank in measured]))
+    return measured, _measure_links([rank.host for rank in measured], device, seconds), needs
+
+
+def show(findings: list[Finding], world_size: int) -> None:
+    """The table, and what to do."""
+    table = Table(title=f"pretrain doctor on {world_size} ranks", title_justify="left")
+    for name in ("host", "check", "", "found", "wanted"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        status = f"[{_STYLE[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.host, finding.check, status, finding.found, finding.wanted)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # lines stay whole in a file
+    console.print(table)
+    bad = [finding for finding in findings if finding.status == "bad"]
+    for finding in bad:
+        console.print(f"bad: {finding.host}: {finding.check}: {finding.found}", markup=False)
+    if hosts := checkup.excluded(findings):
+        console.print(f"leave them out: sbatch --exclude={','.join(hosts)} ...", markup=False)
+    if not bad:
+        console.print("nothing is bad")
+
+
+# --- what each rank measures -----------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str]:
+    """Of everything whose difference between ranks is a bug to come."""
+    found = {"cria": pretrain.__version__, "python": platform.python_version()}
+    for name in ("torch", "lightning", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    changed = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
+    found["commit"] = (commit or "none") + (" with changes" if changed else "")
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = driver.splitlines()[0] if driver else "unknown"
+    return found
+
+
+def _output(*command: str) -> str:
+    """What a program says; nothing where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _times(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds that `work` takes: the median over about `seconds`, after a first time that is not counted."""
+    taken: list[float] = []
+    work()
+    until = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < until:
+        _finish(device)
+        began = time.perf_counter()
+        work()
+        _finish(device)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _product_speed(device: torch.device, seconds: float) -> float:
+    """FLOP/s of a square matrix product: 8192, bf16, on a GPU; 512, fp32, on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))  # zeros would run faster
+    return 2 * n**3 / _times(lambda: a @ b, device, seconds)
+
+
+def _copy_speed(device: torch.device, seconds: float) -> float:
+    """Bytes/s of copying 1 GiB within the device's memory, read and written."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _times(lambda: target.copy_(source), device, seconds)
+
+
+_COMPLAINTS = {
+    "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
+    "clocks_throttle_reasons.hw_slowdown": "throttled by hardware",
+    "clocks_throttle_reasons.hw_thermal_slowdown": "throttled: too hot",
+    "clocks_throttle_reasons.hw_power_brake_slowdown": "throttled: power brake",
+    "clocks_throttle_reasons.sw_thermal_slowdown": "throttled: warm",
+}
+_ROWS = {
+    "remapped_rows.pending": "memory rows to be remapped at the next reset",
+    "remapped_rows.failure": "memory rows that could not be remapped",
+}
+
+
+def _health(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi has to complain about this rank's GPU; nothing where there is no nvidia-smi."""
+    chip = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    found: dict[str, str] = {}
+    for query, names in (("--query-gpu", _COMPLAINTS), ("--query-remapped-rows", _ROWS)):
+        answer = _output("nvidia-smi", f"--id={chip}", f"{query}={','.join(names)}", "--format=csv,noheader,nounits")
+        found |= complaints(dict(zip(names.values(), answer.split(","))))
+    return found
+
+
+def complaints(answers: dict[str, str]) -> dict[str, str]:
+    """Those of nvidia-smi's answers that are neither zero, nor "no", nor not known to this chip."""
+    fine = ("0", "no", "not active", "n/a", "not supported", "")
+    return {name: value.strip() for name, value in answers.items() if value.strip().strip("[]").lower() not in fine}
+
+
+def _clock_skew() -> float:
+    """How far this host's clock is before rank 0's (seconds), by the quickest of eight questions; asked in turn."""
+    skews = [0.0]
+    for other in range(1, ranks.world_size()):
+        mine = 0.0
+        if ranks.rank() in (0, other):
+            mine = _ask_clock(other)
+        skews.append(mine)
+    ranks.barrier()
+    return skews[ranks.rank()] if ranks.rank() else 0.0
+
+
+def _ask_clock(other: int) -> float:
+    """Rank `other` asks rank 0 for the time; returns, on `other`, its own clock less rank 0's."""
+    box = torch.zeros((), dtype=torch.float64)
+    best = (float("inf"), 0.0)
+    for _ in range(8):
+        if ranks.rank() == 0:
+            dist.recv(box, src=other)
+            dist.send(torch.tensor(time.time(), dtype=torch.float64), dst=other)
+            continue
+        asked, began = time.time(), time.perf_counter()
+        dist.send(box, dst=0)
+        dist.recv(box, src=0)
+        took = time.perf_counter() - began
+        best = min(best, (took, asked + took / 2 - box.item()))
+    return best[1]
+
+
+def _look_at_shards(settings: config.Config, seconds: float) -> dict[str, Any]:
+    """Open all, compare sizes, check one whole shard a dataset, another one on each rank; read sequences at random."""
+    try:
+        sources = data.open_sources(settings.data, settings.model.vocab_size)
+        datasets = [d for source in sources for d in (source.train, source.validation) if d is not None]
+        for dataset in datasets:
+            shards = len(dataset.manifest.shards)
+            problem = dataset.check(share=(ranks.rank() % shards, shards))
+            if problem is not None:
+                return {"shard_problem": problem}
+        seen = " ".join(dataset.signature() for dataset in datasets)
+        rng = np.random.default_rng(ranks.rank())
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < min(seconds, 1.0):
+            for source in sources:
+                indices = rng.integers(0, source.train.num_sequences(settings.data.seq_len), 16)
+                source.train.sequences(indices, settings.data.seq_len)
+                count += 16
+        item = np.dtype(datasets[0].manifest.shards[0].dtype).itemsize
+        speed = count * (settings.data.seq_len + 1) * item / (time.perf_counter() - began)
+    except (ValueError, OSError) as error:
+        return {"shard_problem": " ".join(str(error).split())}
+    return {"shards_seen": seen, "read_bytes_per_s": speed}
+
+
+def _look_at_folder(settings: config.Config, seconds: float) -> dict[str, Any]:
+    """Write a file beside the checkpoints, bring it to the disk, read it back, remove it; all ranks at once."""
+    folder = _existing(Path(settings.run_dir))
+    path = folder / f".doctor-{ranks.rank()}-{os.getpid()}"
+    block = np.random.default_rng(ranks.rank()).bytes(4 << 20)
+    written = 0
+    try:
+        began = time.perf_counter()
+        with open(path, "wb") as file:
+            while written == 0 or (time.perf_counter() - began < seconds and written < 1 << 30):
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                written += len(block)
+        took = time.perf_counter() - began
+        if path.read_bytes()[-len(block) :] != block:
+            return {"folder_problem": f"{folder}: what was read is not what was written"}
+    except OSError as error:
+        return {"folder_problem": str(error)}
+    finally:
+        path.unlink(missing_ok=True)
+    return {"write_bytes_per_s": written / took}
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    folder = folder.resolve()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+# --- what ranks measure together -------------------------------------------------------------------------------------
+
+
+def _measure_links(hosts: list[str], device: torch.device, seconds: float) -> list[Link]:
+    """All-reduces one after the other: among the ranks of each host, and of each host's first rank with the next host's."""
+    if len(hosts) == 1:
+        return []
+    by_host = {host: [rank for rank, its in enumerate(hosts) if its == host] for host in dict.fromkeys(hosts)}
+    groups: list[tuple[tuple[str, ...], list[int]]] = [
+        ((h,), members) for h, members in by_host.items() if len(members) > 1
+    ]
+    names = list(by_host)
+    pairs = list(pairwise(names)) + ([(names[-1], names[0])] if len(names) > 2 else [])
+    groups += [((a, b), [by_host[a][0], by_host[b][0]]) for a, b in pairs]
+    results = []
+    for where, members in groups:
+        group = dist.new_group(members)  # called by all
+        speed = _all_reduce_speed(group, len(members), device, seconds) if ranks.rank() in members else 0.0
+        results.append(Link(where, max(ranks.gather(speed))))
+    return results
+
+
+def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device, seconds: float) -> float:
+    """Bytes/s that each member sends: 2 (n - 1) / n of the tensor an all-reduce (a ring's traffic)."""
+    tensor = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
+    times = 20 if device.type == "cuda" else max(2, int(5 * seconds))  # the same number on all members
+    dist.all_reduce(tensor, group=group)
+    _finish(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        dist.all_reduce(tensor, group=group)
+    _finish(device)
+    return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
+
+
+def _needs(settings: config.Config, flops: list[float]) -> Needs:
+    """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
+    parameters, in_products = num_parameters(settings.model)
+    T, G = settings.data.seq_len, settings.train.global_batch_size
+    per_token = metrics.flops_per_token(settings.model, T, parameters, in_products)["m1"]
+    step_s = G * T * per_token / (0.5 * min(flops) * len(flops))
+    saves = settings.checkpoint
+    of_history = settings.train.max_steps // saves.keep_every if saves.keep_every else 0
+    last = saves.keep_last or settings.train.max_steps // (saves.every_steps or settings.train.max_steps)
+    return Needs(
+        checkpoint_bytes=3 * 4 * parameters,  # weights and both moments in fp32
+        kept=last + of_history + 1,
+        free_bytes=shutil.disk_usage(_existing(Path(settings.run_dir))).free,
+        save_every_s=saves.every_steps * step_s if saves.every_steps else None,
+        read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
+    )

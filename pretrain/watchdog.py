@@ -1,0 +1,212 @@
+"""The watchdog, as a rank sees it: where it is, said in a word to a process that watches from outside.
+
+    trainer: at("waiting for data", step) ──> 256 bytes of shared memory ──> watcher (`pretrain.watcher`, a child process)
+    an exception ──> control socket ──────────────────────────────────────>    │ every rank's, over TCP
+                                                                               v
+       _exit(86) <── "exit" <── control socket <────────────── the verdict of rank 0's watcher ─> crash-report.txt
+
+A thread could not do it: one that is to notice a hang must not need the interpreter's lock that a hanging C call may hold,
+and a process that is stopped (SIGSTOP) or killed notices nothing. So each rank has a small child that only watches. It costs
+the training a copy of some bytes at each place, no system call and nothing on the device.
+
+What can be seen: where the host's side of a rank is. A rank that hangs in its loader, in Python, in a file system, in C
+code, stopped, or in the preparation of a collective is behind the others and is named. When a GPU hangs inside a collective
+all hosts wait in the same place; then all are named, and `pretrain doctor` finds the device.
+"""
+
+import faulthandler
+import json
+import mmap
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import weakref
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+
+import pretrain
+from pretrain import ranks
+from pretrain.config import Config
+from pretrain.crash import Facts
+from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL
+
+_current: "weakref.ref[Watchdog] | None" = None
+"""The one that is on, weakly: a run that is forgotten, in a notebook say, is not watched any more."""
+
+
+def _watchdog() -> "Watchdog | None":
+    return None if _current is None else _current()
+
+
+def at(place: str, step: int | None = None) -> None:
+    """Say where this rank is: at `place`, working on optimizer step `step`. Called by all ranks alike, in the main thread.
+
+    Nothing happens where no watchdog is on.
+    """
+    if (watchdog := _watchdog()) is not None:
+        watchdog.at(place, step)
+
+
+def first_step_done() -> None:
+    """From now on `watchdog.limit_s` counts: what is compiled is compiled."""
+    if (watchdog := _watchdog()) is not None:
+        watchdog.limit_s = watchdog.config.limit_s
+
+
+class Watchdog:
+    """Watches this rank while it is entered: `with Watchdog(...)`. An exception that leaves the block is reported.
+
+    Made by all ranks alike, since rank 0 tells the others where its watcher listens.
+    """
+
+    def __init__(self, settings: Config):
+        self.config = settings.watchdog
+        self.limit_s = max(self.config.limit_s, self.config.first_step_limit_s)
+        self._beats = 0
+        self._preparing = True
+        listener, address = _meet() if self.config.limit_s else (None, None)
+        if address is not None:
+            self._start(settings, listener, address)
+
+    def _start(self, settings: Config, listener: socket.socket | None, address: tuple[str, int, str]) -> None:
+        memory, self._stacks = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+        memory.truncate(CELL_BYTES)
+        self._cell = mmap.mmap(memory.fileno(), CELL_BYTES)
+        self._control, theirs = socket.socketpair()
+        self._catch_stack_signal()
+        batch = settings.train
+        versions = {"cria": pretrain.__version__, "python": platform.python_version(), "torch": version("torch")}
+        facts = Facts(str(Path(settings.run_dir)), batch.micro_batch_size, batch.global_batch_size, versions)
+        places = {"memory": memory.fileno(), "stacks": self._stacks.fileno(), "control": theirs.fileno()}
+        if listener is not None:
+            places["listener"] = listener.fileno()
+        agent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none" else 0
+        about = {"rank": ranks.rank(), "world_size": ranks.world_size(), "address": address, "agent": agent}
+        about |= {"limit_s": self.config.limit_s, "facts": asdict(facts)}
+        # Not a line of the site's packages: it starts in 20 ms. Its own session: signals to the job's group spare it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-m", "pretrain.watcher", json.dumps({**about, **places})],
+            pass_fds=tuple(places.values()),
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        memory.close()
+        theirs.close()
+        if listener is not None:
+            listener.close()
+        verdict = threading.Event()
+        threading.Thread(target=_obey, args=(self._control, verdict), name="watchdog", daemon=True).start()
+        self._finalizer = weakref.finalize(self, _say_goodbye, self._control, self._process, verdict)
+        self.at("preparing")
+
+    def _catch_stack_signal(self) -> None:
+        """On a signal all threads' stacks are written, by C code that does not need the interpreter's lock."""
+        os.set_blocking(self._stacks.fileno(), True)
+        faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True, chain=False)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=self._stacks, all_threads=True)  # a crash in C code leaves its stack, too
+
+    def at(self, place: str, step: int | None = None) -> None:
+        """See the function `at`."""
+        self._beats += 1
+        self._write(place, step, self.limit_s)
+
+    def rest(self) -> None:
+        """Between preparation and training nobody knows how long it takes."""
+        self._preparing = False
+        if self.on:
+            self._write("prepared", None, 0.0)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a watcher."""
+        return hasattr(self, "_process")
+
+    def _write(self, place: str, step: int | None, limit_s: float) -> None:
+        text = place.encode()[: CELL_BYTES - CELL.size]
+        self._cell[CELL.size :] = text.ljust(CELL_BYTES - CELL.size, b"\0")
+        CELL.pack_into(self._cell, 0, self._beats, limit_s, -1 if step is None else step)
+
+    def __enter__(self) -> "Watchdog":
+        global _current
+        if self.on:
+            if (before := _watchdog()) is not None:
+                before.rest()
+            _current = weakref.ref(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        if not self.on:
+            return
+        _current = None if _watchdog() is self else _current
+        if error is not None:
+            self._report(error)
+        self._finalizer()
+
+    def _report(self, error: BaseException) -> None:
+        """Hand the exception to the watcher, and wait until all ranks' are in, so that none is ended before it has spoken."""
+        refused = self._preparing and isinstance(error, (ValueError, OSError))
+        message = {
+            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}",
+            "trace": "".join(traceback.format_exception(error))[-20_000:],
+            "refused": refused,
+            "failed_at_s": time.monotonic(),
+        }
+        _send(self._control, message)
+
+
+def _meet() -> tuple[socket.socket | None, tuple[str, int, str]]:
+    """Rank 0's listening socket, on rank 0, and for all ranks its address: host, port and a word that opens it."""
+    listener = None
+    address = ("127.0.0.1", 0, "")
+    if ranks.rank() == 0:
+        alone = ranks.world_size() == 1
+        host = "127.0.0.1" if alone else os.environ.get("MASTER_ADDR", socket.gethostname())
+        wide = not alone and socket.has_dualstack_ipv6()
+        listener = socket.create_server(
+            ("127.0.0.1" if alone else "", 0),
+            family=socket.AF_INET6 if wide else socket.AF_INET,
+            dualstack_ipv6=wide,
+            backlog=1024,
+        )
+        address = (host, listener.getsockname()[1], secrets.token_hex(16))
+    return listener, ranks.broadcast(address)
+
+
+def _obey(control: socket.socket, verdict: threading.Event) -> None:
+    """A thread: end the process when the watcher says so; `verdict` is set when it has no more to say."""
+    word = b""
+    with suppress(OSError):
+        word = control.recv(1)
+    if word == b"x":
+        os._exit(EXIT_STATUS)
+    verdict.set()
+
+
+def _send(control: socket.socket, message: dict) -> None:
+    with suppress(OSError):  # the watcher is gone: the end comes without it
+        control.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _say_goodbye(control: socket.socket, process: subprocess.Popen, verdict: threading.Event) -> None:
+    """The run is over, for good or ill: all have left, or the page about the failure is written."""
+    _send(control, {"left": True})
+    if verdict.wait(10):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)  # longer only after a failure: then it sees to it that this process ends
+    control.close()

@@ -1,0 +1,139 @@
+"""`pretrain doctor`: what is judged, on made-up measurements; and once for real, on two ranks."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from conftest import pretrain, tiny_config, write_config
+
+from pretrain import checkup, doctor
+from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
+from pretrain.chips import CHIPS
+
+GOOD = Measured(
+    rank=0,
+    host="node0",
+    versions={"torch": "2.13.0", "commit": "abc"},
+    device="NVIDIA A100-SXM4-40GB",
+    memory_bytes=40 << 30,
+    product_flops=260e12,
+    memory_bytes_per_s=1350e9,
+    write_bytes_per_s=800e6,
+    read_bytes_per_s=500e6,
+    shards_seen="a",
+)
+NEEDS = Needs(checkpoint_bytes=13e9, kept=4, free_bytes=1e12, save_every_s=3000.0, read_bytes_per_s=1e6)
+
+
+def cluster(**bad: object) -> list[Measured]:
+    """Four hosts of two ranks; rank 5, on node2, has what is given."""
+    ranks = [dataclasses.replace(GOOD, rank=n, host=f"node{n // 2}") for n in range(8)]
+    ranks[5] = dataclasses.replace(ranks[5], **bad)  # type: ignore[arg-type]
+    return ranks
+
+
+def troubles(findings: list[Finding]) -> list[tuple[str, str, str]]:
+    return [(f.host, f.check, f.status) for f in findings if f.status != "ok"]
+
+
+def test_a_healthy_cluster_has_a_line_for_each_host_and_check_and_nothing_else() -> None:
+    findings = checkup.judge(cluster(), [], NEEDS)
+    assert troubles(findings) == []
+    per_host = [finding.check for finding in findings if finding.host == "node3"]
+    assert len(per_host) == len(set(per_host)) == 9
+    assert {f.host for f in findings} == {"node0", "node1", "node2", "node3", EVERYWHERE}
+    assert checkup.excluded(findings) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "check", "status"),
+    [
+        ({"versions": {"torch": "2.12.1", "commit": "abc"}}, "versions", "bad"),
+        ({"versions": {"torch": "2.13.0"}}, "versions", "bad"),
+        ({"device": "NVIDIA A100-PCIE-40GB"}, "GPU", "bad"),
+        ({"memory_bytes": 39 << 30}, "GPU", "bad"),
+        ({"health": {"uncorrected ECC errors": "3"}}, "GPU health", "bad"),
+        ({"health": {"throttled: too hot": "Active"}}, "GPU health", "warn"),
+        ({"product_flops": 210e12}, "matrix product", "bad"),
+        ({"product_flops": 240e12}, "matrix product", "warn"),
+        ({"memory_bytes_per_s": 900e9}, "GPU memory", "bad"),
+        ({"shard_problem": "data/a has no manifest"}, "shards", "bad"),
+        ({"shards_seen": "b"}, "shards", "bad"),
+        ({"read_bytes_per_s": 0.9e6}, "reading shards", "bad"),
+        ({"read_bytes_per_s": 2e6}, "reading shards", "warn"),
+        ({"folder_problem": "[Errno 30] Read-only file system"}, "run folder", "bad"),
+        ({"write_bytes_per_s": 300e6}, "run folder", "warn"),
+        ({"clock_skew_s": -90.0}, "clock", "bad"),
+        ({"clock_skew_s": 1.5}, "clock", "warn"),
+    ],
+)
+def test_the_bad_host_is_named_and_no_other(what: dict, check: str, status: str) -> None:
+    findings = checkup.judge(cluster(**what), [], NEEDS)
+    assert troubles(findings) == [("node2", check, status)]
+    assert next(f for f in findings if f.status != "ok").found.startswith("rank 5: ")
+    assert checkup.excluded(findings) == (["node2"] if status == "bad" else [])
+
+
+def test_the_table_of_chips_judges_all_ranks_alike_and_an_unknown_chip_not_at_all() -> None:
+    slow = [dataclasses.replace(rank, product_flops=150e12) for rank in cluster()]
+    assert {t[1:] for t in troubles(checkup.judge(slow, [], NEEDS))} == {("matrix product", "bad")}
+    assert checkup.excluded(checkup.judge(slow, [], NEEDS)) == [], (
+        "all hosts are alike: leaving them all out helps nobody"
+    )
+    unknown = [dataclasses.replace(rank, device="NVIDIA H20") for rank in slow]
+    assert troubles(checkup.judge(unknown, [], NEEDS)) == []
+    assert all(chip.bytes_per_s > 1e11 and (chip.flops is None or chip.flops > 5e13) for chip in CHIPS.values())
+
+
+def test_a_slow_link_is_that_of_the_host_which_has_no_fast_one() -> None:
+    ring = [("node0", "node1"), ("node1", "node2"), ("node2", "node3"), ("node3", "node0")]
+    links = [Link(pair, 2e9 if "node2" in pair else 20e9) for pair in ring]
+    assert troubles(checkup.judge(cluster(), links, NEEDS)) == [("node2", "all-reduce across", "bad")]
+    within = [Link((f"node{n}",), 100e9 if n == 1 else 230e9) for n in range(4)]
+    assert troubles(checkup.judge(cluster(), within, NEEDS)) == [("node1", "all-reduce within", "bad")]
+
+
+def test_what_is_nobodys_excludes_nobody() -> None:
+    full = dataclasses.replace(NEEDS, free_bytes=20e9)
+    findings = checkup.judge(cluster(), [], full)
+    assert troubles(findings) == [(EVERYWHERE, "space for checkpoints", "bad")]
+    assert checkup.excluded(findings) == []
+    often = dataclasses.replace(NEEDS, save_every_s=3.0)  # 13 GB at 8 x 800 MB/s are 2.0 s
+    assert troubles(checkup.judge(cluster(), [], often)) == [(EVERYWHERE, "saving", "bad")]
+
+
+def test_what_nvidia_smi_says() -> None:
+    answers = {"ecc": " 0", "rows": " No", "hot": " Active", "old": " [N/A]", "pending": " Yes", "fine": " Not Active"}
+    assert doctor.complaints(answers) == {"hot": "Active", "pending": "Yes"}
+
+
+def test_doctor_on_two_ranks(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", checkpoint={"every_steps": 1000, "keep_last": 2})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    done = pretrain("doctor", "--config", config_file, "--seconds", "0.1", ranks=2)
+    lines = {check: line for check in _CHECKS if (line := _line(done.stdout, check))}
+    assert set(lines) == set(_CHECKS), done.stdout + done.stderr
+    assert "ok" in lines["versions"]
+    assert "torch 2." in lines["versions"]
+    assert "GPU" not in done.stdout
+    assert re.search(r"all-reduce within .* \d+\.\d\d GB/s", done.stdout)
+    assert "nothing is bad" in done.stdout
+    assert not (tmp_path / "run").exists(), "it leaves nothing behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml"]
+
+
+_CHECKS = ("versions", "shards", "reading shards", "run folder", "clock", "saving", "space for checkpoints")
+
+
+def _line(table: str, check: str) -> str | None:
+    return next((line for line in table.splitlines() if re.match(rf"│ [^│]* │ {check} +│", line)), None)
+
+
+def test_doctor_names_what_is_missing(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run")
+    tree["data"]["sources"][1]["train"] = str(tmp_path / "nowhere")
+    done = pretrain("doctor", "--config", write_config(tmp_path / "c.yaml", tree), "--seconds", "0.05", check=False)
+    assert done.returncode == 1
+    assert re.search(r"^bad: .*: shards: .*nowhere", done.stdout, re.MULTILINE), done.stdout
+    assert "--exclude" not in done.stdout, "there is one host only"
