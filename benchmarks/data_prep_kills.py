@@ -62,7 +62,14 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes below `pid`."""
+    """The processes that a server below `pid` has forked, and the server."""
+    found: list[int] = []
+    for parent in (pid, *_children(pid)):
+        found += _children(parent)
+    return found
+
+
+def _children(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(word) for word in listed.split()]
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from argparse import ArgumentError
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
-
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 
 class Command(NamedTuple):
@@ -70,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(command: str, options: Any, argv: list[str]) -> Any:
     """The options of a command, an instance of the dataclass `options`. Raises ArgumentError."""
+    from jsonargparse import ArgumentParser, Namespace, set_parsing_settings  # which no worker should wait for
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=f"data-prep {command}", description=options.__doc__, exit_on_error=False)
     # A list is given as a shell writes it, --input A B; jsonargparse's own way would be --input [A,B].

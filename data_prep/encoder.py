@@ -4,7 +4,7 @@
          |  fast_encoder: does gigatoken agree on every probe? chosen once, at load, and said
          v
     Encoder.encode(texts) -> flat ids (n,) and ends (texts,), no Python object a token
-    Encoder.encode_long(text) -> ids piece by piece, in bounded memory
+    Encoder.encode_long(text) -> ids piece by piece, in bounded memory; what can't be cut nor taken whole is refused
     Encoder.check(text) -> both ways, compared            every --check_every documents, while the work goes on
 
 gigatoken is young and SentencePiece is what others will decode with, so the latter has the last word.
@@ -28,8 +28,10 @@ from data_prep.tokenizer_convert import SPACE
 
 LONG_CHARACTERS = 4 << 20
 """Longer texts are encoded in pieces of at most this many characters."""
+WHOLE_BYTES = 32 << 20
+"""Of UTF-8: the longest text that gigatoken takes in one for a tokenizer whose texts can't be cut."""
 _CHECK_CHARACTERS = 1 << 20
-_WORDS_BYTES = 200 << 20  # some 2 million different words
+_WORDS_BYTES = 400 << 20  # some 2 million different words; to learn them anew is what costs most
 _RENEW_CHARACTERS = 8 << 20
 _PROBES = 400
 
@@ -88,23 +90,32 @@ class Encoder:
         self._characters, self._resident = 0, _resident_bytes()
 
     def encode_long(self, text: str) -> Iterator[np.ndarray]:
-        """The ids of one text in several arrays. Raises Uncuttable for one that has no place to be cut in 8M characters.
-
-        A tokenizer of Hugging Face's kind has no places that are known to be safe: it gets the text in one.
-        """
+        """The ids of one text in several arrays. Raises Uncuttable, as refuse_uncuttable does."""
+        if len(text) > LONG_CHARACTERS and self.engine == "gigatoken":
+            self._renew()  # room for the text
         if self._cutter is None or len(text) <= LONG_CHARACTERS:
             yield self.encode([text]).ids
             return
-        if self.engine == "gigatoken":
-            self._renew()  # room for the text
         for piece, skip in self._cutter.pieces(text, LONG_CHARACTERS):
             yield self.encode([piece]).ids[skip:]
 
     def refuse_uncuttable(self, text: str) -> None:
-        """Raise Uncuttable where encode_long would, before there is anything to undo."""
-        if self._cutter is not None and len(text) > LONG_CHARACTERS:
+        """Raise Uncuttable for a text that has no place to be cut in 8M characters.
+
+        A tokenizer of Hugging Face's kind has no places that are known to be safe, so it gets a text in one. What that
+        takes is not bounded by the memory for the text: gigatoken has a limit, tokenizers a lower one.
+        """
+        if len(text) <= LONG_CHARACTERS:
+            return
+        if self._cutter is not None:
             for _ in self._cutter.pieces(text, LONG_CHARACTERS):
                 pass
+        elif self.engine != "gigatoken":
+            detail = f"{len(text):,} characters; encoded by tokenizers it can be {LONG_CHARACTERS:,}"
+            raise Uncuttable("too long", detail)
+        elif (size := len(text) if len(text) > WHOLE_BYTES else len(text.encode())) > WHOLE_BYTES:
+            detail = f"{size:,} bytes or more; with a tokenizer.json it can be {WHOLE_BYTES:,}"
+            raise Uncuttable("too long", detail)
 
     def check(self, text: str) -> None:
         """Raise Difference when the reference gives other ids; of a long text the first piece is compared."""
@@ -127,9 +138,9 @@ class Encoder:
 class Uncuttable(ValueError):
     """A text that can't be cut without changing its ids, and is too long to be taken whole."""
 
-    def __init__(self, characters: int) -> None:
-        super().__init__(f"{characters:,} characters in a row without a place where tokens must end")
-        self.bad = Bad("no place to cut", str(self))
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.bad = Bad(reason, detail)
 
 
 def fast_encoder(tokenizer: Tokenizer) -> tuple[Encoder, str]:
@@ -230,7 +241,8 @@ class _Cutter:
             if self._is_safe(text[end - 1].replace(" ", SPACE), text[end].replace(" ", SPACE)):
                 return end
         if len(text) - start > 2 * size:
-            raise Uncuttable(2 * size)
+            detail = f"{2 * size:,} characters in a row without a place where tokens must end"
+            raise Uncuttable("no place to cut", detail)
         return len(text)
 
     def _is_safe(self, left: str, right: str) -> bool:

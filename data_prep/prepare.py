@@ -24,7 +24,7 @@ from data_prep.sources import SlimPajama, Source, Split, StarCoder
 from data_prep.space import require_space
 from data_prep.tokenizer import Tokenizer, load
 from data_prep.unit import Job
-from data_prep.workers import prepare_units
+from data_prep.workers import prepare_units, start_server
 
 _SPACE_CHECK_SECONDS = 10.0
 
@@ -107,6 +107,8 @@ def run(options: WorkOptions) -> Manifest | None:
         raise ValueError(f"workers {options.workers} and check_every {options.check_every} must not be below 0")
     task, tasks = options.task_of()
     Budget(options.max_bad_documents, 0)
+    if options.workers != 1:
+        start_server()
     source, tokenizer, folder = options.source(), load(options.tokenizer), Folder(options.out)
     policy = (options.append_eos, options.prepend_bos)
     settings = Settings(source.name, source.split, tokenizer.info, *policy, source.settings)

@@ -103,8 +103,9 @@ class StarCoder(Source):
     """StarCoderData: FOLDER/train-*.parquet, the document in column `content`; a folder a language.
 
     The publisher's special folders (jupyter-scripts-dedup-filtered, jupyter-structured-clean-dedup,
-    github-issues-filtered-structured, git-commits-cleaned) have other columns beside it than the languages do, which is
-    why nothing but `content` is read. They count as subsets. A file without that column is named, not passed over.
+    github-issues-filtered-structured, git-commits-cleaned) have other columns beside it than the languages do, but their
+    whole text stands in it too, with marks like <commit_before>, <issue_start> and <jupyter_code>, which are text here.
+    So nothing but `content` is read. They count as subsets. A file without that column is named, not passed over.
 
     The publisher ships only "train". A document is held out for validation when a hash of its file and row falls below
     `holdout`: train and validation are disjoint, are everything together, and stay so wherever and however often they

@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         """Load and check the model in `file`; raises ValueError as `load` does."""
         data = file.read_bytes()
-        self.model = SentencePieceModel.parse(data, str(file))
+        self.model = _parsed(data, str(file))
         self._data, self._file = data, file
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
@@ -116,10 +116,16 @@ class SentencePieceTokenizer(Tokenizer):
         write_atomically(folder / MODEL_NAME, self._data)
 
 
-@lru_cache(maxsize=4)  # it takes half a second, and a run loads its tokenizer more than once
+@lru_cache(maxsize=4)  # here and below: a run loads its tokenizer more than once
+def _parsed(data: bytes, name: str) -> SentencePieceModel:
+    """What the bytes of a .model file say."""
+    return SentencePieceModel.parse(data, name)
+
+
+@lru_cache(maxsize=4)
 def _converted(data: bytes, name: str) -> dict[str, Any]:
     """The tokenizer.json for the bytes of a .model file."""
-    return orjson.loads(to_huggingface(SentencePieceModel.parse(data, name)).to_str())
+    return orjson.loads(to_huggingface(_parsed(data, name)).to_str())
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -24,8 +24,7 @@ SPACE = "▁"
 """What SentencePiece writes for a space (U+2581)."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One entry of the vocabulary; its id is its position."""
 
     text: str
@@ -52,7 +51,8 @@ class SentencePieceModel:
             raise ValueError(f"{name} is not a SentencePiece model; give a tokenizer.model or tokenizer.json") from None
         trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
         kinds = sentencepiece_model_pb2.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
-        pieces = [Piece(p.piece, p.score, kinds.Name(p.type)) for p in proto.pieces]
+        names = {number: name for name, number in kinds.items()}
+        pieces = [Piece(p.piece, p.score, names[p.type]) for p in proto.pieces]
         unlike = {
             "it is not BPE": trainer.model_type != trainer.BPE,
             "it has no byte fallback": not trainer.byte_fallback,
@@ -117,7 +117,12 @@ def _splits(text: str, normal: set[str]) -> list[tuple[str, str]]:
     the piece ("ab","a","ba" for "aba"); the left one wins. So a pair whose left half is the right half of another comes
     after it. (For runs of one character that can't be satisfied both ways; merging from the left never gets there.)
     """
-    pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-    pairs = [(left, right) for left, right in pairs if left in normal and right in normal]
+    pairs = [
+        (left, right)
+        for cut in range(1, len(text))
+        if (left := text[:cut]) in normal and (right := text[cut:]) in normal
+    ]
+    if len(pairs) == 1:
+        return pairs
     rights = {right for _, right in pairs}
     return sorted(pairs, key=lambda pair: (pair[0] in rights, len(pair[0])))

@@ -99,8 +99,10 @@ def test_every_document_is_accounted_for(undisturbed: Path) -> None:
 
 
 def test_workers_make_no_difference(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    before = dict(os.environ)
     run(options(corpus, tmp_path / "out", workers=3))
     assert_same_bytes(tmp_path / "out", undisturbed)
+    assert os.environ == before, "what is set for the workers is theirs alone"
 
 
 def test_a_rerun_does_what_is_unfinished_and_nothing_else(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import zstandard
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
 from test_sources import line, write_jsonl, write_parquet
@@ -20,7 +21,7 @@ from test_tokenizer import LLAMA_MODEL
 
 from data_prep import space
 from data_prep.budget import Budget
-from data_prep.encoder import Difference, Encoder
+from data_prep.encoder import WHOLE_BYTES, Difference, Encoder
 from data_prep.folder import Folder
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
@@ -196,6 +197,34 @@ def test_a_document_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, command
     assert Manifest.load(tmp_path / "out").documents == 4
 
 
+def test_what_a_tokenizer_must_take_whole_is_bounded(tmp_path: Path) -> None:
+    """Nobody knows where a tokenizer.json may be cut: a document is taken whole, or named and skipped."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["naïve 😀 word, 12 words"] * 9, trainer)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    word = "naïve 😀 word, "
+    longest = word * (WHOLE_BYTES // len(word.encode()))
+    lines = [line("before"), line(longest), line(longest + word), line(longest * 3), line("after")]
+    write_jsonl(tmp_path / "in/train/a.jsonl.zst", *lines)
+    arguments = ["slimpajama", "--input", tmp_path / "in", "--split", "train", "--tokenizer", tmp_path / "tokenizer"]
+    arguments += ["--out", tmp_path / "out", "--workers", "1", "--max_bad_documents", "0.4"]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "encoding with gigatoken" in done.stdout
+    assert int(done.stdout.split()[-2]) * 1024 < 1e9
+    assert done.stderr.count("bytes or more; with a tokenizer.json it can be 33,554,432") == 2
+    assert "line 3: too long: 33,554," in done.stderr
+    manifest = Manifest.load(tmp_path / "out")
+    assert (manifest.documents, manifest.dropped) == (3, {"too long": 2})
+
+
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +258,8 @@ def test_kills_at_random_moments_change_nothing(corpus: Path, undisturbed: Path,
         while process.poll() is None and not started.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1 if n else 0)
-        workers = children(process.pid) if victim == "worker" else []
+        below = children(process.pid) if victim == "worker" else []
+        workers = below + [worker for server in below for worker in children(server)]
         alive = process.poll() is None
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)

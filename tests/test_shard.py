@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import pickle
-import time
+import sys
+from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,19 +227,38 @@ def test_subsets_and_settings_survive(tmp_path: Path) -> None:
         Manifest("slimpajama", "train", TOKENIZER, True, False, (shard,), {"Book": SubsetTotals(3, 0, {"code": 3})})
 
 
-def test_a_manifest_of_60000_shards_opens_fast(tmp_path: Path) -> None:
-    (tmp_path / "chunk1").mkdir()
-    names = [f"chunk1/example_train_{n}.jsonl.zst.npy" for n in range(60_000)]
-    shards = tuple(
-        Shard(name, "uint16", 128, n, DIGEST, name[:-4], 5000, {"RedPajamaGithub": 99}) for n, name in enumerate(names)
-    )
-    (tmp_path / names[0]).touch()
-    os.truncate(tmp_path / names[0], 200_000)
+def calls_to_open(root: Path, count: int) -> Counter[str]:
+    """Every function called, by name, while a dataset of `count` shards is opened."""
+    (root / "chunk1").mkdir(parents=True)
+    names = [f"chunk1/example_train_{n}.jsonl.zst.npy" for n in range(count)]
+    shards = tuple(Shard(name, "uint16", 128, 5, DIGEST, name[:-4], 5000, {"code": 99}) for name in names)
+    (root / names[0]).write_bytes(bytes(128 + 10))
     for name in names[1:]:
-        os.link(tmp_path / names[0], tmp_path / name)
-    Manifest("slimpajama", "train", TOKENIZER, True, False, shards).save(tmp_path)
-    start = time.process_time()
-    dataset = TokenDataset(tmp_path)
-    seconds = time.process_time() - start
-    assert dataset.num_tokens == sum(range(60_000))
-    assert seconds < 2, f"opening 60,000 shards took {seconds:.2f} s"
+        os.link(root / names[0], root / name)
+    Manifest("slimpajama", "train", TOKENIZER, True, False, shards).save(root)
+    calls: Counter[str] = Counter()
+
+    def follow(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            calls[function.__name__] += 1
+        elif event == "call":
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(follow)
+    try:
+        dataset = TokenDataset(root)
+    finally:
+        sys.setprofile(None)
+    assert dataset.num_tokens == 5 * count
+    return calls
+
+
+def test_opening_a_manifest_costs_one_look_a_shard_and_opens_none(tmp_path: Path) -> None:
+    """What it takes in seconds with 60,000 shards is in benchmarks/results/data_prep_scale.json."""
+    one, two = calls_to_open(tmp_path / "one", 1000), calls_to_open(tmp_path / "two", 2000)
+    assert two["lstat"] - one["lstat"] == 1000
+    assert one["open"] == two["open"] == 1, "the manifest"
+    assert [one[name] for name in ("stat", "listdir", "scandir")] == [
+        two[name] for name in ("stat", "listdir", "scandir")
+    ]
+    assert two.total() < 2 * one.total()

@@ -137,20 +137,40 @@ def test_a_parquet_column_that_is_missing_or_holds_no_text(tmp_path: Path) -> No
 
 
 def test_special_folders_are_read_by_their_content_alone(tmp_path: Path) -> None:
-    """Issues, notebooks and commits have other columns than the languages, and the text in the same one."""
-    others = {
-        "python": {"max_stars_repo_path": "a.py", "max_stars_count": 3, "id": "0"},
-        "jupyter-scripts-dedup-filtered": {"max_stars_repo_path": "a.ipynb", "id": "0"},
-        "jupyter-structured-clean-dedup": {"path": "a.ipynb", "cells": [1, 2]},
-        "github-issues-filtered-structured": {"repo_id": 1, "issue_id": 2},
-        "git-commits-cleaned": {"commit": "0a1b", "old_contents": "never read", "subject": "never read"},
+    """Commits, notebooks and issues have other columns than the languages, and the text in the same one.
+
+    The columns of commits and of structured notebooks are those that the publisher's own notebooks write
+    (bigcode-dataset, preprocessing/filtering_git_commits.ipynb and jupyter-structured.ipynb); the one of issues is what
+    the steps behind them, the publisher's and others', read. Their marks of structure are text like any other.
+    """
+    others: dict[str, dict[str, object]] = {
+        "python": {"max_stars_repo_path": "a.py", "max_stars_repo_name": "a/b", "max_stars_count": 3, "id": "0"},
+        "jupyter-scripts-dedup-filtered": {"max_stars_repo_path": "a.ipynb", "max_stars_count": None, "id": "0"},
+        "jupyter-structured-clean-dedup": {
+            "license": ["mit"],
+            "path": "a.ipynb",
+            "repo_name": "a/b",
+            "chain_length": 2,
+        },
+        "github-issues-filtered-structured": {
+            "repo": "a/b",
+            "issue_id": 2,
+            "events": [{"author": "c", "text": "never"}],
+        },
+        "git-commits-cleaned": {"commit": "0a1b", "repos": "a/b", "old_file": "never.py", "new_file": "never.py"},
+    }
+    texts = {
+        "jupyter-structured-clean-dedup": "<jupyter_start><jupyter_text>A<jupyter_code>1<jupyter_output>1",
+        "github-issues-filtered-structured": "<issue_start>username_0: broken<issue_comment>username_1: mended",
+        "git-commits-cleaned": "<commit_before>a = 1\n<commit_msg>Two<commit_after>a = 2\n",
     }
     for folder, columns in others.items():
         (tmp_path / folder).mkdir()
-        table = pa.table({**{name: [value] for name, value in columns.items()}, "content": [f"text of {folder}"]})
+        row = {**columns, "content": texts.get(folder, f"text of {folder}")}
+        table = pa.table({name: [value] for name, value in row.items()})
         pq.write_table(table, tmp_path / folder / "train-00000-of-00001.parquet")
     documents = [d for _, d in everything(StarCoder(tmp_path, "train", 1e-9))]
-    assert [(d.subset, d.text) for d in documents] == [(folder, f"text of {folder}") for folder in sorted(others)]
+    assert [(d.subset, d.text) for d in documents] == [(f, texts.get(f, f"text of {f}")) for f in sorted(others)]
 
 
 def test_where_there_is_nothing_that_is_said(tmp_path: Path) -> None:
