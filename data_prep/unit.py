@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.documents import index_path
-from data_prep.encoder import LONG_CHARACTERS, Difference, Encoder, Uncuttable
+from data_prep.encoder import Difference, Encoder, Uncuttable
 from data_prep.folder import BadDocument, Counts, Folder, Settings, UnitRecord, frozen
 from data_prep.readers import Position
 from data_prep.shard import DTYPES, ShardWriter, token_dtype
@@ -102,7 +102,7 @@ class _Writer:
         """Take a document. Raises Uncuttable for one that can't be taken, and has then left nothing."""
         if self._job.check_every and self._documents % self._job.check_every == 0:
             self._check(document)
-        if len(document.text) > LONG_CHARACTERS:
+        if len(document.text) > self._encoder.long_characters:
             self.flush()
             self._add_long(document)
         else:

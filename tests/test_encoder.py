@@ -78,6 +78,7 @@ def test_long_documents_are_cut_often_and_exactly(fast: Encoder, monkeypatch: py
         list(fast.encode_long("a" * 1000))
     with pytest.raises(Uncuttable):
         fast.refuse_uncuttable("word " * 100 + "a" * 1000)
+    fast.check("a" * (2 * encoder_module._CHECK_CHARACTERS + 1))  # too long to be compared: that drops no document
 
 
 def test_what_gigatoken_remembers_is_bounded(llama: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

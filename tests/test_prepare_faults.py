@@ -21,11 +21,12 @@ from test_tokenizer import LLAMA_MODEL
 
 from data_prep import space
 from data_prep.budget import Budget
-from data_prep.encoder import WHOLE_BYTES, Difference, Encoder
+from data_prep.encoder import WHOLE_BYTES, WHOLE_CHARACTERS, Difference, Encoder, Uncuttable
 from data_prep.folder import Folder
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
 from data_prep.shard import Manifest, TokenDataset
+from data_prep.tokenizer import load
 
 BAD_LINES = {
     "bad JSON": b'{"text": "cut',
@@ -223,6 +224,11 @@ def test_what_a_tokenizer_must_take_whole_is_bounded(tmp_path: Path) -> None:
     assert "line 3: too long: 33,554," in done.stderr
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.documents, manifest.dropped) == (3, {"too long": 2})
+    reference = Encoder(load(tmp_path / "tokenizer"), "reference")
+    assert reference.long_characters == WHOLE_CHARACTERS
+    reference.refuse_uncuttable("😀" * WHOLE_CHARACTERS)
+    with pytest.raises(Uncuttable, match="1,048,577 characters; encoded by tokenizers it can be 1,048,576"):
+        reference.refuse_uncuttable("😀" * WHOLE_CHARACTERS + "a")
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
