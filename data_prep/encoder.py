@@ -33,7 +33,7 @@ WHOLE_BYTES = 32 << 20
 WHOLE_CHARACTERS = 1 << 20
 """The longest text that tokenizers takes in one: 800 bytes of memory a character, if they are emoji."""
 _CHECK_CHARACTERS = 1 << 18
-_WORDS_BYTES = 400 << 20  # some 2 million different words; to learn them anew is what costs most
+_WORDS_BYTES = 300 << 20  # to learn the words anew is what costs most; a document of 100 MB must find room beside them
 _RENEW_CHARACTERS = 8 << 20
 _PROBES = 400
 
