@@ -24,6 +24,13 @@ torch.set_num_threads(1)
 VOCAB_SIZE = 300
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
+    wanted = config.option.markexpr.strip() == "gpu"
+    if wanted and any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
+        raise pytest.UsageError("the tests marked gpu need a CUDA device, and PyTorch sees none on this machine")
+
+
 def write_dataset(
     folder: Path,
     tokens: int,

@@ -74,6 +74,34 @@ def test_logits_and_gradients_are_transformers(heads_kv: int, tied: bool) -> Non
     assert compared == len(reference)
 
 
+def test_within_documents_each_is_computed_as_if_alone() -> None:
+    """Logits and gradients of three documents in one sequence are those of three sequences: nothing leaks, nothing is lost."""
+    whole, _ = make_pair()
+    with torch.device("meta"):
+        apart = Llama(whole.config, eos_id=2)
+    apart.materialize(CPU)
+    apart.load_state_dict(whole.state_dict())
+    generator = torch.Generator().manual_seed(5)
+    lengths = [7, 1, 22]
+    parts = [
+        torch.cat((torch.randint(3, 515, (2, n - 1), generator=generator), torch.full((2, 1), 2)), 1) for n in lengths
+    ]
+    packed, targets = torch.cat(parts, 1), torch.randint(0, 515, (2, sum(lengths)), generator=generator)
+    logits = apart(packed)
+    torch.testing.assert_close(logits, torch.cat([whole(part) for part in parts], 1), atol=1e-5, rtol=0)
+    assert (logits - whole(packed)).abs().max() > 0.1, "the documents were near enough to one"
+
+    apart(packed, targets).backward()
+    for part, expected in zip(parts, targets.split(lengths, 1)):
+        (whole(part, expected) * part.shape[1] / sum(lengths)).backward()
+    for (name, p), q in zip(apart.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0, msg=name)
+
+    packed[:, :7] = torch.randint(3, 515, (2, 7), generator=generator)
+    packed[:, 6] = 2
+    assert torch.equal(apart(packed)[:, 7:], logits[:, 7:]), "what stands in one document changed another"
+
+
 def test_tinyllama_has_its_parameters() -> None:
     total, in_products = num_parameters(ModelConfig())
     assert total == 1_100_048_384

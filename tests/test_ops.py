@@ -16,6 +16,7 @@ def plain_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
 @pytest.mark.parametrize("chunk_rows", [256, 10_000])
 @pytest.mark.parametrize(("B", "T", "D", "V"), [(3, 301, 24, 515), (1, 1, 8, 3), (2, 256, 16, 1000), (1, 257, 8, 64)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_linear_cross_entropy_is_the_plain_one(
     monkeypatch: pytest.MonkeyPatch,
     chunk_rows: int,
@@ -25,6 +26,7 @@ def test_linear_cross_entropy_is_the_plain_one(
     V: int,
     dtype: torch.dtype,
     tolerance: float,
+    z_loss: float,
 ) -> None:
     monkeypatch.setitem(ops.LOGITS_BYTES, "cpu", chunk_rows * 4 * V)
     generator = torch.Generator().manual_seed(B * T + V)
@@ -35,9 +37,10 @@ def test_linear_cross_entropy_is_the_plain_one(
         targets[torch.rand(B, T, generator=generator) < 0.3] = ops.IGNORE_INDEX
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     reference = [hidden.double().requires_grad_(), weight.to(dtype).double().requires_grad_()]
-    loss, expected = ops.linear_cross_entropy(*ours, targets), plain_cross_entropy(*reference, targets)
+    loss, expected = ops.linear_cross_entropy(*ours, targets, z_loss), plain_cross_entropy(*reference, targets)
+    log_sum = (reference[0] @ reference[1].T).logsumexp(-1)[targets != ops.IGNORE_INDEX]
     (3 * loss).backward()
-    (3 * expected).backward()
+    (3 * (expected + z_loss * log_sum.square().mean())).backward()  # the value stays the cross-entropy alone
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for mine, theirs in zip(ours, reference):
@@ -90,6 +93,35 @@ def test_attention_is_causal_and_shares_heads(H_kv: int) -> None:
     torch.testing.assert_close(ops.attention(q, k, v, causal=True), expected, atol=1e-5, rtol=1e-5)
     last = ops.attention(q[:, :, -1:], k, v, causal=False)
     torch.testing.assert_close(last, expected[:, :, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_documents_end_with_eos_and_positions_start_anew() -> None:
+    input_ids = torch.tensor([[5, 2, 7, 7, 2, 2, 9], [2, 5, 5, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5, 2]])
+    document, position = ops.documents(input_ids, eos_id=2)
+    assert document.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]]
+    assert position.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6]]
+    seen = ops.document_mask(document)
+    assert seen.shape == (3, 1, 7, 7)
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("T", [150, 256])
+def test_flex_attention_sees_what_the_mask_shows(T: int) -> None:
+    """Forward only: flex_attention has no backward on a CPU; tests/test_ops_gpu.py has the gradient."""
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, heads, T, 16, generator=generator) for heads in (4, 2, 2))
+    document = torch.randint(0, 2, (2, T), generator=generator).mul(torch.arange(T) % 40 == 0).cumsum(1)
+    expected = ops.attention(q, k, v, causal=True, mask=ops.document_mask(document))
+    assert not torch.allclose(expected, ops.attention(q, k, v, causal=True))
+    torch.testing.assert_close(ops.flex(q, k, v, causal=True, mask=ops.flex_document_mask(document)), expected)
 
 
 def test_rms_norm_and_swiglu_are_their_formulas() -> None:

@@ -106,14 +106,19 @@ def test_the_micro_batch_does_not_change_the_run(
     assert all(other[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-5) for step in one)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_bf16_follows_fp32(datasets: Path, straight: Path, tmp_path: Path, ranks: int) -> None:
-    """Autocast on one device, FSDP2's policy on two: near the fp32 run, and not it."""
-    tree = tiny_config(datasets, tmp_path / "run", parallel={"precision": "bf16"})
-    pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=ranks)
-    one, other = records(straight, "train"), records(tmp_path / "run", "train")
-    assert all(other[step]["loss"] == pytest.approx(one[step]["loss"], abs=2e-2) for step in one)
-    assert any(abs(other[step]["loss"] - one[step]["loss"]) > 1e-5 for step in one), "bf16 was not used"
+def test_bf16_follows_fp32_and_is_the_same_on_one_rank_and_on_two(
+    datasets: Path, straight: Path, tmp_path: Path
+) -> None:
+    """The same numbers on one device and under FSDP2, up to bf16's rounding; near the fp32 run, and not it."""
+    losses = [[record["loss"] for record in records(straight, "train").values()]]
+    for ranks in (1, 2):
+        tree = tiny_config(datasets, tmp_path / f"{ranks}", parallel={"precision": "bf16"})
+        pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=ranks)
+        losses.append([record["loss"] for record in records(tmp_path / f"{ranks}", "train").values()])
+    full, one, two = losses
+    assert one == pytest.approx(full, abs=2e-2)
+    assert one == pytest.approx(two, abs=5e-3)
+    assert any(abs(a - b) > 1e-5 for a, b in zip(one, full)), "bf16 was not used"
 
 
 def test_compiled_it_trains_the_same_model(datasets: Path, tmp_path: Path) -> None:

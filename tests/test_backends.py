@@ -1,0 +1,152 @@
+"""Who computes what on which chip: chosen with a reason, or refused with the remedy; nothing is taken in silence."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, write_config
+from torch.nn.attention import SDPBackend
+
+from pretrain import backends, config, preparation, trainer
+from pretrain.backends import Situation, decide, obstacle, sdpa_order
+from pretrain.config import ModelConfig, OpsConfig
+
+A100, H100, T4 = (8, 0), (9, 0), (7, 5)
+EVERYTHING = {"flash_attn": "2.8.3", "xformers": "0.0.33.post2", "liger": "0.8.5", "torchao": "0.18.0"}
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What counts as installed; a test takes out of it, or changes it."""
+    found: dict[str, str | None] = dict(EVERYTHING)
+    monkeypatch.setattr(backends, "installed", found.get)
+    return found
+
+
+def on(capability: tuple[int, int] | None, **other: object) -> Situation:
+    situation = Situation(capability, torch.bfloat16, 64)
+    return dataclasses.replace(situation, **other)
+
+
+def chosen(situation: Situation, **asked: str) -> dict[str, str]:
+    return {choice.operation: choice.backend for choice in decide(OpsConfig(**asked), situation)}
+
+
+TORCH = dict.fromkeys(("attention", "rope", "swiglu", "rms_norm", "cross_entropy"), "torch")
+LIGER = {**TORCH, "rope": "liger", "swiglu": "liger", "rms_norm": "liger"}
+
+
+def test_auto_takes_the_fastest_that_is_there(versions: dict) -> None:
+    assert chosen(on(None)) == TORCH
+    for chip in (A100, H100):
+        assert chosen(on(chip, compiled=True)) == TORCH
+        assert chosen(on(chip)) == LIGER
+        assert chosen(on(chip, documents=True)) == {**LIGER, "attention": "flash_attn"}
+        assert chosen(on(chip, documents=True, compiled=True)) == TORCH
+        versions["flash_attn"] = None
+        assert chosen(on(chip, documents=True)) == {**LIGER, "attention": "xformers"}
+        versions["flash_attn"] = "2.8.3"
+    assert chosen(on(A100, documents=True, dtype=torch.float32))["attention"] == "xformers"
+    assert chosen(on(T4)) == TORCH
+    versions.clear()
+    assert chosen(on(A100)) == TORCH
+    why = {choice.operation: choice.why for choice in decide(OpsConfig(), on(A100))}
+    assert "liger-kernel is not installed: pip install" in why["rms_norm"]
+
+
+def test_a_gpu_never_gets_attention_that_holds_all_scores() -> None:
+    flash, cudnn, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    assert sdpa_order(on(H100)) == (cudnn, flash, efficient)
+    assert sdpa_order(on(A100)) == (flash, efficient)
+    for chip in (T4, A100, H100):
+        assert sdpa_order(on(chip, dtype=torch.float32)) == (efficient,)
+        for documents in (False, True):
+            assert SDPBackend.MATH not in sdpa_order(on(chip, documents=documents))
+
+
+@pytest.mark.parametrize(
+    ("operation", "backend", "situation", "version", "problem"),
+    [
+        ("attention", "flash_attn", on(None), "2.8.3", "needs a CUDA device"),
+        ("attention", "flash_attn", on(A100), None, r"flash-attn is not installed: pip install .*\.\[flash-attn\]"),
+        ("rms_norm", "liger", on(A100), None, r"liger-kernel is not installed: pip install .*\.\[gpu\]"),
+        ("attention", "xformers", on(A100), None, "xformers is not installed: pip install"),
+        ("attention", "flash_attn", on(T4), "2.8.3", "needs compute capability 8.0 or later, and this GPU has 7.5"),
+        ("attention", "flash_attn", on(A100, dtype=torch.float32), "2.8.3", "bf16, not in fp32: set parallel.precision"),
+        ("attention", "flash_attn", on(A100, head_dim=257), "2.8.3", "up to 256 features, .* this model has 257"),
+        ("attention", "flash_attn", on(A100, documents=True, compiled=True), "2.8.3", "breaks a compiled graph: use torch"),
+        ("rope", "flash_attn", on(A100, documents=True), "2.8.3", "not with data.intra_document"),
+        ("swiglu", "xformers", on(A100), "0.0.34", "no fused SwiGLU any more; the last that has is 0.0.33.post2"),
+        ("swiglu", "xformers", on(A100, float8=True), "0.0.33.post2", "not in float8"),
+        ("cross_entropy", "liger", on(A100, compiled=True), "0.8.5", "parallel.compile false"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had_is_an_error_with_the_remedy(
+    versions: dict, operation: str, backend: str, situation: Situation, version: str | None, problem: str
+) -> None:
+    versions[backend] = version
+    with pytest.raises(ValueError, match=f"model.ops.{operation} is {backend}: .*{problem}"):
+        chosen(situation, **{operation: backend})
+
+
+def test_what_can_be_had_is_taken_as_asked(versions: dict) -> None:
+    situation = on(A100)
+    for field in dataclasses.fields(OpsConfig):
+        for backend in ("torch", "flash_attn", "xformers", "liger"):
+            if backend in str(field.type):
+                assert obstacle(field.name, backend, situation) is None
+                (choice,) = (
+                    c for c in decide(OpsConfig(**{field.name: backend}), situation) if c.operation == field.name
+                )
+                assert (choice.backend, choice.why) == (backend, f"model.ops.{field.name} asks for it")
+
+
+def test_all_problems_are_named_at_once(versions: dict) -> None:
+    versions.clear()
+    with pytest.raises(ValueError, match=r"model.ops.attention is flash_attn: .*; model.ops.rms_norm is liger: "):
+        chosen(on(A100), attention="flash_attn", rms_norm="liger")
+
+
+def test_every_backend_that_can_be_asked_for_has_its_function() -> None:
+    pairs = {
+        (field.name, backend)
+        for field in dataclasses.fields(OpsConfig)
+        for backend in ("flash_attn", "xformers", "liger")
+        if f"'{backend}'" in str(field.type)
+    }
+    assert len(pairs) == 9
+    assert pairs == set(backends._MADE)
+
+
+def test_the_choice_is_no_part_of_the_models_shape() -> None:
+    other = ModelConfig(ops=OpsConfig(rms_norm="torch"))
+    assert other == ModelConfig()
+    assert other.shape() == ModelConfig().shape()
+    assert "ops" not in other.shape()
+    assert other.shape()["hidden_size"] == 2048
+
+
+def test_a_run_says_what_it_took_and_refuses_before_it_writes(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2}, optim={"warmup_steps": 1})
+    tree["model"] = {**tree["model"], "ops": {"attention": "flash_attn"}}
+    file = write_config(tmp_path / "c.yaml", tree)
+    with pytest.raises(ValueError, match=r"model\.ops\.attention is flash_attn: it needs a CUDA device"):
+        preparation.prepare(config.load(file))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+    assert (
+        trainer.train(preparation.prepare(config.parse(["--config", str(file), "--model.ops.attention", "auto"]))) == 0
+    )
+    written = json.loads((tmp_path / "run" / "operations.json").read_text())
+    assert {row["operation"]: row["backend"] for row in written} == TORCH
+    assert all(row["kernel"] and row["why"] for row in written)
+    assert "attention      torch    SDPA of the CPU  the only one on a CPU" in capsys.readouterr().out
+    again = ["--config", str(file), "--train.max_steps", "3", "--model.ops.attention", "torch"]
+    assert trainer.train(preparation.prepare(config.parse(again))) == 0  # another choice: still the same run
+    output = capsys.readouterr().out
+    assert "resumed after step 2" in output
+    assert "model.ops.attention asks for it" in output

@@ -1,0 +1,138 @@
+"""What `parallel.build` builds computes alike on one device and under FSDP2: precision, compilation, float8."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from pretrain import float8, parallel
+from pretrain.config import ModelConfig, ParallelConfig
+from pretrain.model import Llama
+
+SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 48}
+EOS = 2
+
+
+@contextmanager
+def built(monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int, **settings: object) -> Iterator[nn.Module]:
+    """A model on the CPU; full_shard is FSDP2 over a world of this one process."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        monkeypatch.setenv(name, "1")  # restores what `launch` is about to set
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    config = ParallelConfig(accelerator="cpu", strategy=strategy, **settings)
+    shape = ModelConfig(**SHAPE, num_hidden_layers=layers)
+    fabric, _ = parallel.launch(config, shape, [])
+    try:
+        yield parallel.unwrap(parallel.build(fabric, shape, config, seed=3, z_loss=1e-3, eos_id=EOS))
+    finally:
+        parallel.leave()
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 40, (3, 42), generator=torch.Generator().manual_seed(seed))
+    assert (tokens == EOS).any()
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    whole = {name: p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in whole.items()}
+
+
+def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and loss fp32, the residual stream bf16, on both; equal losses, and gradients to the rounding of bf16."""
+    found = {}
+    for strategy in ("single", "full_shard"):
+        with built(monkeypatch, strategy, layers=3, precision="bf16", compile=False) as model:
+            types: list[torch.dtype] = []
+
+            def note(module: nn.Module, args: tuple, out: torch.Tensor, types: list[torch.dtype] = types) -> None:
+                types.extend((args[0].dtype, out.dtype))
+
+            for layer in model.model.layers:
+                layer.register_forward_hook(note)
+            loss = model(*batch(1))
+            loss.backward()
+            assert types == [torch.bfloat16] * 6
+            assert loss.dtype == torch.float32
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            found[strategy] = loss.item(), gradients(model)
+    (loss, grads), (sharded_loss, sharded_grads) = found.values()
+    assert loss == sharded_loss  # the same products of the same bf16 numbers
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - sharded_grads[name]).norm() < 4e-3 * grad.norm(), name  # 2^-8: one rounding to bf16
+
+
+@pytest.mark.parametrize(("strategy", "layers"), [("single", 2), ("full_shard", 10)])
+def test_compiled_there_are_no_graph_breaks_and_no_recompiles(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int
+) -> None:
+    """Whole on one device, layer by layer under FSDP2: more layers than the recompilations after which dynamo gives up."""
+    torch.compiler.reset()
+    counters.clear()
+    # Everything of torch.compile but the code generator, which takes most of its time and breaks no graphs.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = []
+    with built(monkeypatch, strategy, layers=layers, precision="bf16", compile=True) as model:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(4):
+            with torch.no_grad():
+                model(*batch(100 + step))  # validation
+            with torch._dynamo.config.patch(error_on_recompile=step >= 2):
+                loss = model(*batch(step))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            if step == 1:
+                graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 2, "something was compiled, with and without gradient"
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    with built(monkeypatch, "single", layers=layers, precision="bf16", compile=False) as model:
+        assert model(*batch(0)).item() == pytest.approx(losses[0], abs=1e-3)
+    torch.compiler.reset()
+
+
+def test_float8_keeps_names_and_master_weights_and_computes_nearly_the_same() -> None:
+    found = []
+    for convert in (False, True):
+        with torch.device("meta"):
+            model = Llama(ModelConfig(**SHAPE, num_hidden_layers=2), dtype=torch.bfloat16)
+        if convert:
+            float8.convert(model, torch.device("cpu"), emulate=True)
+            assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Float8Linear"
+            assert type(model.lm_head).__name__ == "Linear"
+        model.materialize(torch.device("cpu"))
+        model.init_weights(1)
+        loss = model(*batch(2))
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    (loss, grads), (rounded_loss, rounded_grads) = found
+    assert loss != rounded_loss
+    assert loss == pytest.approx(rounded_loss, abs=0.05)
+    assert grads.keys() == rounded_grads.keys()
+    for name, grad in rounded_grads.items():
+        assert grad.dtype == torch.float32
+        assert 1e-3 < (grad - grads[name]).norm() / grads[name].norm() < 0.4, name
+
+
+def test_float8_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = partial(pytest.raises, ValueError)
+    with refuses(match="8.9 or later, and this runs on the CPU"), built(monkeypatch, "single", 1, precision="fp8"):
+        pass
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**{**SHAPE, "intermediate_size": 100}, num_hidden_layers=1))
+    with refuses(match="64 x 100; float8 products need multiples of 16"):
+        float8.convert(model, torch.device("cpu"), emulate=True)
+    monkeypatch.setattr("pretrain.backends.installed", {}.get)
+    with refuses(match=r"torchao is not installed: pip install .*\.\[gpu\]"):
+        float8.convert(model, torch.device("cpu"))
