@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config, write_config, write_dataset
 from torch import nn
 from torch._dynamo.utils import counters
 
-from pretrain import float8, parallel
+from pretrain import config, float8, parallel, preparation
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.model import Llama
 
@@ -26,11 +28,11 @@ def built(monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int, **setting
         monkeypatch.delenv(name)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    config = ParallelConfig(accelerator="cpu", strategy=strategy, **settings)
+    how = ParallelConfig(accelerator="cpu", strategy=strategy, **settings)
     shape = ModelConfig(**SHAPE, num_hidden_layers=layers)
-    fabric, _ = parallel.launch(config, shape, [])
+    fabric, _ = parallel.launch(how, shape, [])
     try:
-        yield parallel.unwrap(parallel.build(fabric, shape, config, seed=3, z_loss=1e-3, eos_id=EOS))
+        yield parallel.unwrap(parallel.build(fabric, shape, how, seed=3, z_loss=1e-3, eos_id=EOS))
     finally:
         parallel.leave()
 
@@ -100,6 +102,14 @@ def test_compiled_there_are_no_graph_breaks_and_no_recompiles(
     with built(monkeypatch, "single", layers=layers, precision="bf16", compile=False) as model:
         assert model(*batch(0)).item() == pytest.approx(losses[0], abs=1e-3)
     torch.compiler.reset()
+
+
+def test_within_documents_needs_their_ends(datasets: Path, tmp_path: Path) -> None:
+    train = write_dataset(tmp_path / "data", 2_000, seed=1, append_eos=False)
+    tree = tiny_config(datasets, tmp_path / "run", data={"intra_document": True})
+    tree["data"]["sources"] = [{"name": "mine", "train": str(train)}]
+    with pytest.raises(ValueError, match=r"data.intra_document needs .* was prepared without EOS .* --append_eos true"):
+        preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
 
 
 def test_float8_keeps_names_and_master_weights_and_computes_nearly_the_same() -> None:
