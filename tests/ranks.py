@@ -5,9 +5,11 @@ a user starts them.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
+import pickle
 import sys
 import weakref
 from multiprocessing.connection import Connection
@@ -20,8 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import checkpoint, config, parallel, preparation, trainer
-from pretrain.config import ModelConfig, OptimConfig, ParallelConfig
+from pretrain import checkpoint, parallel, preparation, trainer
+from pretrain.config import Config, ModelConfig, OptimConfig, ParallelConfig
 from pretrain.optim import clip_gradients, make_optimizer
 from pretrain.ranks import all_reduce_sum, rank
 from pretrain.sharding import before_micro_step
@@ -95,14 +97,14 @@ def counted(out: Path, shape: dict, settings: dict) -> None:
     write(out, {"exchanges": exchanges})
 
 
-def trained(config_file: Path) -> None:
+def trained(settings: Config) -> None:
     """A whole run, as `pretrain train` makes it."""
-    assert trainer.train(preparation.prepare(config.load(config_file))) == 0
+    assert trainer.train(preparation.prepare(settings)) == 0
 
 
-def stepped(out: Path, config_file: Path) -> None:
+def stepped(out: Path, settings: Config) -> None:
     """The steps of a run, and nothing besides."""
-    run = preparation.prepare(config.load(config_file))
+    run = preparation.prepare(settings)
     micro_batches = iter(trainer._make_loader(run))
     results = [trainer.optimizer_step(run, micro_batches) for _ in range(run.config.train.max_steps)]
     losses = all_reduce_sum(torch.stack([r.loss for r in results])) / run.fabric.world_size
@@ -111,7 +113,7 @@ def stepped(out: Path, config_file: Path) -> None:
     run.at_end.close()
 
 
-def resharded(shape: dict, settings: dict, folders: list[str]) -> None:
+def resharded(shape: dict, settings: dict, folders: list[Path]) -> None:
     """Load checkpoints into a model and an optimizer that lie otherwise; every rank must then hold its part of them."""
     model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
     fabric, _ = parallel.launch(parallel_config, model_config, [])
@@ -121,14 +123,17 @@ def resharded(shape: dict, settings: dict, folders: list[str]) -> None:
         tensors = checkpoint.tensors_of(model, optimizer)
         for tensor in tensors.values():
             tensor.fill_(-1.0)
-        checkpoint.load(Path(folder), model, optimizer)
-        saved = checkpoint.load_tensors(Path(folder))
+        checkpoint.load(folder, model, optimizer)
+        saved = load_tensors(folder)
         assert saved.keys() == tensors.keys()
         for name, tensor in tensors.items():
             expected = saved[name]
             if isinstance(tensor, DTensor):
                 expected = distribute_tensor(expected, tensor.device_mesh, tensor.placements, src_data_rank=None)
             assert torch.equal(local(tensor), local(expected)), f"{name} of {folder}"
+
+
+load_tensors = functools.cache(checkpoint.load_tensors)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,17 +163,16 @@ def be_rank(number: int, world_size: int, node_size: int, jobs: list[list], star
     os.environ.update(LOCAL_WORLD_SIZE=str(node_size), GROUP_RANK=str(number // node_size), MASTER_ADDR="127.0.0.1")
     os.environ.update(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT=str(start.recv()))
     for name, *arguments in jobs:
-        JOBS[name](*(Path(a) if isinstance(a, str) else a for a in arguments))
+        JOBS[name](*arguments)
     parallel.leave()
 
 
-def main(worlds: list[dict]) -> None:
-    """One world after the other; a rank that fails ends everything."""
-    for world in worlds:
-        size = world["world_size"]
+def main(worlds: list[tuple[int, int, list]]) -> None:
+    """One world after the other, each (ranks, ranks a node, jobs); a rank that fails ends everything."""
+    for size, node_size, jobs in worlds:
         pipes = [FORK.Pipe() for _ in range(size)]
         ranks = [
-            FORK.Process(target=be_rank, args=(number, size, world["node_size"], world["jobs"], pipes[number][1]))
+            FORK.Process(target=be_rank, args=(number, size, node_size, jobs, pipes[number][1]))
             for number in range(size)
         ]
         for process in ranks:
@@ -186,4 +190,4 @@ def main(worlds: list[dict]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(pickle.loads(Path(sys.argv[1]).read_bytes()))
