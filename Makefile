@@ -14,7 +14,7 @@ help:
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-gpu   the operations of every installed library against the reference, on a GPU"
-	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files (half an hour)"
+	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, 20 requeues (an hour)"
 	@echo "make bench-cpu  a training step against other trainers' code, on the CPU: into benchmarks/results"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
 	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
@@ -58,6 +58,7 @@ lint: setup
 
 faults: setup
 	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --flips 1000 --elastic 30 --folder $$(mktemp -d)
+	OMP_NUM_THREADS=1 python tests/slurm_runs.py --requeues 14 --torchrun 6 --folder $$(mktemp -d)
 
 bench-cpu: setup
 	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --out benchmarks/results/peers_cpu

@@ -145,6 +145,12 @@ class TrainConfig:
     """Stop when so many steps in a row were left out because a gradient was not finite (steps)."""
     deterministic: bool = False
     """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
+    max_hours: float = 0.0
+    """Save and leave before so many hours are over, where the scheduler does not tell its limit (hours); 0: no limit."""
+    stop_margin_s: float = 60.0
+    """Kept free at the end of the job's time, besides the longest step and twice the longest save so far (seconds)."""
+    max_restarts: int = 3
+    """Refuse to start after so many restarts by the scheduler without a new checkpoint between them."""
 
 
 @dataclass(frozen=True)
@@ -325,6 +331,9 @@ def check(config: Config) -> None:
     problems += [f"{name} is {value}; it must be at least 1" for name, value in positive.items() if value < 1]
     at_least_zero = {
         "data.num_workers": config.data.num_workers,
+        "train.max_hours": config.train.max_hours,
+        "train.stop_margin_s": config.train.stop_margin_s,
+        "train.max_restarts": config.train.max_restarts,
         "validation.every_steps": config.validation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,

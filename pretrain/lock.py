@@ -23,6 +23,7 @@ def lock(run_dir: Path) -> TextIO:
         raise BlockingIOError(
             f"another job ({holder}) is writing into {run_dir}; wait for it, or give this one another run_dir"
         ) from None
+    os.register_at_fork(after_in_child=file.close)  # a loader's process must not hold the lock when this one was killed
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -9,6 +9,7 @@ steps. It is only ever appended to: after a crash and a resume a step may stand 
 import json
 import math
 import resource
+import secrets
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,9 +18,12 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 
-from pretrain import pace
+from pretrain import pace, ranks
 from pretrain.chips import CHIPS
 from pretrain.config import Config, ModelConfig
+
+WANDB_ID = "wandb-id.txt"
+"""In the run's folder: the id of its W&B run."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -98,8 +102,12 @@ class MetricsLog:
     """Writes records on rank 0: to metrics.jsonl always, and their numbers to Fabric's loggers."""
 
     def __init__(self, run_dir: Path, fabric: Fabric):
+        """Called by all ranks. Raises ValueError, on all of them, where W&B does not start."""
         self._fabric = fabric
         self._file = _open_for_lines(run_dir / "metrics.jsonl") if fabric.is_global_zero else None
+        problem = _start_wandb(run_dir, fabric.loggers) if fabric.is_global_zero else None
+        if problem := ranks.broadcast(problem):
+            raise ValueError(problem)
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
@@ -145,5 +153,24 @@ def make_loggers(config: Config) -> list[Logger]:
     if config.logger == "wandb":
         from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
 
-        return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False)]
+        kept = run_dir / WANDB_ID
+        number = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
+        return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
     return []
+
+
+def _start_wandb(run_dir: Path, loggers: list[Logger]) -> str | None:
+    """Join or begin the W&B run, and keep its id: started again, the run is the same one there too. Returns a problem."""
+    wandb_logger: Any
+    for wandb_logger in (logger for logger in loggers if type(logger).__name__ == "WandbLogger"):
+        from wandb.errors import Error
+
+        try:
+            wandb_logger.experiment  # noqa: B018  starts it; WandbLogger resumes a run whose id is known
+        except Error as error:
+            return (
+                f"logger is wandb, and W&B did not start: {error} Set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` it "
+                "later, or take --logger tensorboard"
+            )
+        (run_dir / WANDB_ID).write_text(f"{wandb_logger.version}\n")
+    return None

@@ -73,6 +73,7 @@ def _build(
     if fabric.is_global_zero:
         _keep_config(settings, run_dir, say=fabric.print)
         shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
+    log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps = 0, torch.zeros((), device=fabric.device)
     at("loading the checkpoint")
@@ -94,7 +95,7 @@ def _build(
         grad_accum_steps=accumulate,
         facts=facts,
         flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, *num_parameters(settings.model)),
-        log=metrics.MetricsLog(run_dir, fabric),
+        log=log,
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=step,

@@ -55,6 +55,8 @@ class Saver:
             self._clear()
         self.stalled_s = 0.0
         """Seconds that training has waited for saving so far."""
+        self.longest_s = self._longest_of_the_run() if ranks.rank() == 0 else 0.0
+        """Seconds that the run's longest save took so far, from the copy to the commit; counted on rank 0."""
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
@@ -67,10 +69,16 @@ class Saver:
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer))
         assert isinstance(tensors, dict), "staging is asked to be synchronous"
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        self._pending = self._thread.submit(self._write, step, tensors, {**state, "updates": updates})
+        state = {**state, "updates": updates, "save_s": self.longest_s}
+        self._pending = self._thread.submit(self._write, step, tensors, state)
         if not self._config.in_background:
             self.wait()
         self.stalled_s += time.perf_counter() - started
+
+    def _longest_of_the_run(self) -> float:
+        """What the newest checkpoint knows of the saves before it."""
+        newest = checkpoint.committed(self._folder.parent)[:1]
+        return max((checkpoint.read_state(folder).get("save_s", 0.0) for _, folder in newest), default=0.0)
 
     def wait(self) -> str | None:
         """Wait for the save that is being written; returns why it failed, or None."""
@@ -114,7 +122,9 @@ class Saver:
             except OSError as error:
                 self._say(f"step {step}: older checkpoints could not be deleted: {error}")
         size = sum(entry["bytes"] for entry in entries.values())
-        self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {time.perf_counter() - started:.1f} s)")
+        took = time.perf_counter() - started
+        self.longest_s = max(self.longest_s, took)
+        self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
 
     def _all_ranks(self, stage: Callable[[], T]) -> list[T]:

@@ -2,20 +2,19 @@
 
     prepare(config) ─> Run ─> train(run): optimizer_step ... log, validate, save, stop ─> exit status
 
-`train` runs to the last step, or until a signal: then all ranks finish the step they are in, save, and leave. Started again
-with the same configuration, the run goes on where it was (`preparation` sees to that).
+`train` runs to the last step, or until a stop is asked for (`scheduler`: a signal, the end of the job's time): then all ranks
+finish the step they are in, save, and leave. Started again with the same configuration, the run goes on where it was
+(`preparation` sees to that).
 """
 
 import json
 import platform
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_finite
 from pretrain.progress import Display
 from pretrain.saver import Saver
+from pretrain.scheduler import Stop
 from pretrain.sharding import Sharding, before_micro_step
 from pretrain.watchdog import at, first_step_done
 
@@ -107,8 +107,8 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
     return StepResult(loss_sum, grad_norm.to(loss_sum.device), data_hash)  # parallel.cpu_offload clips on the host
 
 
-def train(run: Run) -> int:
-    """Train to the last step or until a signal. Returns the process's exit status: 0, or 128 + the signal's number.
+def train(run: Run, stop: Stop | None = None) -> int:
+    """Train to the last step or until a stop is asked for. Returns the process's exit status: 0, or `stop.status`.
 
     Raises:
         FloatingPointError: `train.max_skipped_steps` steps in a row had no finite gradient.
@@ -118,21 +118,21 @@ def train(run: Run) -> int:
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder free
         at_end.callback(display.close)
         at_end.callback(run.log.close)
-        return _train(run, display)
+        return _train(run, stop or Stop(), display)
 
 
-def _train(run: Run, display: Display) -> int:
+def _train(run: Run, stop: Stop, display: Display) -> int:
     settings = run.config
     at("starting")
-    stop = _StopSignal()
+    stop.listen_to_ctrl_c()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     saved_step = run.step
     micro_batches = iter(make_loader(run))
     _log_start(run, display)
-    if run.step == 0:
+    if run.step == 0 and not _stop_agreed(run, stop, saver, display):
         _validate(run, display)
     run.clock.reset()
-    while run.step < settings.train.max_steps and not stop.agreed():
+    while run.step < settings.train.max_steps and not _stop_agreed(run, stop, saver, display):
         result = optimizer_step(run, micro_batches)
         first_step_done()
         display.step(run.step)
@@ -151,11 +151,9 @@ def _train(run: Run, display: Display) -> int:
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
-    assert stop.signal is not None
-    reason = signal.Signals(stop.signal).name
-    run.log.write("stop", run.step, {"reason": reason})
-    display.say(f"stopped by {reason} after step {run.step}; the same command goes on from there")
-    return 128 + stop.signal
+    run.log.write("stop", run.step, {"reason": stop.why})
+    display.say(f"stopped by {stop.why} after step {run.step}; the same command goes on from there")
+    return stop.status
 
 
 def make_loader(run: Run) -> DataLoader:
@@ -172,24 +170,15 @@ def _due(step: int, every_steps: int, last: bool) -> bool:
     return every_steps > 0 and (last or step % every_steps == 0)
 
 
-class _StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current step. A second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._received)
-
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer, and the signal's number."""
-        at("agreeing on whether to stop")
-        asked = ranks.all_reduce_max(torch.tensor(self.signal or 0))  # on the CPU: the GPU's queue goes on
-        self.signal = int(asked) or None
-        return self.signal is not None
+def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
+    """Whether any rank was asked to stop; all ranks get the same answer, and the reason."""
+    at("agreeing on whether to stop")
+    settings = run.config.train
+    asked = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
+    if line := stop.warning_too_short(saver.longest_s):
+        display.say(line)
+    stop.reason = int(ranks.all_reduce_max(torch.tensor(asked)))  # on the CPU: the GPU's queue goes on
+    return stop.reason != 0
 
 
 def _log_start(run: Run, display: Display) -> None:

@@ -146,6 +146,25 @@ def straight(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+LONGER: dict = {
+    "train": {"max_steps": 120, "micro_batch_size": 4},
+    "validation": {"every_steps": 50},
+    "checkpoint": {"every_steps": 30, "keep_last": 2},
+    "parallel": {"strategy": "full_shard"},  # auto would take another one on two nodes than on one
+}
+"""Sections of a run that can be disturbed several times."""
+
+
+@pytest.fixture(scope="session")
+def two_ranks(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """The trajectory of LONGER on two ranks, never disturbed."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    pretrain(
+        "train", "--config", write_config(folder / "c.yaml", tiny_config(datasets, folder / "run", **LONGER)), ranks=2
+    )
+    return trajectory(folder / "run")
+
+
 def start(config_file: Path, *overrides: str) -> Process:
     """Begin to train, in a process group of its own."""
     return Process(("train", "--config", str(config_file), *overrides), dict(os.environ), merged=True)

@@ -1,10 +1,12 @@
-"""The faults that a run survives, made for real and counted: python tests/faults.py [--kills 300] [--flips 1000] [--elastic 30]
+"""The faults that a run survives, made for real and counted: python tests/faults.py [--kills 300] [--flips 1000] [--signals 40]
 
 A tiny model trains 16 steps over data of two to four epochs. Each trial disturbs a run and lets it go on until it is done:
 
     kill      SIGKILL to one or all of 1, 2 or 4 ranks, at a random moment, or in a save right before or after its n-th write,
               fsync or rename; started again until it ends. Every loss, norm and fingerprint must be the undisturbed run's.
     flip      a bit, a block, an end, a whole file of a checkpoint damaged: found, and the one before taken.
+    signal    SIGTERM or SIGUSR1 to one rank, in a step, in a validation, in a save, in a load or at the start: all ranks save
+              and leave with the status that asks for another start, no step is lost, and the next start goes on.
     elastic   stopped and started on other numbers of ranks, micro-batches and workers: the same sequences in every step,
               losses within 1e-5.
 
@@ -32,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from conftest import tiny_config, write_config, write_dataset
 
-from pretrain import checkpoint, train
+from pretrain import checkpoint, preparation, saver, train, trainer, validation
+from pretrain.scheduler import REQUEUE
 from pretrain.verify_resume import read_trajectory
 
 STEPS = 16
@@ -216,6 +219,74 @@ def kill_trials(data: Path, folder: Path, trials: int, seed: int, worlds: list[i
     return {"trials": trials, "differ": len(failures), "failures": failures, **facts}
 
 
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "in a step": (trainer, "before_micro_step", 9),
+    "in a validation": (validation, "losses", 2),
+    "in a save": (saver.Saver, "_write_tensors", 2),
+    "in a load": (checkpoint, "load", 1),
+    "at the start": (preparation, "prepare", 1),
+}
+"""Where a signal comes: before which call of a function, and in the how manieth."""
+
+
+def signal_at(place: str, number: signal.Signals, target: int) -> Callable[[int], None]:
+    """Makes rank `target` get the signal right before a call at that place."""
+
+    def arm(rank: int) -> None:
+        if rank != target:
+            return
+        owner, name, count = PLACES[place]
+        inner, calls = getattr(owner, name), Counter[str]()
+
+        def wrapper(*args: object, **options: object) -> object:
+            calls[name] += 1
+            if calls[name] == count:
+                os.kill(os.getpid(), number)
+            return inner(*args, **options)
+
+        setattr(owner, name, wrapper)
+
+    return arm
+
+
+def signal_trials(data: Path, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
+    """Each place in turn, then each signal, on each number of ranks."""
+    moments, failures, places = random.Random(seed), [], Counter[str]()
+    references = {}
+    for ranks in worlds:
+        run_to_the_end(ranks, settings(data, folder / f"straight-{ranks}"))
+        references[ranks] = read_trajectory(folder / f"straight-{ranks}")
+    kinds = [
+        (ranks, number, place) for ranks in worlds for number in (signal.SIGTERM, signal.SIGUSR1) for place in PLACES
+    ]
+    for trial in range(trials):
+        ranks, number, place = kinds[trial % len(kinds)]
+        run_dir, target = folder / f"trial-{trial}", moments.randrange(ranks)
+        config = settings(data, run_dir)
+        before = 0
+        if place in ("in a load", "at the start"):  # something to load: a run that was stopped before
+            stopped = finish(fork_ranks(ranks, config, signal_at("in a step", signal.SIGTERM, 0)))
+            before = max(read_trajectory(run_dir)) if stopped == [REQUEUE] * ranks else -1
+        statuses = finish(fork_ranks(ranks, config, signal_at(place, number, target)))
+        try:
+            trained = max(read_trajectory(run_dir))
+            saved = checkpoint.committed(run_dir)[0][0]
+            assert statuses == [REQUEUE] * ranks, f"the ranks left with {statuses}"
+            assert saved == trained < STEPS, f"{trained} steps were trained and {saved} saved"
+            assert trained == before or before == 0, f"{trained} steps after a start that was stopped at {before}"
+            run_to_the_end(ranks, config)
+            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            assert sum(line["kind"] == "train" for line in lines) == STEPS, "a step was trained twice"
+            compare(read_trajectory(run_dir), references[ranks], exact=True)
+            places[place] += 1
+            shutil.rmtree(run_dir)
+        except (AssertionError, ValueError, IndexError, OSError) as error:
+            failures.append(f"trial {trial}: {number.name} to rank {target} of {ranks}, {place}: {error}")
+    return {"trials": trials, "failed": len(failures), "failures": failures, "places": dict(places)}
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--signals", type=int, default=30)
     parser.add_argument("--elastic", type=int, default=30)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks that are killed")
     parser.add_argument("--seed", type=int, default=0)
@@ -309,6 +381,7 @@ def main() -> int:
     started = time.monotonic()
     summary = {
         "kills": kill_trials(data, args.folder / "kills", args.kills, args.seed, args.ranks),
+        "signals": signal_trials(data, args.folder / "signals", args.signals, args.seed, args.ranks),
         "damage": flip_trials(data, args.folder / "flips", args.flips, args.seed),
         "elastic": elastic_trials(data, args.folder / "elastic", args.elastic, args.seed),
     }

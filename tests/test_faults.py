@@ -8,7 +8,7 @@ from pathlib import Path
 
 def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     script = Path(__file__).parent / "faults.py"
-    short = ["--kills", "4", "--ranks", "1", "2", "--flips", "100", "--elastic", "1", "--seed", "7"]
+    short = ["--kills", "4", "--ranks", "1", "2", "--flips", "100", "--elastic", "1", "--signals", "5", "--seed", "7"]
     command = [
         sys.executable,
         str(script),
@@ -26,4 +26,6 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     assert len(summary["kills"]["places"]) >= 2, "kills of one kind only"
     assert summary["damage"]["trials"] > 50
     assert summary["damage"]["missed"] == 0
+    assert summary["signals"]["failed"] == 0, summary["signals"]["failures"]
+    assert len(summary["signals"]["places"]) == 5
     assert summary["elastic"]["differ"] == 0

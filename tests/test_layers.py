@@ -9,7 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"bench_profile", "bench_timing", "cli", "crash", "folder", "history", "lock", "processes", "progress", "ranks"},
+    {
+        "bench_profile",
+        "bench_timing",
+        "cli",
+        "crash",
+        "folder",
+        "history",
+        "lock",
+        "processes",
+        "progress",
+        "ranks",
+        "scheduler",
+    },
     {"bench_rows", "chips", "config", "pace", "peer", "watcher"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "watchdog"},
     {"model", "kernels", "checkpoint", "memory"},

@@ -4,12 +4,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import slurm
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -33,11 +36,9 @@ MINIATURE = [
     (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
     (r"^data-prep slimpajama", ""),
     (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", MINIATURE_MODEL),
-    (
-        r"^torchrun --nnodes=2 .* -m pretrain train --config configs/tinyllama-1.1b.yaml",
-        f"{MINIATURE_MODEL} {ON_THE_CPU}",
-    ),
     (r"^torchrun .* -m pretrain doctor", "--seconds 0.1"),
+    (r"^sbatch --nodes=2 launch/slurm.sbatch", f"{MINIATURE_MODEL} {ON_THE_CPU}"),
+    (r"^NNODES=2 .* launch/torchrun.sh", f"{MINIATURE_MODEL} {ON_THE_CPU} --run_dir runs/torchrun"),
     (r"^pretrain (export|report)", ""),
     (r"^pretrain (order|plan)", ""),
     (
@@ -95,10 +96,9 @@ def free_port() -> int:
 
 def run_on_two_nodes(command: list[str], folder: Path) -> str:
     """The line that a user types on each of two nodes: two torchrun agents on this host, one process each."""
-    with_one_process = [re.sub(r"^--nproc_per_node=8$", "--nproc_per_node=1", part) for part in command]
     address = f"localhost:{free_port()}"
-    local = [part.replace("node1:29500", address) for part in with_one_process]
-    assert local != command
+    local = ["env", "NPROC_PER_NODE=1", *(part.replace("node1:29500", address) for part in command)]
+    assert address in " ".join(local)
     agents = [
         subprocess.Popen(
             local, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -110,11 +110,28 @@ def run_on_two_nodes(command: list[str], folder: Path) -> str:
     return "".join(outputs)
 
 
+def run_under_slurm(command: list[str], folder: Path) -> str:
+    """The line that a user types, on a cluster of two nodes with one task each; gives rank 0's log."""
+    small = ["--wait", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1000"]
+    cluster_folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    try:
+        with slurm.Slurm(cluster_folder) as cluster:
+            cluster.environment |= {name: ENVIRONMENT[name] for name in ("WANDB_MODE", "WANDB_SILENT")}
+            cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+            done = cluster.run(command[0], *small, *command[1:], check=False, cwd=folder)
+    finally:
+        shutil.rmtree(cluster_folder, ignore_errors=True)
+    logs = "\n".join(path.read_text() for path in [folder / "pretrain-1.log", *(folder / "logs/slurm-1").glob("*")])
+    assert done.returncode == 0, done.stderr + logs
+    return (folder / "logs/slurm-1/rank-0.log").read_text()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the configurations, and `data/` where the publishers' files will lie."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "launch").symlink_to(ROOT / "launch")
     published = folder / "published"
     published.mkdir()
     (published / "SlimPajama-627B").symlink_to(folder / "runs/demo/corpus/slimpajama")
@@ -133,8 +150,11 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             part.replace("/data/", f"{folder}/published/", 1) if part.startswith("/data/") else part
             for part in miniature(command)
         ]
-        outputs[command] = run_on_two_nodes(parts, folder) if "--nnodes=2" in command else run(parts, folder)
-    assert len(outputs) == 27
+        if command.startswith("sbatch"):
+            outputs[command] = run_under_slurm(parts, folder) if slurm.available() else ""
+        else:
+            outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
+    assert len(outputs) == 28
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
@@ -142,10 +162,13 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
     report = outputs["pretrain report runs/demo/run"]
     assert "slimpajama" in report
     assert (folder / "runs/demo/run/report/index.html").is_file()
-    two_nodes = next(output for command, output in outputs.items() if "--nnodes=2" in command)
-    assert "on 2 x cpu" in two_nodes
-    assert (folder / "runs/tinyllama-1.1b/checkpoints/step-00000003/manifest.json").is_file()
-    assert list((folder / "runs/tinyllama-1.1b/wandb").glob("offline-run-*"))
+    two_nodes = {"sbatch": "runs/tinyllama-1.1b", "NNODES=2": "runs/torchrun"}
+    for start, run_dir in two_nodes.items():
+        if start == "sbatch" and not slurm.available():
+            continue
+        assert "on 2 x cpu" in next(output for command, output in outputs.items() if command.startswith(start))
+        assert (folder / run_dir / "checkpoints/step-00000003/manifest.json").is_file()
+        assert list((folder / run_dir / "wandb").glob("offline-run-*"))
 
     script = (
         "import transformers as t; m = t.AutoModelForCausalLM.from_pretrained('runs/demo/model'); "

@@ -14,6 +14,7 @@ import transformers
 from conftest import TINY_MODEL, pretrain, records, start, tiny_config, trajectory, wait_for, write_config
 
 from pretrain import checkpoint, config, preparation, trainer
+from pretrain.scheduler import REQUEUE
 
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_signal_to_the_whole_group_saves_though_loaders_get_it_too(
     wait_for(tmp_path / "run", 6, process)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, output
+    assert process.returncode == REQUEUE, output
     stopped = max(records(tmp_path / "run", "train"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 

@@ -1,0 +1,18 @@
+# What a site must set, once; sourced by slurm.sbatch and torchrun.sh on every node. A variable that is set already wins.
+
+# The network between the nodes, for NCCL's and gloo's first handshake. Without it they take the first interface that is up,
+# and on a node with several that may be one that the others cannot reach: the start hangs. See `ip -brief address`.
+# export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-ib0} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-ib0}
+
+# Which InfiniBand cards carry the data, where a node also has others, such as one for storage. See `ibstat -l`.
+# export NCCL_IB_HCA=${NCCL_IB_HCA:-mlx5_0,mlx5_1}
+
+# The environment with Cria in it, where a job does not inherit it from the shell that submitted it.
+# source /path/to/cria/.venv/bin/activate
+
+# A collective that failed must end its process, not leave it waiting: the job is then started again.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Lines of NCCL's warnings are what a site's support will ask for first.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A rank's log is to hold its last words when it is killed.
+export PYTHONUNBUFFERED=1

@@ -1,0 +1,140 @@
+"""Life under a scheduler: when to stop, with which status, and when not to start again.
+
+    SIGTERM, SIGUSR1 ─────────────────────┐
+    the end of the job's time comes near ─┼─> Stop.asked() on each rank ─> the ranks agree (trainer) ─> save ─> REQUEUE
+    the launcher is gone ─────────────────┘
+    SIGINT (Ctrl-C) ─> the same, but a person meant it: 130
+
+    started again ─> check_restarts: a new checkpoint since the last time? ─> go on, or refuse after some times without one
+
+`launch/slurm.sbatch` requeues its job after REQUEUE and after a crash, and never after 0, 2 (refused) or 130.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+REQUEUE = 75
+"""Exit status of a run that was stopped, has saved, and is to be started again (EX_TEMPFAIL of sysexits.h)."""
+OUT_OF_TIME = 90
+"""What `Stop.asked` gives for the time limit; numbers of signals lie below."""
+ORPHANED = 91
+"""What `Stop.asked` gives when torchrun's agent has died."""
+SAVES = 2.0
+"""So many times the longest save so far is kept free before the end of the job's time: one being written, and the last."""
+
+
+class Stop:
+    """Notes what asks this process to stop. Made first of all, so that nothing is lost while the run starts."""
+
+    def __init__(self) -> None:
+        self.reason = 0
+        """What the ranks agreed on: a signal's number, OUT_OF_TIME or ORPHANED; 0 while they go on."""
+        self._signal = 0
+        self._started = time.time()
+        self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
+        self._asked_before = time.monotonic()
+        self._longest_s = 0.0
+        self._warned = False
+        # Only torchrun's agent is a parent that must not go; a shell may.
+        self._parent = os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._received)
+
+    def listen_to_ctrl_c(self) -> None:
+        """From now on SIGINT too stops the run after its step; a second one interrupts at once."""
+        signal.signal(signal.SIGINT, self._received)
+
+    def over(self) -> None:
+        """The run has saved: a signal that comes while Python ends must not turn its status into the signal's."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self, save_s: float, max_hours: float, margin_s: float) -> int:
+        """Why this rank would stop now, or 0. Called between steps; the ranks take the largest answer.
+
+        save_s: the longest save so far (seconds); max_hours: see `train.max_hours`; margin_s: see `train.stop_margin_s`.
+        """
+        now = time.monotonic()
+        self._intervals += 1
+        if self._intervals > 0:  # a step, and what lay between two steps: a validation, say
+            self._longest_s = max(self._longest_s, now - self._asked_before)
+        self._asked_before = now
+        if self._signal:
+            return self._signal
+        if self._parent is not None and os.getppid() != self._parent:
+            return ORPHANED
+        end = self._end_of_time(max_hours)
+        return OUT_OF_TIME if end is not None and end - time.time() < self.needed_s(save_s, margin_s) else 0
+
+    def needed_s(self, save_s: float, margin_s: float) -> float:
+        """Seconds from now until the run has certainly saved and left: a step, SAVES saves, and the margin."""
+        return self._longest_s + SAVES * save_s + margin_s
+
+    def _end_of_time(self, max_hours: float) -> float | None:
+        """Unix time (seconds) at which the job ends: the scheduler's word, or `max_hours` after the start, or unknown."""
+        ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME") else []
+        ends += [self._started + 3600 * max_hours] if max_hours else []
+        return min(ends, default=None)
+
+    def warning_too_short(self, save_s: float) -> str | None:
+        """A line, once, where the scheduler's warning (sbatch --signal=...@SECONDS) leaves less time than a save takes."""
+        warning_s, needed_s = float(os.environ.get("CRIA_WARNING_S") or "inf"), self.needed_s(save_s, 0)
+        if self._warned or not save_s or warning_s >= needed_s:
+            return None
+        self._warned = True
+        return (
+            f"sbatch's --signal warns {warning_s:.0f} s before the end, and a step and {SAVES:.0f} saves take {needed_s:.0f} s: "
+            f"give --signal=USR1@{60 * (int(needed_s) // 60 + 2)}"
+        )
+
+    @property
+    def why(self) -> str:
+        """The reason in a word, e.g. SIGTERM."""
+        words = {OUT_OF_TIME: "the end of the job's time", ORPHANED: "the death of torchrun's agent"}
+        return words.get(self.reason) or signal.Signals(self.reason).name
+
+    @property
+    def status(self) -> int:
+        """The exit status: REQUEUE, or 130 for Ctrl-C."""
+        return 128 + signal.SIGINT if self.reason == signal.SIGINT else REQUEUE
+
+
+def restarts() -> int:
+    """How often the scheduler has started this job again by itself."""
+    counters = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "CRIA_RESTARTS")
+    return sum(int(os.environ.get(name) or 0) for name in counters)
+
+
+def check_restarts(run_dir: Path, newest: int, limit: int) -> None:
+    """Hold a job that is started again and again and gets nowhere; called by all ranks, before they join.
+
+    restarts.json says at which restart there last was a new checkpoint; a start by hand begins anew. newest: step of the
+    newest committed checkpoint, 0 for none; limit: see `train.max_restarts`.
+
+    Raises:
+        ValueError: the last `limit` restarts, the same for all ranks, made no checkpoint.
+    """
+    record, number = run_dir / "restarts.json", restarts()
+    seen = {"step": 0, "restart": 0}
+    if number and record.exists():
+        seen = json.loads(record.read_text())
+    in_vain = number - seen["restart"] if newest <= seen["step"] else 0
+    if in_vain > limit:
+        raise ValueError(
+            f"{in_vain - 1} restarts have made no checkpoint after step {newest} (train.max_restarts {limit}), and this one is "
+            "not tried; mend what the logs say, then submit the job anew"
+        )
+    if in_vain == 0 and os.environ.get("RANK", "0") == "0" and (number or run_dir.exists()):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        staged = record.with_suffix(".tmp")
+        staged.write_text(json.dumps({"step": newest, "restart": number}) + "\n")
+        os.replace(staged, record)

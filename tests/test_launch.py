@@ -1,0 +1,209 @@
+"""Life under a scheduler: time limits, restarts that get nowhere, torchrun's agents dying, the same W&B run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LONGER, pretrain, records, tiny_config, trajectory, wait_for, write_config
+
+from pretrain import checkpoint, scheduler
+from pretrain.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+KEY = "5ec2e7" * 6 + "5ec2"
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What a run in this process does with signals is over with the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> scheduler.Stop:
+    """One that no scheduler has told anything yet."""
+    for name in ("SLURM_JOB_END_TIME", "CRIA_WARNING_S", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    return scheduler.Stop()
+
+
+def test_a_run_stops_while_there_is_time_to_save(stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stop.asked(save_s=1e6, max_hours=0, margin_s=1e6) == 0, "without a limit there is time"
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
+    assert stop.asked(save_s=100, max_hours=0, margin_s=700) == 0
+    assert stop.asked(save_s=100, max_hours=0, margin_s=850) == scheduler.OUT_OF_TIME
+    assert stop.asked(save_s=200, max_hours=0, margin_s=700) == scheduler.OUT_OF_TIME, "the save counts twice"
+    assert stop.asked(save_s=0, max_hours=0.1, margin_s=400) == scheduler.OUT_OF_TIME, "the earlier limit counts"
+    assert stop.asked(save_s=0, max_hours=0.1, margin_s=300) == 0
+
+
+def test_a_warning_shorter_than_a_save_is_named_once(stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRIA_WARNING_S", "300")
+    assert stop.warning_too_short(save_s=0) is None, "nothing was measured yet"
+    assert stop.warning_too_short(save_s=149) is None
+    line = stop.warning_too_short(save_s=200)
+    assert line is not None
+    assert "warns 300 s before the end" in line
+    assert "take 400 s" in line
+    assert "--signal=USR1@480" in line
+    assert stop.warning_too_short(save_s=200) is None
+
+
+def test_ctrl_c_alone_is_not_started_again(stop: scheduler.Stop) -> None:
+    for reason in (signal.SIGTERM, signal.SIGUSR1, scheduler.OUT_OF_TIME, scheduler.ORPHANED):
+        stop.reason = reason
+        assert stop.status == scheduler.REQUEUE == 75
+    stop.reason = signal.SIGINT
+    assert stop.status == 130
+
+
+def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(restart: int, newest: int) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        for rank in ("1", "0", "2"):  # whoever comes first
+            monkeypatch.setenv("RANK", rank)
+            scheduler.check_restarts(tmp_path / "run", newest, limit=2)
+
+    start(0, newest=0)
+    assert not (tmp_path / "run").exists(), "a start by hand leaves nothing behind where there is no run yet"
+    start(1, newest=0)
+    start(2, newest=0)
+    with pytest.raises(ValueError, match=r"2 restarts have made no checkpoint after step 0 \(train.max_restarts 2\)"):
+        start(3, newest=0)
+    start(3, newest=10)
+    for restart in (4, 5):
+        start(restart, newest=10)
+    with pytest.raises(ValueError, match="after step 10"):
+        start(6, newest=10)
+    start(0, newest=10)  # by hand
+    start(1, newest=10)
+    for restart in range(2, 22):
+        start(restart, newest=restart * 10)
+
+
+def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit that leaves time for nothing: no step, status 75, and after some restarts a refusal with status 2."""
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_hours": 0.01, "max_restarts": 1})
+    command = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(command) == scheduler.REQUEUE
+    assert "stopped by the end of the job's time after step 0" in capsys.readouterr().out
+    assert not checkpoint.committed(tmp_path / "run")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(SystemExit) as refused:
+        main(command)
+    assert refused.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 restarts have made no checkpoint after step 0" in line
+
+
+def agents(config_file: Path, logs: Path) -> list[subprocess.Popen]:
+    """The same line on two nodes: two agents on this host, one rank each; the first holds the meeting place."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    here = {"NNODES": "2", "HEAD": f"localhost:{port}", "NPROC_PER_NODE": "1", "LOGS": str(logs), "PATH": path}
+    command = [ROOT / "launch" / "torchrun.sh", "--config", config_file]
+    output = open(logs.with_suffix(".txt"), "ab")  # noqa: SIM115
+    started = []
+    for _ in range(2):
+        started.append(
+            subprocess.Popen(command, env={**os.environ, **here}, stdout=output, stderr=output, start_new_session=True)
+        )
+    output.close()
+    return started
+
+
+def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: list[tuple], tmp_path: Path) -> None:
+    """Killed alone, its rank and the others save; killed with its rank, the others leave; the next start goes on."""
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **LONGER))
+    run_dir = tmp_path / "run"
+
+    first, second = agents(config_file, tmp_path / "logs")
+    wait_for(run_dir, 5, first)
+    second.kill()
+    second.wait()
+    assert first.wait(60) in (scheduler.REQUEUE, 1), (tmp_path / "logs.txt").read_text()  # 1: the other held the store
+    saved = max(records(run_dir, "train"))
+    assert 5 <= saved < 120
+    assert checkpoint.committed(run_dir)[0][0] == saved, "a step was lost"
+    assert records(run_dir, "stop")[saved]["reason"] == "the death of torchrun's agent"
+
+    first, second = agents(config_file, tmp_path / "logs")
+    wait_for(run_dir, saved + 5, first)
+    worker = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    second.kill()
+    os.kill(int(worker[0]), signal.SIGKILL)
+    second.wait()
+    assert first.wait(60) not in (0, scheduler.REQUEUE)
+
+    first, second = agents(config_file, tmp_path / "logs")
+    assert (first.wait(120), second.wait(120)) == (0, 0), (tmp_path / "logs.txt").read_text()
+    assert trajectory(run_dir) == two_ranks
+    assert len(list((tmp_path / "logs").rglob("stdout.log"))) >= 6, "a log a rank"
+
+
+def test_usr1_and_ctrl_c_reach_the_ranks_and_the_agents_status_tells(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 4000}, checkpoint={"every_steps": 0})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "NPROC_PER_NODE": "2", "LOGS": str(tmp_path / "logs"), "PATH": path}
+    command = [ROOT / "launch" / "torchrun.sh", "--config", config_file]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    wait_for(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == scheduler.REQUEUE, output
+    assert "stopped by SIGUSR1 after step" in output
+    assert "Traceback" not in output
+    assert checkpoint.committed(tmp_path / "run")[0][0] == max(records(tmp_path / "run", "train"))
+
+    process = subprocess.Popen(command, env=environment, **pipes)
+    wait_for(tmp_path / "run", max(records(tmp_path / "run", "train")) + 5, process)
+    process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C comes to the agent alone
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "stopped by SIGINT after step" in output
+    assert "Traceback" not in output
+
+
+def test_the_same_wandb_run_after_a_restart_and_no_key_anywhere(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2}, optim={"warmup_steps": 1}, logger="wandb")
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+    environment |= {"WANDB_CONFIG_DIR": str(tmp_path / "w"), "WANDB_CACHE_DIR": str(tmp_path / "w")}
+    said = pretrain("train", "--config", config_file, env=environment)
+    number = (tmp_path / "run" / "wandb-id.txt").read_text().strip()
+    again = pretrain("train", "--config", config_file, "--train.max_steps", 3, env=environment)
+    folders = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{number}"))
+    assert len(folders) == 2, "two parts of one run"
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 10
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert KEY not in said.stdout + said.stderr + again.stdout + again.stderr
+
+
+def test_wandb_without_a_key_is_one_line(datasets: Path, tmp_path: Path) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", logger="wandb"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    done = pretrain("train", "--config", config_file, check=False, env=environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("pretrain train: error: ")]
+    for words in ("WANDB_API_KEY", "WANDB_MODE=offline", "--logger tensorboard"):
+        assert words in line

@@ -1,0 +1,155 @@
+"""The launch script on a real SLURM of two nodes: warned, timed out, cancelled, moved, crashing; always the same run."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm
+from conftest import LONGER, records, trajectory
+from slurm_runs import ROOT, Job
+
+from pretrain import checkpoint
+
+pytestmark = pytest.mark.skipif(not slurm.available(), reason="needs root and slurmctld, slurmd, slurm-client, munge")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[slurm.Slurm]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    try:
+        with slurm.Slurm(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cluster: slurm.Slurm) -> Iterator[None]:
+    """What a failed test has left in the queue would disturb the next one."""
+    yield
+    cluster.run("scancel", "--full", "-u", "root", check=False)
+
+
+def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
+    cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path)
+    job.submit(datasets, "--train.stop_margin_s", "30", options=("--time=1", "--signal=USR1@1"))
+    job.until_step(restart=0, steps=10)
+    cluster.run("scancel", "--signal=USR1", job.number)
+
+    job.until_step(restart=1, steps=10)
+    cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    job.until("the requeue", lambda: set(cluster.state(job.number).values()) == {"PENDING"})  # all of it has left
+    cluster.run("scontrol", "update", "nodename=node2", "state=idle")
+
+    job.until_step(restart=2, steps=10)
+    job.sleep_until_the_end(margin_s=30)
+    assert job.until_over() == "COMPLETED", job.logs()
+    stops = job.stops()
+    assert stops[0] == "SIGUSR1", job.logs()
+    assert stops[-2:] == ["the end of the job's time", "finished"], job.logs()
+    assert trajectory(job.run_dir) == two_ranks
+    assert "restart 3: 2 tasks on node[1-2]" in (tmp_path / "job.log").read_text()
+    ranks = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert "stopped by SIGUSR1" in ranks[0]
+    assert "Traceback" not in ranks[1]
+
+
+def test_a_cancelled_job_has_saved_and_stays_cancelled(
+    cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path)
+    job.submit(datasets)
+    job.until_step(restart=0, steps=10)
+    cluster.run("scancel", job.number)
+    assert job.until_over() == "CANCELLED", job.logs()
+    last = max(records(job.run_dir, "train"))
+    assert last < LONGER["train"]["max_steps"]
+    assert checkpoint.committed(job.run_dir)[0][0] == last, "a step was lost"
+    assert "restart 1" not in (tmp_path / "job.log").read_text()
+    job.submit(datasets)
+    assert job.until_over() == "COMPLETED", job.logs()
+    assert trajectory(job.run_dir) == two_ranks
+
+
+def test_a_job_that_always_crashes_is_not_started_for_ever(
+    cluster: slurm.Slurm, datasets: Path, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path)
+    bug = {
+        "train": {"max_steps": 50, "micro_batch_size": 4, "max_restarts": 1, "max_skipped_steps": 2},
+        "optim": {"max_lr": 1e30, "warmup_steps": 1},
+    }
+    job.submit(datasets, **bug)
+    assert job.until_over() == "FAILED"
+    lines = (tmp_path / "job.log").read_text()
+    assert [n for n in range(5) if f"restart {n}:" in lines] == [0, 1, 2], job.logs()
+    said = "1 restarts have made no checkpoint after step 0 (train.max_restarts 1)"
+    assert (tmp_path / "logs" / "rank-0.log").read_text().count(said) == 1
+
+
+STUB = """#!/usr/bin/env bash
+echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP_RANK" \\
+  "at $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads, warned $CRIA_WARNING_S s before $SLURM_JOB_END_TIME:" "$@"
+[ $((${SLURM_RESTART_COUNT:-0} + ${CRIA_RESTARTS:-0})) -ge 1 ] || exit 75
+"""
+"""In Python's place: says what it was told, and wants to be started once more."""
+
+
+def run_stub(cluster: slurm.Slurm, folder: Path, scontrol: bool, *options: str) -> list[str]:
+    """Run the script around the stub until nothing is queued any more; gives the lines of its ranks, sorted."""
+    programs = {"python": STUB} | ({} if scontrol else {"scontrol": "#!/bin/sh\nexit 127\n"})
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "launch").symlink_to(ROOT / "launch")
+    small = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1000", "--time=5"]
+    path = f"{folder}/bin:{cluster.environment['PATH']}"
+    command = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        *small,
+        *options,
+        f"--export=ALL,PATH={path}",
+        "launch/slurm.sbatch",
+    ]
+    cluster.run(*command, "--config", "a b.yaml", "--run_dir", "runs/%a", cwd=folder)
+    deadline = time.monotonic() + 60
+    while queued := cluster.run("squeue", "-h", "-o", "%i %T").stdout:
+        for line in queued.splitlines():
+            cluster.hurry(line.split()[0])
+        assert time.monotonic() < deadline, queued
+        time.sleep(0.1)
+    return sorted(line for path in folder.glob("logs/*/rank-*.log") for line in path.read_text().splitlines())
+
+
+def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
+    cluster: slurm.Slurm, tmp_path: Path
+) -> None:
+    lines = run_stub(cluster, tmp_path, True, "--array=3,7")
+    assert len(lines) == 8, "two tasks of two ranks, twice"
+    for task in (3, 7):
+        (port,) = {line.split(":")[1].split(",")[0] for line in lines if line.endswith(f"--run_dir runs/{task}")}
+        assert 12000 <= int(port) < 32000
+    assert len({line.split(":")[1].split(",")[0] for line in lines}) == 2, "ports do not collide"
+    assert sum(line.startswith("rank 0 of 2, 0 of 1 on node 0 at ") for line in lines) == 4
+    assert sum(line.startswith("rank 1 of 2, 0 of 1 on node 1 at ") for line in lines) == 4
+    now = time.time()
+    for line in lines:
+        assert ", 1 threads, warned 300 s before " in line
+        assert "-m pretrain train --config a b.yaml --run_dir runs/" in line
+        assert now + 200 < int(line.split("before ")[1].split(":")[0]) <= now + 301
+    assert all("the job is requeued" in log.read_text() for log in tmp_path.glob("pretrain-*.log"))
+
+
+def test_without_scontrol_the_job_submits_the_next_one(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    lines = run_stub(cluster, tmp_path, False)
+    assert len(lines) == 4, "two ranks, twice"
+    assert all(line.endswith("--config a b.yaml --run_dir runs/%a") for line in lines)
+    assert len(list(tmp_path.glob("logs/slurm-*"))) == 2, "two jobs"
