@@ -15,7 +15,7 @@ help:
 	@echo "make test       lint, types and all tests"
 	@echo "make test-gpu   the operations of every installed library against the reference, on a GPU"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, 20 requeues (an hour)"
-	@echo "make bench-cpu  a training step against other trainers' code, on the CPU: into benchmarks/results"
+	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
 	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
 	@echo "make bench-data data preparation against the usual ways"
@@ -61,7 +61,7 @@ faults: setup
 	OMP_NUM_THREADS=1 python tests/slurm_runs.py --requeues 14 --torchrun 6 --folder $$(mktemp -d)
 
 bench-cpu: setup
-	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --out benchmarks/results/peers_cpu
+	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --out benchmarks/results/peers_cpu $(PEERS:%=--peers_python %)
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py

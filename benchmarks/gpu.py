@@ -1,8 +1,8 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations correct ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> a sweep ─> the paper's table
+    operations correct ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> the paper's table ─> a sweep
 
-    python3 benchmarks/gpu.py [--seconds 590] [--out benchmarks/results]
+    python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
 
 Nothing is installed and nothing fetched: what is missing is named, and so is what there was no time for. Each part is a command
@@ -10,9 +10,11 @@ of its own with a share of the time. Results: OUT/gpu-CHIP-PART.json and .md, an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,20 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-
-NEEDED = (
-    "torch",
-    "lightning",
-    "jsonargparse",
-    "docstring_parser",
-    "typeshed_client",
-    "numpy",
-    "yaml",
-    "rich",
-    "safetensors",
-)
-NEEDED += ("tokenizers", "huggingface_hub", "packaging")
-"""Modules that `pretrain bench` imports."""
 
 OPTIONAL = (
     "pytest",
@@ -75,27 +63,21 @@ class Part:
 
 SHORT = ["--steps", "2", "--warmup", "1"]
 
+QUICK = ["--steps", "6", "--warmup", "3"]
+
+FEW = ["--rows", "micro-batch 2 eager,micro-batch 1 eager"]
+
+SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
+
 PARTS = (
     Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 120, ["--profile"], SHORT),
-    Part("40gb", "micro-batch 16 within 40 GB", 75, ["--memory_limit_gib", "40", "--steps", "8"], SHORT),
-    Part(
-        "peers",
-        "ours against every peer",
-        280,
-        ["--peers"],
-        [*SHORT, "--rows", "transformers (eager),litgpt,stand-in"],
-        True,
-    ),
-    Part("sweep", "the best settings", 120, ["--sweep", "--steps", "6", "--warmup", "3"], SHORT, True),
-    Part(
-        "paper",
-        "hours for 300B tokens",
-        150,
-        ["--paper", "--steps", "6", "--warmup", "3"],
-        [*SHORT, "--scale", "0.03"],
-        True,
-    ),
+    # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
+    Part("40gb", "micro-batch 16 within 40 GB", 75, ["--memory_limit_gib", "39", "--steps", "8"], SHORT),
+    Part("peers", "ours against every peer", 280, ["--peers"], [*SHORT, *SOME], True),
+    Part("paper", "hours for 300B tokens", 120, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
+    Part("sweep", "the best settings", 580, ["--sweep", *QUICK], [*SHORT, *FEW], True),
 )
+"""The last takes what time is left."""
 
 
 def main() -> int:
@@ -103,25 +85,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="a miniature of everything")
-    parser.add_argument("--seconds", type=float, default=590, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=580, help="for everything together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--parts", default=",".join(["operations", *(part.name for part in PARTS)]))
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tinyllama-1.1b.yaml")
     parser.add_argument("--peers_python", action="append", default=[], help="another environment to find peers in")
     args = parser.parse_args()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"bench-gpu: error: not importable: {', '.join(missing)}; put them on PYTHONPATH, or run make setup",
-            file=sys.stderr,
-        )
-        return 2
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
             "bench-gpu: error: no CUDA device here; --device cpu --small runs all of it in miniature", file=sys.stderr
         )
+        return 2
+    imports = [sys.executable, "-c", "import pretrain.bench_step, pretrain.cli"]
+    tried = subprocess.run(imports, env=_environment(), capture_output=True, text=True)
+    if tried.returncode:
+        reason = tried.stderr.strip().splitlines()[-1]
+        print(f"bench-gpu: error: {reason}; put it on PYTHONPATH, or run make setup", file=sys.stderr)
         return 2
     chip = torch.cuda.get_device_name(0) if args.device == "cuda" else "cpu"
     stem = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', chip.lower())}"
@@ -138,9 +119,9 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> tuple[list[st
     pages, failed = [], []
     args.out.mkdir(parents=True, exist_ok=True)
     if "operations" in args.parts.split(","):
-        said, status = _operations(args, min(90.0, deadline - time.monotonic()))
+        said, good = _operations(args, deadline)
         pages.append(f"# Operations against the reference, in value and gradient\n\n{said}\n")
-        failed += ["operations"] if status else []
+        failed += [] if good else ["operations"]
     for part in (part for part in PARTS if part.name in args.parts.split(",")):
         seconds = min(part.seconds, deadline - time.monotonic())
         out = Path(f"{stem}-{part.name}")
@@ -174,26 +155,37 @@ def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> b
         command += ["--budget_s", f"{seconds - 10:.0f}"]  # it has to write its result as well
     if part.name == "peers":
         command += [option for python in args.peers_python for option in ("--peers_python", python)]
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment())
     try:
-        return subprocess.run(command, cwd=ROOT, env=_environment(), timeout=seconds).returncode == 0
+        return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
-        print(f"{part.name}: stopped after {seconds:.0f} s", flush=True)
-        return False
+        process.send_signal(signal.SIGINT)  # it ends its own processes, which would hold the GPU
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    process.kill()
+    print(f"{part.name}: stopped after {seconds:.0f} s", flush=True)
+    return False
 
 
-def _operations(args: argparse.Namespace, seconds: float) -> tuple[str, int]:
-    """`pytest -m gpu`; without pytest, a few training steps with each backend against the reference's."""
-    print(f"== operations ({seconds:.0f} s)", flush=True)
-    if args.device == "cpu" or importlib.util.find_spec("pytest") is None or importlib.util.find_spec("xdist") is None:
-        command = [sys.executable, str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]
-    else:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(ROOT / "tests")]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=_environment(), timeout=seconds, capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s", 1
-    print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
-    return f"```\n{done.stdout[-4000:].strip()}\n```", done.returncode
+def _operations(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
+    """Each operation in a small model; and `pytest -m gpu`, where there is pytest. What they said, and whether all is well."""
+    print("== operations", flush=True)
+    commands = [[str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]]
+    if args.device == "cuda" and all(importlib.util.find_spec(name) for name in ("pytest", "xdist", "hypothesis")):
+        commands.append(["-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(ROOT / "tests")])
+    pages, good = [], True
+    for command in commands:
+        seconds = max(1.0, min(75.0, deadline - time.monotonic()))
+        options = {"cwd": ROOT, "env": _environment(), "timeout": seconds, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run([sys.executable, *command], **options)
+            said, status = done.stdout[-4000:].strip() or done.stderr[-2000:].strip(), done.returncode
+        except subprocess.TimeoutExpired:
+            said, status = f"stopped after {seconds:.0f} s", 1
+        print(said, flush=True)
+        pages.append(f"```\n{said}\n```")
+        good = good and status in ((0, 5) if "pytest" in command else (0,))  # pytest's 5: no test has the mark
+    return "\n".join(pages), good
 
 
 def _environment() -> dict[str, str]:

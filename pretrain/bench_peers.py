@@ -184,7 +184,7 @@ class Bench:
             "folder": str(self.scratch / "weights"),
             "batches": str(self.scratch / "batches.safetensors"),
             "micro_batch_size": micro_batch_size or settings.train.micro_batch_size,
-            "device": "cuda" if self.on_gpu else "cpu",
+            "device": "cuda:0" if self.on_gpu else "cpu",
             "precision": "fp32" if settings.parallel.precision == "fp32" else "bf16",
             "optim": asdict(settings.optim),
             "lrs": [learning_rate(step, settings.optim, last_step) for step in range(1, self.steps + 1)],

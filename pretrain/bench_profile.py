@@ -39,6 +39,8 @@ def profile_steps(device: torch.device, step: Callable[[], object], steps: int, 
         profiler.export_chrome_trace(str(trace))
     events = [e for e in profiler.events() if e.time_range.end > e.time_range.start]
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation] if on_gpu else events
+    if not kernels:  # a container may not be allowed to look into the GPU
+        return {"communication_pct": None, "exposed_communication_pct": None, "operations": []}
     talk = merged((e.time_range.start, e.time_range.end) for e in kernels if _is_collective(e.name))
     work = merged((e.time_range.start, e.time_range.end) for e in kernels if not _is_collective(e.name))
     window = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
@@ -54,7 +56,9 @@ def _is_collective(name: str) -> bool:
 
 
 def _most_expensive(profiler: profile, on_gpu: bool, steps: int) -> list[dict[str, Any]]:
-    averages = [e for e in profiler.key_averages() if not e.is_user_annotation and not _is_collective_on_cpu(e, on_gpu)]
+    side = DeviceType.CUDA if on_gpu else DeviceType.CPU  # on a GPU its kernels, not the operations that start them
+    averages = [e for e in profiler.key_averages() if e.device_type == side and not e.is_user_annotation]
+    averages = [e for e in averages if on_gpu or not _is_collective(e.key)]  # gloo's threads run beside the operations
     self_us = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in averages}
     total = sum(self_us.values())
     first = sorted(averages, key=lambda e: self_us[e.key], reverse=True)[:10]
@@ -67,10 +71,6 @@ def _most_expensive(profiler: profile, on_gpu: bool, steps: int) -> list[dict[st
         }
         for e in first
     ]
-
-
-def _is_collective_on_cpu(event: Any, on_gpu: bool) -> bool:
-    return not on_gpu and _is_collective(event.key)  # they run beside the operations, in gloo's threads
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:

@@ -42,8 +42,8 @@ class Point:
         """How the row is called."""
         kind = "compiled" if self.compile else "eager"
         extras = [f"operations {self.operations}"] if self.operations != "as configured" else []
-        extras += [f"checkpointing {self.checkpointing}"] if self.checkpointing else []
-        return ", ".join([f"micro-batch {self.micro_batch_size}", kind, *extras])
+        extras += [f"checkpointing every {self.checkpointing}"] if self.checkpointing else []
+        return ", ".join([f"micro-batch {self.micro_batch_size} {kind}", *extras])
 
 
 def sweep(args: Any, settings: config.Config, keys: list[str]) -> Result:
@@ -118,6 +118,9 @@ class Sweep:
         return keys
 
     def _time(self, point: Point) -> Row:
+        wanted = self._args.rows
+        if wanted is not None and not any(point.name.startswith(part.strip()) for part in wanted.split(",")):
+            return {"problem": "not asked for (--rows)"}
         if self._budget.too_short(SHORTEST_ROW_S):
             return {"problem": "not timed: no time left"}
         args = self._args

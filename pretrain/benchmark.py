@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", action="store_true", help="Also OUT.trace.json and the ten most expensive operations.")
     add("--budget_s", type=float, help="Time for all rows together; what is not reached is named (seconds).")
     add("--ranks", type=int, default=1, help="For --sweep: ranks of this machine that each row runs on.")
-    add("--rows", help="For --peers and --paper: only these, by the beginning of their name (comma-separated).")
+    add("--rows", help="Only these rows, by the beginning of their names (comma-separated).")
     add(
         "--peers_python", type=Path, action="append", help="For --peers: another environment to find peers in (python)."
     )

@@ -154,7 +154,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             outputs[command] = run_under_slurm(parts, folder) if slurm.available() else ""
         else:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
-    assert len(outputs) == 28
+    assert len(outputs) == 29
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")

@@ -1,0 +1,117 @@
+"""`make bench-gpu` in miniature on the CPU: every part runs, so that nothing but the chip is new where there is a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.bench_paper import SHAPES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All parts, in a miniature, as a user without an installation starts them."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "gpu.py",
+        "--device",
+        "cpu",
+        "--small",
+        "--out",
+        out,
+        "--seconds",
+        500,
+    ]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), cwd=out, env=alone, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def rows(results: Path, part: str) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((results / f"gpu-cpu-{part}.json").read_text())["rows"]}
+
+
+def test_there_is_one_page_of_everything(results: Path) -> None:
+    page = (results / "gpu-cpu.md").read_text()
+    assert page.startswith("Not installed: ")
+    for heading in (
+        "# Operations against",
+        "# A training step of",
+        "through each trainer's code",
+        "# GPU hours for 300B",
+    ):
+        assert heading in page
+    assert "10 tried, 0 wrong" in page
+
+
+def test_the_step_and_the_step_within_a_limit(results: Path) -> None:
+    for part in ("step", "40gb"):
+        row = rows(results, part)["cria"]
+        assert row["problem"] is None
+        assert row["tokens_per_step"] == 2 * 32
+    assert len(rows(results, "step")["cria"]["operations"]) == 10
+
+
+def test_peers_train_the_same_model(results: Path) -> None:
+    found = rows(results, "peers")
+    ours, theirs = found["cria"], found["transformers (eager)"]
+    assert theirs["problem"] is None
+    assert abs(ours["first_loss"] - theirs["first_loss"]) < 2e-5
+    assert abs(ours["last_loss"] - theirs["last_loss"]) < 2e-4  # after updates: the optimizer is the same too
+    assert ours["last_loss"] != ours["first_loss"]
+    assert theirs["ratio"] > 0
+    for name, row in found.items():
+        if name.startswith("litgpt") and importlib.util.find_spec("litgpt") is None:
+            assert "litgpt not installed here" in row["problem"]
+    assert found["stand-in for TinyLlama's code"]["problem"] == "not timed: its kernels are Triton's and need a GPU"
+
+
+def test_the_sweep_names_the_best(results: Path) -> None:
+    found = rows(results, "sweep")
+    timed = {name: row for name, row in found.items() if row["problem"] is None}
+    assert "micro-batch 2 eager" in timed
+    assert len(timed) >= 2
+    (best,) = [name for name, row in found.items() if row.get("note") == "best"]
+    assert timed[best]["tokens_per_sec_per_gpu"] == max(row["tokens_per_sec_per_gpu"] for row in timed.values())
+    verdict = json.loads((results / "gpu-cpu-sweep.json").read_text())["notes"][0]
+    assert verdict.startswith(f"Best: {best}: `--train.micro_batch_size ")
+
+
+def test_the_paper_s_table(results: Path) -> None:
+    """Hours are extrapolated and say so; the counted parameters are those of the models."""
+    found = rows(results, "paper")
+    assert [row["paper_a100_hours"] for row in found.values()] == [3456, 4830, 7920]
+    for shape in SHAPES:
+        row = found[shape.name]
+        assert row["problem"] is None
+        small = shape.scaled(0.03)
+        assert row["parameters"] == small.parameters()
+        assert f"hours extrapolated by FLOPs from {small.parameters():,} parameters" in row["note"]
+        share = small.flops_per_token(32) / shape.flops_per_token(2048)
+        assert row["gpu_hours"] == pytest.approx(300e9 / 3600 / (row["tokens_per_sec_per_gpu"] * share))
+
+
+def test_the_shapes_are_the_published_ones() -> None:
+    tinyllama, pythia, mpt = (shape.parameters() for shape in SHAPES)
+    assert tinyllama == 1_100_048_384
+    assert pythia == 1_011_781_632  # arXiv 2304.01373, table 1
+    assert mpt == pytest.approx(1.31e9, rel=0.01)
+
+
+def test_without_a_gpu_it_is_one_line() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "bench-gpu: error: no CUDA device here; --device cpu --small runs all of it in miniature\n"
