@@ -5,8 +5,9 @@
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
 
-Nothing is installed and nothing fetched: what is missing is named, and so is what there was no time for. Each part is a command
-of its own with a share of the time. Results: OUT/gpu-CHIP-PART.json and .md, and OUT/gpu-CHIP.md with all of them.
+Nothing is installed and nothing fetched: what is missing is named, and so is what there was no time for. Beside torch it needs
+lightning, jsonargparse[signatures], rich and transformers, on PYTHONPATH if need be. Each part is a command of its own with a
+share of the time. Results: OUT/gpu-CHIP-PART.json and .md, and OUT/gpu-CHIP.md with all of them.
 """
 
 import argparse
@@ -91,18 +92,18 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tinyllama-1.1b.yaml")
     parser.add_argument("--peers_python", action="append", default=[], help="another environment to find peers in")
     args = parser.parse_args()
-    import torch
+    sys.path.insert(0, str(ROOT))
+    try:
+        import torch
 
+        import pretrain.bench_step  # noqa: F401 (and with it all that a part imports)
+    except ImportError as error:
+        print(f"bench-gpu: error: {error}; put it on PYTHONPATH, or run make setup", file=sys.stderr)
+        return 2
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
             "bench-gpu: error: no CUDA device here; --device cpu --small runs all of it in miniature", file=sys.stderr
         )
-        return 2
-    imports = [sys.executable, "-c", "import pretrain.bench_step, pretrain.cli"]
-    tried = subprocess.run(imports, env=_environment(), capture_output=True, text=True)
-    if tried.returncode:
-        reason = tried.stderr.strip().splitlines()[-1]
-        print(f"bench-gpu: error: {reason}; put it on PYTHONPATH, or run make setup", file=sys.stderr)
         return 2
     chip = torch.cuda.get_device_name(0) if args.device == "cuda" else "cpu"
     stem = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', chip.lower())}"
