@@ -52,11 +52,10 @@ def test_there_is_one_page_of_everything(results: Path) -> None:
     assert "10 tried, 0 wrong" in page
 
 
-def test_the_step_and_the_step_within_a_limit(results: Path) -> None:
-    for part in ("step", "40gb"):
-        row = rows(results, part)["cria"]
-        assert row["problem"] is None
-        assert row["tokens_per_step"] == 2 * 32
+def test_the_step(results: Path) -> None:
+    row = rows(results, "step")["cria"]
+    assert row["problem"] is None
+    assert row["tokens_per_step"] == 2 * 32
     assert len(rows(results, "step")["cria"]["operations"]) == 10
 
 

@@ -41,6 +41,7 @@ MINIATURE = [
     (r"^NNODES=2 .* launch/torchrun.sh", f"{MINIATURE_MODEL} {ON_THE_CPU} --run_dir runs/torchrun"),
     (r"^pretrain (export|report)", ""),
     (r"^pretrain (order|plan)", ""),
+    (r"^pretrain bench", f"--steps 1 --warmup 1 {MINIATURE_MODEL}"),
     (
         r"^pretrain verify-resume",
         f"--steps 6 --ranks '[1]' --overrides '{json.dumps(MINIATURE_MODEL.split())}'",
