@@ -14,8 +14,8 @@ import typing
 import torch
 
 from pretrain import backends, ops
-from pretrain.config import ModelConfig, OpsConfig
 from pretrain.model import Llama
+from pretrain.sections import ModelConfig, OpsConfig
 
 SHAPE = ModelConfig(
     vocab_size=1031,

@@ -19,8 +19,8 @@ from packaging.version import Version
 from torch.nn.attention import SDPBackend
 
 from pretrain import kernels, ops
-from pretrain.config import ModelConfig, OpsConfig
 from pretrain.ops import Choice, Operations
+from pretrain.sections import ModelConfig, OpsConfig
 
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers", "liger": "liger-kernel", "torchao": "torchao"}
 """Name of a backend -> of its package."""

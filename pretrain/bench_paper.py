@@ -15,7 +15,7 @@ from typing import Any
 from pretrain import bench_peers, bench_result, config
 from pretrain.bench_result import Result, Row
 from pretrain.bench_rows import Child
-from pretrain.config import ModelConfig
+from pretrain.sections import ModelConfig
 
 TOKENS = 300e9
 SEQ_LEN = 2048

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import pretrain
-from pretrain.config import Config
+from pretrain.sections import Config
 
 Row = dict[str, Any]
 

@@ -21,7 +21,7 @@ import torch
 
 from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, token_dtype
 from pretrain import bench_profile, bench_timing, data, metrics, parallel, preparation, ranks, trainer
-from pretrain.config import Config, SourceConfig
+from pretrain.sections import Config, SourceConfig
 
 PROFILED_STEPS = 2
 """Length of the window that is profiled, after the timed steps (steps)."""

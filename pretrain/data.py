@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shard import TokenDataset
-from pretrain.config import DataConfig
+from pretrain.sections import DataConfig
 
 
 @dataclass(frozen=True)

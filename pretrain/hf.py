@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pretrain.config import ModelConfig
 from pretrain.model import Llama
+from pretrain.sections import ModelConfig
 
 TOKENIZER_FILES = (
     "tokenizer.json",

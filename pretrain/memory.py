@@ -11,7 +11,7 @@ number in the compute, the residual stream too.
 from dataclasses import dataclass, fields
 
 from pretrain import ops
-from pretrain.config import ModelConfig
+from pretrain.sections import ModelConfig
 
 FP32, BF16 = 4, 2
 GIB = 2**30

@@ -20,7 +20,7 @@ from lightning.fabric.loggers import Logger, TensorBoardLogger
 
 from pretrain import pace, ranks
 from pretrain.chips import CHIPS
-from pretrain.config import Config, ModelConfig
+from pretrain.sections import Config, ModelConfig
 
 WANDB_ID = "wandb-id.txt"
 """In the run's folder: the id of its W&B run."""

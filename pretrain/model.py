@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain import ops
-from pretrain.config import ModelConfig
 from pretrain.ops import REFERENCE, Operations
+from pretrain.sections import ModelConfig
 
 
 class KVCache:

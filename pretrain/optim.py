@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import OptimConfig
+from pretrain.sections import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

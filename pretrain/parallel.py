@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import backends, float8, ranks, sharding
-from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.model import Llama, num_parameters
 from pretrain.ops import Operations
+from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)

@@ -7,8 +7,8 @@ run hand-fused kernels without torch.compile.
 
 from dataclasses import dataclass
 
-from pretrain.config import ModelConfig
 from pretrain.memory import Layout
+from pretrain.sections import ModelConfig
 from pretrain.speed import CHIPS, Chip, rates_of, step_seconds, tokens_per_second
 
 

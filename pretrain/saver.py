@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from pretrain import checkpoint, ranks
-from pretrain.config import CheckpointConfig
 from pretrain.folder import sync
+from pretrain.sections import CheckpointConfig
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from pretrain.config import ParallelConfig
 from pretrain.model import Llama
+from pretrain.sections import ParallelConfig
 
 SPARE = 1 / 6
 """What a rank may hold beyond its shard to save communication (share of the device's memory)."""

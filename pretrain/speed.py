@@ -10,8 +10,8 @@ published runs (`published.py` has them, and the error of each); a probe on a GP
 from dataclasses import dataclass, fields
 
 from pretrain import chips, ops
-from pretrain.config import ModelConfig
 from pretrain.memory import FP32, Layout, count
+from pretrain.sections import ModelConfig
 
 
 @dataclass(frozen=True)

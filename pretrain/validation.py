@@ -7,8 +7,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from pretrain import data, ranks
-from pretrain.config import ValidationConfig
 from pretrain.ops import IGNORE_INDEX
+from pretrain.sections import ValidationConfig
 from pretrain.watchdog import at
 
 

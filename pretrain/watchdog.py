@@ -36,8 +36,8 @@ from types import TracebackType
 
 import pretrain
 from pretrain import ranks
-from pretrain.config import Config
 from pretrain.crash import Facts
+from pretrain.sections import Config
 from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL
 
 _current: "weakref.ref[Watchdog] | None" = None

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
 from pretrain import config, saver
-from pretrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig
 from pretrain.model import Llama
+from pretrain.sections import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig
 
 TEXT = "A cria is a young llama. def cria(n): return n * 'llama'\n the young llama is a cria " * 20
 

@@ -23,9 +23,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import checkpoint, parallel, preparation, trainer
-from pretrain.config import Config, ModelConfig, OptimConfig, ParallelConfig
 from pretrain.optim import clip_gradients, make_optimizer
 from pretrain.ranks import all_reduce_sum, rank
+from pretrain.sections import Config, ModelConfig, OptimConfig, ParallelConfig
 from pretrain.sharding import before_micro_step
 
 ON_THE_CPU: dict[str, Any] = {"accelerator": "cpu", "precision": "fp32", "compile": False}

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 
 from pretrain import backends, config, preparation, trainer
 from pretrain.backends import Situation, decide, obstacle, sdpa_order
-from pretrain.config import ModelConfig, OpsConfig
+from pretrain.sections import ModelConfig, OpsConfig
 
 A100, H100, T4 = (8, 0), (9, 0), (7, 5)
 EVERYTHING = {"flash_attn": "2.8.3", "xformers": "0.0.33.post2", "liger": "0.8.5", "torchao": "0.18.0"}

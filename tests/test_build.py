@@ -12,8 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pretrain import config, float8, parallel, preparation
-from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.model import Llama
+from pretrain.sections import ModelConfig, ParallelConfig
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 48}

@@ -12,10 +12,10 @@ import torch
 from conftest import TINY_MODEL
 
 from pretrain import checkpoint, saver
-from pretrain.config import CheckpointConfig, ModelConfig, OptimConfig
 from pretrain.lock import lock
 from pretrain.model import Llama
 from pretrain.optim import make_optimizer
+from pretrain.sections import CheckpointConfig, ModelConfig, OptimConfig
 
 
 def make_state(seed: int) -> tuple[Llama, torch.optim.AdamW]:

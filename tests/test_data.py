@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep.shard import TokenDataset
 from pretrain import data
-from pretrain.config import DataConfig, SourceConfig
+from pretrain.sections import DataConfig, SourceConfig
 
 
 def make_mixture(lengths: list[int], weights: list[int], batch: int, seed: int = 1) -> data.Mixture:

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pretrain import config, export, hf
-from pretrain.config import ModelConfig
 from pretrain.folder import MARK, staged
+from pretrain.sections import ModelConfig
 
 INPUT_IDS = torch.arange(40).view(2, 20) * 37 % TINY.vocab_size
 

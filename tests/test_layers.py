@@ -21,6 +21,7 @@ LAYERS = [
         "progress",
         "ranks",
         "scheduler",
+        "sections",
     },
     {"bench_rows", "chips", "config", "pace", "peer", "watcher"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "watchdog"},

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from pretrain.config import ModelConfig
 from pretrain.model import KVCache, Llama, num_parameters
 from pretrain.ops import IGNORE_INDEX
+from pretrain.sections import ModelConfig
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from agreement import (
 
 from pretrain import backends, kernels, ops, parallel
 from pretrain.backends import Situation
-from pretrain.config import ModelConfig, OpsConfig, ParallelConfig
+from pretrain.sections import ModelConfig, OpsConfig, ParallelConfig
 
 pytestmark = pytest.mark.gpu
 

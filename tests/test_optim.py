@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pretrain.config import ModelConfig, OptimConfig
 from pretrain.model import Llama
 from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
+from pretrain.sections import ModelConfig, OptimConfig
 
 SMALL = ModelConfig(
     vocab_size=50,

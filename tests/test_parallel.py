@@ -18,8 +18,8 @@ from conftest import TINY_MODEL, records, tiny_config, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import checkpoint, config, parallel, sharding
-from pretrain.config import ParallelConfig
 from pretrain.model import Llama
+from pretrain.sections import ParallelConfig
 
 MODEL = {
     "vocab_size": 600,

@@ -9,10 +9,10 @@ from conftest import tiny_config, write_config
 from torch import Tensor
 
 from pretrain import config, parallel, plan, published, saver, speed
-from pretrain.config import CheckpointConfig, ModelConfig
 from pretrain.memory import GIB, Layout, count, kept_bytes, loss_keeps, memory
 from pretrain.model import Llama, num_parameters
 from pretrain.published import PUBLISHED
+from pretrain.sections import CheckpointConfig, ModelConfig
 from pretrain.speed import CHIPS
 
 ROOT = Path(__file__).parent.parent

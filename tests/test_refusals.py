@@ -18,7 +18,7 @@ from conftest import (
     write_dataset,
 )
 
-from pretrain import config
+from pretrain import sections
 from pretrain.__main__ import main
 
 
@@ -60,7 +60,7 @@ def test_a_refusal_is_a_status_and_no_traceback(datasets: Path, tmp_path: Path) 
     [
         (["--optim.max_lrr", "3e-4"], ["--optim.max_lrr", "did you mean optim.max_lr?"]),
         (["--optim.max_lr", "fast"], ["optim.max_lr", "float", "fast"]),
-        (["--parallel.precision", "fp8"], ["parallel.precision", "bf16", "fp32", "fp8"]),
+        (["--parallel.precision", "fp16"], ["parallel.precision", "bf16", "fp32", "fp16"]),
         (["--train.global_batch_size", "9"], ["9 is not a multiple", "2 x world_size 1 = 2", "nearest: 8 or 10"]),
         (["--model.num_key_value_heads", "3"], ["num_attention_heads 4", "num_key_value_heads 3"]),
         (["--data.seq_len", "64"], ["64 tokens is longer than", "max_position_embeddings 32"]),
@@ -174,7 +174,7 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(
 def test_help_explains_every_field_with_its_unit() -> None:
     """The docstring under each field of the configuration is its help, and that of a number names the unit."""
     printed = "".join(pretrain("train", "--help").stdout.split())
-    tree = ast.parse(inspect.getsource(config))
+    tree = ast.parse(inspect.getsource(sections))
     fields = 0
     for section in (
         node
@@ -194,6 +194,6 @@ def test_help_explains_every_field_with_its_unit() -> None:
 
 
 UNITS = (
-    r"\((steps|seconds|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
+    r"\((steps|seconds|hours|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
     r"|processes|[Cc]heckpoints"
 )

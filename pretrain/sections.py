@@ -1,0 +1,258 @@
+"""The sections of a configuration: every key, its default and its unit, on one page.
+
+Functions elsewhere take their own section and never the whole tree. `pretrain.config` reads and checks them.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    """Which library computes each operation. auto takes the fastest that is installed and fits chip, type and compilation.
+
+    What was taken stands in the log and in RUN_DIR/operations.json. What is asked for by name and cannot be had is an error.
+    """
+
+    attention: Literal["auto", "torch", "flash_attn", "xformers"] = "auto"
+    """torch is its fused attention (cuDNN's on Hopper and later, FlashAttention-2 on Ampere); flash_attn is FlashAttention-2."""
+    swiglu: Literal["auto", "torch", "xformers", "liger"] = "auto"
+    """xformers has it before 0.0.34 only, and takes the whole block; liger fuses the elementwise part (Triton)."""
+    rope: Literal["auto", "torch", "flash_attn", "liger"] = "auto"
+    """Rotary embedding of queries and keys."""
+    rms_norm: Literal["auto", "torch", "liger"] = "auto"
+    """Root-mean-square norms."""
+    cross_entropy: Literal["auto", "torch", "flash_attn", "liger"] = "auto"
+    """Output projection and loss. torch and liger never hold all logits; flash_attn does."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder, in Hugging Face's names. The defaults are TinyLlama-1.1B's."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding, V (tokens). At least the tokenizer's vocabulary."""
+    hidden_size: int = 2048
+    """Width of the residual stream, D (features)."""
+    intermediate_size: int = 5632
+    """Width inside SwiGLU (features)."""
+    num_hidden_layers: int = 22
+    """Decoder layers, L."""
+    num_attention_heads: int = 32
+    """Query heads, H. D is a multiple of it; each head has D / H features."""
+    num_key_value_heads: int = 4
+    """Key and value heads: H is multi-head, 1 is multi-query, in between is grouped-query attention."""
+    max_position_embeddings: int = 2048
+    """Longest sequence that the rotary table covers (tokens)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies (no unit)."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square before its root (no unit)."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+    ops: OpsConfig = field(default_factory=OpsConfig, compare=False)
+    """Who computes it; no part of the shape, and free to change when a run goes on."""
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def shape(self) -> dict[str, Any]:
+        """What the weights and what they mean depend on: every field but `ops`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of the mixture: folders that `data-prep` wrote."""
+
+    name: str
+    """What the source is called in metrics and pictures, e.g. slimpajama."""
+    train: str
+    """Folder with the manifest of the training split (path)."""
+    weight: float | None = None
+    """Share of this source in every step, relative to the other sources' weights (sequences to sequences; 7 and 3 is 7:3);
+    none, for all sources alike: by size, each sequence of all as often as any other."""
+    validation: str | None = None
+    """Folder with the manifest of the validation split (path); none: this source is not validated."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """From some step on, another mixture of the same sources."""
+
+    first_step: int
+    """The first step of the stage (steps, counted from 1)."""
+    weights: dict[str, float]
+    """Source's name -> its share relative to the others'; a source that is not named is not drawn from."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The mixture that is trained on, and how it is read."""
+
+    seq_len: int = 2048
+    """Tokens a sequence predicts, T; T + 1 are read."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The mixture, a list of: name (what the source is called in metrics and pictures); train and validation (folders that
+    data-prep wrote, paths; without validation it is not validated); weight (its share of every step, relative to the others':
+    7 and 3 is 7:3; without weights each sequence of all is as likely as any other)."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is checked of the shards before the first step: their sizes only, or every byte's checksum and every id, shared
+    among the ranks and done once until a file changes."""
+    allow_change: bool = False
+    """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 reads in the training process. The order of the data does not depend on it."""
+    intra_document: bool = False
+    """No attention across the documents of a sequence, and positions counted from each document's start; in validation too.
+    Documents end with EOS, which the shards must have."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and how large a step."""
+
+    max_steps: int = 1_430_512
+    """Optimizer steps in the whole run (steps). The schedule ends there."""
+    global_batch_size: int = 1024
+    """Sequences an optimizer step takes, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a rank takes in one forward. Changes memory and speed, not the run."""
+    log_every: int = 10
+    """A line of metrics every so many steps; each costs one device synchronisation (steps)."""
+    z_loss: float = 0.0
+    """Adds z_loss (no unit) x log^2 Z to what is minimised, Z the sum of a token's exp(logits), so that logits do not drift
+    (PaLM, arXiv 2204.02311, section 5, uses 1e-4). It acts through the gradient; what is logged stays the cross-entropy."""
+    max_skipped_steps: int = 10
+    """Stop when so many steps in a row were left out because a gradient was not finite (steps)."""
+    deterministic: bool = False
+    """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
+    max_hours: float = 0.0
+    """Save and leave before so many hours are over, where the scheduler does not tell its limit (hours); 0: no limit."""
+    stop_margin_s: float = 60.0
+    """Kept free at the end of the job's time, besides the longest step and twice the longest save so far (seconds)."""
+    max_restarts: int = 3
+    """Refuse to start after so many restarts by the scheduler without a new checkpoint between them."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and clipping."""
+
+    max_lr: float = 4e-4
+    """Learning rate after the warm-up (no unit)."""
+    min_lr: float = 4e-5
+    """Learning rate of the last step (no unit)."""
+    warmup_steps: int = 2000
+    """Linear warm-up, from max_lr / warmup_steps to max_lr (steps)."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean (per step)."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean (per step)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (no unit)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (times the learning rate, per step)."""
+    decay_norms_and_embeddings: bool = False
+    """Decay the norms' weights and the embedding too, as TinyLlama's own run did."""
+    max_grad_norm: float = 1.0
+    """The global gradient norm is clipped to this (L2 norm over all parameters)."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation loss, one figure a source."""
+
+    every_steps: int = 5000
+    """Validate every so many steps, before the first and after the last (steps); 0: never."""
+    max_sequences: int = 1024
+    """Sequences of each source's validation split to take, spread evenly over it; the same ones every time."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. A run always ends with a save."""
+
+    every_steps: int = 1000
+    """Save every so many steps (steps); 0: only at the end."""
+    keep_last: int = 3
+    """Committed checkpoints to keep, newest first; 0: all of them."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good (steps); 0: none."""
+    in_background: bool = True
+    """Training goes on while a checkpoint is written; it waits only for a copy in the host's memory."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices, precision, sharding."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is a GPU."""
+    strategy: Literal["auto", "single", "full_shard", "shard_grad_op", "hybrid"] = "auto"
+    """single: one rank, not sharded. full_shard: parameters, gradients and optimizer state over all ranks. shard_grad_op:
+    alike, but parameters stay gathered. hybrid: sharded over groups of ranks (`shard_size`), the groups replicas of each
+    other. auto: single for one rank, hybrid for several nodes, else shard_grad_op where it fits the GPU, else full_shard; the
+    log says what and why."""
+    shard_size: int = 0
+    """Ranks (processes) of a group in hybrid, neighbours in rank; 0: those of a node."""
+    gather: Literal["auto", "layer", "micro_step", "step"] = "auto"
+    """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32): for a layer's forward and again for its
+    backward; from a micro-step's forward to its backward; from a step's first forward to its last backward. auto: step for
+    shard_grad_op, else layer."""
+    reduce: Literal["auto", "micro_step", "step"] = "auto"
+    """When gradients are reduced: in every micro-step, so that a rank keeps its shard of the sum; or once a step, so that
+    it keeps the whole sum between micro-steps (4 bytes a parameter). hybrid reduces over its replicas once a step in any case.
+    auto: micro_step for hybrid and where the whole sum is more than a sixth of the GPU's memory, else step."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the host's memory, and update them there: for models that do not fit,
+    and slow. Needs a sharded strategy; on a CPU it changes nothing."""
+    activation_checkpointing: int = 0
+    """Every so many layers, drop one's activations in the forward and compute them again in the backward (layers): 1, every
+    layer; 0, none."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Type of the products and of the residual stream; weights, optimizer, reductions, statistics of norms and the loss are
+    always fp32. fp8: the layers' linear products in float8 with one scale a tensor (torchao), all else bf16."""
+    compile: bool = True
+    """torch.compile: the whole model on one device, each layer under FSDP2."""
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a rank is taken to hang, or to be slow."""
+
+    limit_s: float = 600.0
+    """A rank that stays so long in one place of the loop hangs: it is named, stacks are written, the job ends (seconds);
+    0: no watchdog."""
+    first_step_limit_s: float = 1800.0
+    """The same until the first step is done: shards are checked, a checkpoint is loaded, the model compiled (seconds)."""
+    stragglers_every: int = 10
+    """Compare what each rank's own work takes every so many lines of metrics, and name the slow (lines); 0: never."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = "runs/unnamed"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/ (path). A run found there is resumed."""
+    seed: int = 1337
+    """Fixes the initial weights and the order of the data (whole number)."""
+    logger: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl. wandb takes its key from the environment and works offline."""
+    resume: str | None = None
+    """A committed checkpoint to go on from (path); none: the newest whole one in run_dir, if there is one."""
+    init_from: str | None = None
+    """Weights to begin a new run with: a checkpoint of Cria's or a Hugging Face folder (path). Only the weights are taken."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
