@@ -7,15 +7,16 @@ DEMO := runs/demo
 # The commands as a user types them, found in the environment that setup made.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-gpu lint faults bench-cpu bench-gpu bench-watchdog bench-data clean
+.PHONY: help setup demo test test-gpu lint faults bench-cpu bench-checkpoint bench-gpu bench-watchdog bench-data clean
 
 help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-gpu   the operations of every installed library against the reference, on a GPU"
-	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, 20 requeues (an hour)"
+	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
 	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"
+	@echo "make bench-checkpoint  what a save costs, against Fabric; the loader (TINYLLAMA=CHECKOUT: against TinyLlama)"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
 	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
 	@echo "make bench-data data preparation against the usual ways"
@@ -57,7 +58,8 @@ lint: setup
 	mypy
 
 faults: setup
-	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --flips 1000 --elastic 30 --folder $$(mktemp -d)
+	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --repeat 10 --signals 40 --saves 200 --damage 1000 --disk 1 --full_disk 20 \
+		--elastic 30 --data 120 --jobs 20 --folder $$(mktemp -d)
 	OMP_NUM_THREADS=1 python tests/slurm_runs.py --requeues 14 --torchrun 6 --folder $$(mktemp -d)
 
 bench-cpu: setup
@@ -68,6 +70,10 @@ bench-gpu:
 
 bench-watchdog: setup
 	OMP_NUM_THREADS=1 python benchmarks/watchdog.py
+
+bench-checkpoint: setup
+	OMP_NUM_THREADS=1 python benchmarks/loader.py $(if $(TINYLLAMA),--tinyllama $(TINYLLAMA))
+	python benchmarks/checkpoint.py
 
 bench-data: setup
 	python benchmarks/data_prep_speed.py

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -174,7 +175,8 @@ class TokenDataset:
         self.manifest = Manifest.load(directory)
         self.max_open_files = max_open_files
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
-        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)  # (shards,), in tokens
+        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
+        self._last_token = self.num_tokens - 1
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,19 +198,22 @@ class TokenDataset:
 
         Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
         """
-        wanted = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
-        count = self.num_sequences(seq_len)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
+        wanted = indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
+        out = np.empty((len(wanted), seq_len + 1), dtype=np.int64)
+        for row, index in zip(out, wanted):
+            self.read_sequence(index, row)
+        return out
+
+    def read_sequence(self, index: int, out: np.ndarray) -> None:
+        """Fill `out`, an integer array (seq_len + 1,), with sequence `index` of that length; raises as `sequences` does."""
+        seq_len = len(out) - 1
+        start = index * seq_len
+        if not 0 <= start < self._last_token - seq_len + 1:
             raise IndexError(
-                f"sequences {wanted.min()} to {wanted.max()} were asked of {self.directory}, which has {count:,} "
+                f"sequence {index} was asked of {self.directory}, which has {self.num_sequences(seq_len):,} "
                 f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
             )
-        out = np.empty((len(wanted), seq_len + 1), dtype=np.int64)
-        starts = wanted * seq_len
-        first_shards = np.searchsorted(self._ends, starts, side="right")
-        for row, start, shard in zip(out, starts.tolist(), first_shards.tolist()):
-            self._fill(row, start, shard)
-        return out
+        self._fill(out, start, bisect_right(self._ends, start))
 
     def documents(self, index: int, seq_len: int) -> list[Part]:
         """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
@@ -246,7 +251,7 @@ class TokenDataset:
         while filled < len(row):
             shard = self._shards[index]
             dtype = DTYPES[shard.dtype]
-            skip = start + filled - (int(self._ends[index]) - shard.tokens)
+            skip = start + filled - (self._ends[index] - shard.tokens)
             take = min(len(row) - filled, shard.tokens - skip)
             data = os.pread(self._file(index).fd, take * dtype.itemsize, shard.offset + skip * dtype.itemsize)
             if len(data) != take * dtype.itemsize:

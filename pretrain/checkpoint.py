@@ -7,7 +7,8 @@
         state.json       what else the run needs: step, fingerprints of the data, versions
         manifest.json    size and sha256 of every other file, written last
 
-A folder without the right name and a manifest is not a checkpoint. What does not match its manifest is set aside under
+A folder without the right name and a manifest is not a checkpoint; step-00005000.old is one that a new step-00005000 is
+about to replace, so that at every moment there is one of the two. What does not match its manifest is set aside under
 another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum, by
 an unpickler that knows what an index is made of.
 """
@@ -33,7 +34,7 @@ from pretrain import ranks
 FORMAT = "cria-checkpoint"
 VERSION = 1
 OTHER_VERSION = "its manifest is of version"
-_COMMITTED = re.compile(r"step-(\d{8,})")
+_COMMITTED = re.compile(r"step-(\d{8,})(\.old)?")
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where a single process is meant
 
@@ -223,13 +224,13 @@ def committed(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all committed checkpoints, newest first, by number."""
     folders = (run_dir / "checkpoints").glob("step-*")
     found = [(int(match[1]), folder) for folder in folders if (match := _COMMITTED.fullmatch(folder.name))]
-    return sorted(found, reverse=True)
+    return sorted(found, key=lambda entry: (entry[0], entry[1].suffix != ".old"), reverse=True)
 
 
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a folder so that nobody takes it for a checkpoint; returns its new path. Nothing is deleted."""
-    number = 1
-    while (aside := folder.with_name(f"{why}-{folder.name}.{number}")).exists():
+    name, number = f"{why}-{folder.name.removesuffix('.old')}", 1
+    while (aside := folder.with_name(f"{name}.{number}")).exists():
         number += 1
     os.rename(folder, aside)
     return aside

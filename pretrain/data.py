@@ -13,9 +13,9 @@ and a run that starts at step 1,000,000 starts at once.
 import hashlib
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 from pathlib import Path
 
@@ -141,8 +141,10 @@ class Mixture:
                     before = rounded
         return total
 
-    def sequences(self, step: int, slots: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What stands in the given slots of step `step`, counted from 1.
+    def sequences(
+        self, step: int, slots: slice | np.ndarray = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in the given slots (all, or int64 (n,)) of step `step`, counted from 1.
 
         Returns three int64 arrays, one entry a slot: the source's number, the epoch counted from 0, the sequence's number.
         """
@@ -222,7 +224,7 @@ def _shares(weights: Mapping[str, float], sources: list[Source]) -> tuple[Fracti
     return tuple(weight / sum(exact, Fraction(0)) for weight in exact)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
     """One rank's micro-batches: item m is micro-step m mod grad_accum_steps of step m div grad_accum_steps + 1."""
 
@@ -233,6 +235,8 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
     rank: int
     world_size: int
 
+    _kept: tuple[int, np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
+
     @cached_property
     def grad_accum_steps(self) -> int:
         """Items that make up a step."""
@@ -241,23 +245,39 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
         """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
         step, micro_step = divmod(item, self.grad_accum_steps)
-        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
-        source, _, sequence = self.mixture.sequences(step + 1, slice(first, first + self.micro_batch_size))
+        source, sequence = (part[micro_step] for part in self._step(step + 1))
         batch = np.empty((self.micro_batch_size, self.seq_len + 1), dtype=np.int64)
-        for s in np.unique(source):
-            mine = source == s
-            batch[mine] = self.sources[s].train.sequences(sequence[mine], self.seq_len)
+        for row, s, index in zip(batch, source.tolist(), sequence.tolist()):
+            self.sources[s].train.read_sequence(index, row)
         return torch.from_numpy(batch), fingerprint(batch)
+
+    def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rank's part of a step: source and sequence, (grad_accum_steps, B) each.
+
+        The last one is kept, since a step's micro-batches are asked for one after the other: the order costs little when a
+        whole step is permuted at once, and most of a loader's time when each micro-batch is by itself.
+        """
+        if self._kept is None or self._kept[0] != step:
+            shape = (self.grad_accum_steps, self.world_size, self.micro_batch_size)
+            slots = np.arange(self.mixture.global_batch_size).reshape(shape)[:, self.rank]
+            source, _, sequence = self.mixture.sequences(step, slots.ravel())
+            self._kept = (step, source.reshape(slots.shape), sequence.reshape(slots.shape))
+        return self._kept[1:]
 
 
 def fingerprint(batch: np.ndarray) -> int:
     """A number that says which sequences a batch holds, in any order: fingerprints of its parts add up to its own.
 
-    batch: (B, T + 1) int64. The sum of the rows' 63-bit hashes, modulo 2^63. Over the ranks and micro-steps of a step it does
-    not depend on how they divide it.
+    batch: (B, T + 1) int64. The sum of the rows' 64-bit hashes, modulo 2^63. Over the ranks and micro-steps of a step it does
+    not depend on how they divide it. A row's hash is the sum of its tokens times fixed random weights, one a place, modulo
+    2^64 (multilinear hashing: Carter and Wegman, 1979), mixed. A sha256 would take longer than all the rest of the loader.
     """
-    digests = (hashlib.sha256(row).digest() for row in batch.astype(np.uint32))
-    return sum(int.from_bytes(digest[:8], "little") for digest in digests) % 2**63
+    return int(_mix(np.einsum("bt,t->b", batch.view(np.uint64), _weights(batch.shape[1]))).sum()) % 2**63
+
+
+@lru_cache(maxsize=2)
+def _weights(length: int) -> np.ndarray:
+    return _mix(np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def train_loader(

@@ -135,7 +135,7 @@ class Saver:
         problem, value = None, None
         try:
             value = stage()
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
             problem = _describe_error(error)
         outcomes = ranks.gather((problem, value), self._group)
         for number, (found, _) in enumerate(outcomes):
@@ -166,7 +166,7 @@ class Saver:
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # More than one writer thread can lose a full disk's error: save returns and shards are missing.
-        writer = dcp.FileSystemWriter(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
+        writer = _Writer(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any]) -> None:
@@ -176,10 +176,30 @@ class Saver:
         )
         sync(staging / "tensors")
         sync(staging)
+        old = target.with_suffix(".old")
         if target.exists():  # a run that was started again from an earlier one has come here once more
-            checkpoint.set_aside(target, "replaced")
+            if old.exists():  # and was killed below
+                checkpoint.set_aside(old, "replaced")
+            os.rename(target, old)  # still a checkpoint, until the new one is
         os.rename(staging, target)
         sync(self._folder)
+        # What an earlier start had saved from here on is no part of this run any more, and must not be taken for it.
+        for number, folder in checkpoint.committed(self._folder.parent):
+            if number >= step and folder != target:
+                checkpoint.set_aside(folder, "replaced")
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, but what is wrong with the disk is not hidden by what torch.save says of the file that came of it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises OSError for a disk that is full or fails."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class _Failed(Exception):

@@ -1,11 +1,18 @@
 """A checkpoint is whole or it is not one: damage is found, set aside, and the one before is taken."""
 
+import builtins
+import errno
+import io
+import itertools
 import json
 import os
 import pickle
 import shutil
 import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +59,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_what_is_saved_is_what_is_loaded(run_dir: Path) -> None:
     model, optimizer = make_state(99)
     state = checkpoint.load(run_dir / "checkpoints" / "step-00000010", model, optimizer)
-    assert state == {"step": 10, "note": "kept", "updates": 1}
+    assert state == {"step": 10, "note": "kept", "updates": 1, "save_s": 0.0}
     expected = snapshot(*make_state(10))
     loaded = snapshot(model, optimizer)
     assert loaded.keys() == expected.keys()
@@ -123,7 +130,7 @@ def test_what_is_not_committed_is_not_looked_at(run_dir: Path) -> None:
 
 
 def test_the_newest_is_the_largest_number(tmp_path: Path) -> None:
-    for step in (99_999_999, 100_000_000, 960_000):
+    for step in (960_000, 99_999_999, 100_000_000):  # in a list of names the last stands first
         save(tmp_path, step, *make_state(1))
     assert checkpoint.find(tmp_path, pytest.fail).name == "step-100000000"
 
@@ -146,6 +153,40 @@ def test_a_step_saved_again_replaces_and_keeps_the_old_one(run_dir: Path) -> Non
     assert checkpoint.verify(folders / "step-00000010") is None
     expected = dict(make_state(77)[0].named_parameters())
     assert all(torch.equal(t, expected[n]) for n, t in checkpoint.load_weights(folders / "step-00000010").items())
+
+
+def test_a_run_begun_again_from_an_earlier_checkpoint_leaves_the_later_ones_behind(run_dir: Path) -> None:
+    """Else the next start would go on from what was abandoned, and pruning would take the new ones for old."""
+    for step in (15, 20):
+        save(run_dir, step, *make_state(step))
+    writer = saver.Saver(run_dir, CheckpointConfig(keep_last=2), say=lambda line: None)
+    writer.save(10, *make_state(77), {"step": 10})
+    writer.close()
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    replaced = [f"replaced-step-000000{step}.1" for step in (10, 15, 20)]
+    assert left == [*replaced, "step-00000005", "step-00000010"]
+
+
+def test_a_kill_while_a_step_is_replaced_leaves_one_of_the_two(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, seen = os.rename, []
+
+    def watched(source: Path, target: Path) -> None:
+        rename(source, target)
+        seen.append(checkpoint.latest(run_dir, pytest.fail).name)  # what a start would find after a kill here
+
+    monkeypatch.setattr(saver.os, "rename", watched)
+    writer = saver.Saver(run_dir, CheckpointConfig(), say=lambda line: None)
+    writer.save(10, *make_state(77), {"step": 10})
+    assert writer.wait() is None
+    assert seen == ["step-00000010.old", "step-00000010", "step-00000010"]
+    monkeypatch.undo()
+    rename(run_dir / "checkpoints" / "step-00000010", run_dir / "checkpoints" / "step-00000010.old")
+    writer.save(10, *make_state(78), {"step": 10})
+    writer.close()
+    expected = dict(make_state(78)[0].named_parameters())
+    saved = checkpoint.load_weights(checkpoint.find(run_dir, pytest.fail))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+    assert not list((run_dir / "checkpoints").glob("*.old"))
 
 
 def test_a_manifest_that_is_not_ours_is_refused(run_dir: Path) -> None:
@@ -251,6 +292,88 @@ def test_a_failed_write_commits_nothing_and_the_run_is_told_at_its_end(
         writer.close()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000005"
+
+
+class FailingDisk:
+    """Every call that touches the disk is counted, those of open files included; the `fail_at`-th raises."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int, number: int) -> None:
+        self.calls, self.fail_at, self.number, self.failed = 0, fail_at, number, ""
+        for name in ("fsync", "rename", "mkdir", "open"):
+            patch.setattr(os, name, self._counted(name, getattr(os, name)))
+        opened = io.open
+
+        def open_counted(path: object, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if not set(mode) & set("wax+"):
+                return opened(path, mode, *args, **options)
+            self.count("open")
+            return FailingFile(opened(path, mode, *args, **options), self)
+
+        patch.setattr(io, "open", open_counted)
+        patch.setattr(builtins, "open", open_counted)
+
+    def count(self, name: str) -> None:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            self.failed = name
+            raise OSError(self.number, os.strerror(self.number))
+
+    def _counted(self, name: str, call: Callable) -> Callable:
+        def counted(*args: Any, **options: Any) -> Any:
+            self.count(name)
+            return call(*args, **options)
+
+        return counted
+
+
+class FailingFile:
+    """A file whose writes are counted."""
+
+    def __init__(self, file: Any, disk: FailingDisk) -> None:
+        self._file, self._disk = file, disk
+
+    def write(self, content: Any) -> int:
+        self._disk.count("write")
+        return self._file.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "FailingFile":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_whichever_call_of_a_save_the_disk_fails_nothing_false_is_committed(tmp_path: Path, number: int) -> None:
+    """The short form of fault 4: one call after the other fails; what a real disk does is in `make faults`."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    said: list[str] = []
+    writer = saver.Saver(tmp_path, CheckpointConfig(keep_last=0), said.append)
+    writer.save(1, model, optimizer, {"step": 1})
+    assert writer.wait() is None
+    failed = Counter[str]()
+    for step in itertools.count(2):
+        with pytest.MonkeyPatch.context() as patch:
+            disk = FailingDisk(patch, fail_at=step - 1, number=number)
+            writer.save(step, model, optimizer, {"step": step})
+            problem = writer.wait()
+        folders = [folder for _, folder in checkpoint.committed(tmp_path)]
+        assert all(checkpoint.verify(folder) is None for folder in folders)
+        assert folders[-1].name == "step-00000001", "what was there before is there"
+        if not disk.failed:
+            assert problem is None
+            break
+        failed[disk.failed] += 1
+        assert os.strerror(number) in str(problem), f"{disk.failed} of call {disk.fail_at}: {problem}"
+        assert f"step {step}: NOT saved, training goes on" in said[-1]
+    writer.close()
+    assert folders[0].name == f"step-{step:08d}", "the next save is good"
+    assert failed.keys() == {"write", "fsync", "rename", "mkdir", "open"}
+    assert failed.total() > 30
 
 
 def test_a_second_job_on_a_run_folder_is_refused_and_the_lock_ends_with_its_holder(tmp_path: Path) -> None:

@@ -1,0 +1,287 @@
+"""Faults 1, 8, 9, 10 and 13, made in whole training runs on 1, 2 and 4 ranks (see faults.py).
+
+A tiny model trains 24 steps over data so short that a run goes through four epochs of it. The undisturbed run of as many
+ranks is the reference; every line that a disturbed run ever logged must be the reference's, and its last checkpoint too.
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import tiny_config, write_config, write_dataset
+from forks import die_in_a_save, finish, gone, kill, start_training, train_to_the_end
+
+from data_prep.shard import Manifest
+from pretrain import checkpoint, config
+
+STEPS = 24
+KILLS_A_RUN = 4
+LENGTHS, SHARES = (45, 14), (5.6, 2.4)
+"""Sequences of the two sources, and how many of them a step takes."""
+
+
+def make_data(folder: Path) -> Path:
+    """Two sources that a run goes through more than twice."""
+    for seed, name in enumerate("ab"):
+        write_dataset(folder / name / "train", LENGTHS[seed] * 32 + 5, seed)
+        write_dataset(folder / name / "validation", 200, 10 + seed)
+    return folder
+
+
+def make_settings(data: Path, scratch: Path) -> config.Config:
+    """The configuration of all trials; each has its own run_dir."""
+    tree = tiny_config(data, scratch / "run", train={"max_steps": STEPS}, validation={"every_steps": 6})
+    tree["checkpoint"] = {"every_steps": 3, "keep_last": 2}
+    return config.load(write_config(scratch / "trial.yaml", tree))
+
+
+def at(settings: config.Config, run_dir: Path) -> config.Config:
+    """The same in another folder."""
+    return dataclasses.replace(settings, run_dir=str(run_dir))
+
+
+def read_log(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """All lines of a kind, in the order in which they were written, but one that a kill tore."""
+    path = run_dir / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["kind"] == kind:
+            found.append(record)
+    return found
+
+
+def compare(run_dir: Path, reference: Path, exact: bool) -> None:
+    """Every step there and the same sequences; all figures and tensors the same to the bit, or losses within 1e-5."""
+    lines, expected = read_log(run_dir), {line["step"]: line for line in read_log(reference)}
+    assert sorted({line["step"] for line in lines}) == sorted(expected) == list(range(1, STEPS + 1)), (
+        "steps are missing"
+    )
+    for line in lines:
+        step, want = line["step"], expected[line["step"]]
+        assert line["data_hash"] == want["data_hash"], f"step {step} holds other sequences"
+        for figure in ("loss", "grad_norm", "lr") if exact else ():
+            assert line[figure] == want[figure], f"step {step}: {figure} {line[figure]!r}, not {want[figure]!r}"
+        assert abs(line["loss"] - want["loss"]) <= 1e-5, f"step {step}: loss {line['loss']}, not {want['loss']}"
+    if exact:
+        ours, theirs = (checkpoint.load_tensors(checkpoint.latest(folder, print)) for folder in (run_dir, reference))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), "the last checkpoint has other tensors"
+
+
+# --- 1 and 9: kills --------------------------------------------------------------------------------------------------
+
+
+def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
+    """Runs that are killed four times each, on each number of ranks in turn; `trials` kills in all."""
+    moments, places, failures, done = random.Random(seed), Counter[str](), [], 0
+    for ranks in worlds:
+        train_to_the_end(ranks, at(settings, folder / f"straight-{ranks}"))
+    turn = 0
+    while done < trials:
+        ranks = worlds[turn % len(worlds)]
+        run_dir = folder / f"killed-{turn}"
+        try:
+            kills = min(KILLS_A_RUN, trials - done)
+            done += kill_some(ranks, at(settings, run_dir), kills, moments, places)
+            train_to_the_end(ranks, at(settings, run_dir))
+            compare(run_dir, folder / f"straight-{ranks}", exact=True)
+            places.update(resumes(run_dir))
+            shutil.rmtree(run_dir)
+        except AssertionError as error:
+            failures.append(f"run {turn} on {ranks} ranks: {error}")
+        turn += 1
+    return {"trials": done, "differ": len(failures), "failures": failures, "runs": turn, "places": dict(places)}
+
+
+def kill_some(ranks: int, settings: config.Config, kills: int, moments: random.Random, places: Counter[str]) -> int:
+    """Kill a run so many times, or until it is done; counts each kill in `places` and returns how many there were."""
+    folder = Path(settings.run_dir) / "checkpoints"
+    for number in range(kills):
+        how = moments.choice(["all", "one", "save"])
+        if how == "save":
+            point = (moments.randrange(1, 50), moments.random() < 0.5)
+            statuses = finish(start_training(ranks, settings, die_in_a_save(*point)), patience_s=10)
+        else:
+            pids = start_training(ranks, settings)
+            _wait(Path(settings.run_dir), pids[0], moments)
+            kill(pids if how == "all" else [moments.choice(pids)])
+            statuses = finish(pids, patience_s=10)
+        if -9 not in statuses:
+            return number
+        places[f"{ranks} ranks"] += 1
+        places[{"all": "all ranks", "one": "one rank", "save": "a crash point of a save"}[how]] += 1
+        places["fell into a save"] += any(folder.glob(".*"))
+        for left in (path for _, path in checkpoint.committed(folder.parent)):
+            assert checkpoint.verify(left) is None, f"{left} is committed and not whole: {checkpoint.verify(left)}"
+    return kills
+
+
+def _wait(run_dir: Path, pid: int, moments: random.Random) -> None:
+    """Until a random moment: in a quarter of the cases while the run starts, else up to seven steps later."""
+    if moments.random() < 0.25:
+        time.sleep(moments.uniform(0.0, 1.0))
+        return
+    enough = len(read_log(run_dir)) + moments.randrange(1, 8)
+    while len(read_log(run_dir)) < enough and not gone(pid):
+        time.sleep(0.005)
+    time.sleep(moments.uniform(0.0, 0.2))
+
+
+def resumes(run_dir: Path) -> Counter[str]:
+    """How often the run went on from a checkpoint, in the second or a later epoch of a source, and at an epoch's edge."""
+    counts = Counter[str]()
+    for step in (line["step"] for line in read_log(run_dir, "start")):
+        drawn = [(round(step * share), round((step + 1) * share), n) for share, n in zip(SHARES, LENGTHS)]
+        counts["resumed"] += step > 0
+        counts["resumed in epoch 2 or later"] += any(before >= n for before, _, n in drawn)
+        counts["resumed at an epoch's edge"] += step > 0 and any(a // n < b // n for a, b, n in drawn)
+    return counts
+
+
+def repeat_trials(settings: config.Config, folder: Path, trials: int, worlds: list[int]) -> dict:
+    """The same undisturbed run again: bit for bit the first one."""
+    failures, seen = [], Counter[str]()
+    for ranks in worlds:
+        train_to_the_end(ranks, at(settings, folder / f"first-{ranks}"))
+        for _ in range(trials):
+            again = at(settings, folder / "again")
+            try:
+                train_to_the_end(ranks, again)
+                compare(folder / "again", folder / f"first-{ranks}", exact=True)
+            except AssertionError as error:
+                failures.append(f"{ranks} ranks: {error}")
+            seen[f"{ranks} ranks"] += 1
+            shutil.rmtree(folder / "again")
+    return {"trials": sum(seen.values()), "differ": len(failures), "failures": failures, "places": dict(seen)}
+
+
+# --- 8: other ranks --------------------------------------------------------------------------------------------------
+
+
+def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int) -> dict:
+    """Two kills a run, each start on another number of ranks, micro-batch and workers."""
+    moments, failures, shapes = random.Random(seed), [], Counter[str]()
+    train_to_the_end(1, at(settings, folder / "straight"))
+    for trial in range(trials):
+        run_dir = folder / f"elastic-{trial}"
+        try:
+            for number in range(3):
+                ranks, workers = moments.choice([1, 2, 4]), moments.choice([0, 1, 2, 4])
+                micro_batch = moments.choice([b for b in (1, 2, 4, 8) if 8 % (b * ranks) == 0])
+                now = dataclasses.replace(
+                    at(settings, run_dir),
+                    data=dataclasses.replace(settings.data, num_workers=workers),
+                    train=dataclasses.replace(settings.train, micro_batch_size=micro_batch),
+                )
+                shapes.update({f"{ranks} ranks": 1, f"{workers} workers": 1, f"micro-batch {micro_batch}": 1})
+                if number == 2:
+                    train_to_the_end(ranks, now)
+                    break
+                pids = start_training(ranks, now)
+                _wait(run_dir, pids[0], moments)
+                kill(pids)
+                finish(pids)
+            compare(run_dir, folder / "straight", exact=False)
+            shapes.update(resumes(run_dir))
+            shutil.rmtree(run_dir)
+        except AssertionError as error:
+            failures.append(f"run {trial}: {error}")
+    return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(shapes)}
+
+
+# --- 10: data --------------------------------------------------------------------------------------------------------
+
+SPOILT = ("truncated", "flipped", "swapped", "wrong dtype", "wrong tokenizer", "id beyond the vocabulary")
+
+
+def data_trials(settings: config.Config, folder: Path, trials: int, seed: int) -> dict:
+    """A shard or manifest that is not what it should be: refused before step 1 in one line that names the file."""
+    moments, failures, kinds = random.Random(seed), [], Counter[str]()
+    good = Path(settings.data.sources[0].train).parents[1]
+    for trial in range(trials):
+        kind = SPOILT[trial % len(SPOILT)]
+        data, run_dir = folder / f"data-{trial}", folder / f"spoilt-{trial}"
+        shutil.copytree(good, data)
+        named = spoil(data / moments.choice("ab") / "train", kind, moments)
+        sources = [
+            dataclasses.replace(entry, train=entry.train.replace(str(good), str(data)))
+            for entry in settings.data.sources
+        ]
+        now = dataclasses.replace(at(settings, run_dir), data=dataclasses.replace(settings.data, sources=sources))
+        statuses = finish(start_training(1, now))
+        said = (run_dir / "output.txt").read_text()
+        if statuses != [2] or named not in said or "Traceback" in said or read_log(run_dir):
+            failures.append(f"trial {trial}: {kind}: {statuses}, {named} was to be named: {said[-300:]}")
+        kinds[kind] += 1
+        shutil.rmtree(data)
+        shutil.rmtree(run_dir)
+    return {"trials": trials, "missed": len(failures), "failures": failures, "places": dict(kinds)}
+
+
+def spoil(dataset: Path, kind: str, moments: random.Random) -> str:
+    """Spoil one shard, or what the manifest says of it; returns the name that a refusal must give."""
+    number = moments.randrange(3)
+    shard = dataset / "shards" / f"part-{number}.npy"
+    content = bytearray(shard.read_bytes())
+    if kind in ("wrong dtype", "wrong tokenizer", "id beyond the vocabulary"):
+        manifest = Manifest.load(dataset)
+        if kind == "wrong dtype":
+            shards = list(manifest.shards)
+            shards[number] = dataclasses.replace(shards[number], dtype="uint32")
+            manifest = dataclasses.replace(manifest, shards=tuple(shards))
+        elif kind == "wrong tokenizer":
+            tokenizer = dataclasses.replace(manifest.tokenizer, fingerprint=f"sha256:{moments.randrange(16**8):064x}")
+            manifest = dataclasses.replace(manifest, tokenizer=tokenizer)
+        else:
+            tokenizer = dataclasses.replace(manifest.tokenizer, vocab_size=moments.randrange(100, 290))
+            manifest = dataclasses.replace(manifest, tokenizer=tokenizer)
+        manifest.save(dataset)
+        return shard.name if kind == "wrong dtype" else str(dataset)
+    if kind == "truncated":
+        del content[-2 * moments.randrange(1, 100) :]
+    elif kind == "flipped":
+        content[moments.randrange(128, len(content))] ^= 1 << moments.randrange(8)
+    else:
+        other = (dataset / "shards" / f"part-{(number + 1) % 3}.npy").read_bytes()[128:]
+        content[128:] = (other + other)[: len(content) - 128]
+    shard.write_bytes(content)
+    return shard.name
+
+
+# --- 13: two jobs ----------------------------------------------------------------------------------------------------
+
+
+def two_jobs_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
+    """Two jobs started on one folder at once, or the second some time later: one is refused, the other trains as if alone."""
+    moments, failures, seen = random.Random(seed), [], Counter[str]()
+    for ranks in worlds:
+        train_to_the_end(ranks, at(settings, folder / f"alone-{ranks}"))
+    for trial in range(trials):
+        ranks, run_dir = worlds[trial % len(worlds)], folder / f"jobs-{trial}"
+        first = start_training(ranks, at(settings, run_dir))
+        wait = moments.choice([0.0, moments.uniform(0.0, 1.0)])
+        time.sleep(wait)
+        second = start_training(ranks, at(settings, run_dir))
+        statuses = sorted([finish(first), finish(second)])
+        said = (run_dir / "output.txt").read_text()
+        finished = f"resumed after step {STEPS}" in said  # the second came when the first had ended
+        seen["after the end" if finished else "at once" if wait == 0 else "later"] += 1
+        try:
+            assert finished or statuses == [[0] * ranks, [2] * ranks], f"{statuses}\n{said[-2000:]}"
+            assert finished or "is writing into" in said
+            compare(run_dir, folder / f"alone-{ranks}", exact=True)
+            assert len(read_log(run_dir)) == STEPS, "both wrote"
+            shutil.rmtree(run_dir)
+        except AssertionError as error:
+            failures.append(f"trial {trial} on {ranks} ranks: {error}")
+    return {"trials": trials, "missed": len(failures), "failures": failures, "places": dict(seen)}
