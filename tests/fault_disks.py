@@ -59,23 +59,26 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
             time.sleep(0.002)
         state.save(2, 2)
         problem = state.saver.wait()
-        (run_dir / f"done-{rank}").touch()
         if rank == 0:
             said.write_text(str(problem))
+        (run_dir / f"done-{rank}").touch()
+        while not (run_dir / "go-on").exists():
+            time.sleep(0.002)
         state.save(3, 3)
         state.saver.close()
         return 0
 
     started = time.monotonic()
     pids = fork_ranks(number, run_dir / "output.txt", with_group(number, body))
-    while not all((run_dir / f"ready-{rank}").exists() for rank in range(number)):
-        assert not any(map(gone, pids)), (run_dir / "output.txt").read_text()[-2000:]
-        time.sleep(0.002)
+    _wait_for(run_dir, "ready", pids)
     trace = run_dir / "trace.txt"
     tracer = _trace(pids[victim], run_dir / "checkpoints", injection, trace)
     (run_dir / "go").touch()
-    statuses = finish(pids)
+    _wait_for(run_dir, "done", pids)
+    tracer.terminate()
     tracer.communicate()
+    (run_dir / "go-on").touch()
+    statuses = finish(pids)
     output = (run_dir / "output.txt").read_text()
     assert statuses == [0] * number, f"{statuses}\n{output[-2000:]}"
     assert time.monotonic() - started < 60
@@ -91,6 +94,12 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
     assert "No space left" in problem or "Input/output error" in problem, problem
     assert 1 in steps or 2 in steps, f"the one before the fault is gone: {steps}"
     return "not saved, and said"
+
+
+def _wait_for(run_dir: Path, what: str, pids: list[int]) -> None:
+    """Until every rank has left its mark; a rank that ends before is not waited for."""
+    while not all((run_dir / f"{what}-{rank}").exists() for rank in range(len(pids))) and not any(map(gone, pids)):
+        time.sleep(0.002)
 
 
 def _trace(pid: int, folder: Path, injection: str, trace: Path) -> subprocess.Popen:
