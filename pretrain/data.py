@@ -288,12 +288,17 @@ def train_loader(
     return DataLoader(
         micro_batches,
         batch_size=None,
+        collate_fn=_as_it_is,
         sampler=range((first_step - 1) * a, last_step * a),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin,
         worker_init_fn=_start_worker,
     )
+
+
+def _as_it_is(item: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
+    return item
 
 
 def _start_worker(worker: int) -> None:
