@@ -26,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conftest import records, tiny_config, write_config
-from faults import finish, fork_ranks, make_data
+from fault_runs import make_data
+from forks import finish, start_training
 
 from pretrain import checkpoint, data, ranks, saver, trainer, validation
+from pretrain.config import load
 
 FAULTY_STEP = 12
 MARK = "fault"
@@ -113,14 +115,14 @@ def trial(kind: str, folder: Path, run_dir: Path, limit_s: float) -> dict:
     """One fault; returns what came of it."""
     config = settings(folder, run_dir, limit_s, max_steps=12 if kind == "slow" else 100_000)
     if kind == "load":
-        finish(fork_ranks(2, settings(folder, run_dir, limit_s, max_steps=5)))
+        finish(start_training(2, load(settings(folder, run_dir, limit_s, max_steps=5))))
         config = settings(folder, run_dir, limit_s)
         config.write_text(
             config.read_text().replace(f"first_step_limit_s: {15 * limit_s}", f"first_step_limit_s: {limit_s}")
         )
     if kind == "data":
         config.write_text(config.read_text().replace("num_workers: 0", "num_workers: 1"))
-    pids = fork_ranks(2, config, arm(kind, run_dir, limit_s))
+    pids = start_training(2, load(config), arm(kind, run_dir, limit_s))
     if kind in ("stop", "kill-0", "kill-1"):
         _wait_for_step(run_dir, FAULTY_STEP)
         mark(run_dir)
