@@ -88,7 +88,7 @@ def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, w
         train_to_the_end(ranks, at(settings, folder / f"straight-{ranks}"))
     turn = 0
     while done < trials:
-        ranks = worlds[turn % len(worlds)]
+        ranks = min(worlds, key=lambda number: places[f"{number} ranks"])  # where there were the fewest kills so far
         run_dir = folder / f"killed-{turn}"
         try:
             kills = min(KILLS_A_RUN, trials - done)
