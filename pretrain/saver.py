@@ -219,7 +219,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
         shutil.rmtree(doomed)
 
 
-def _describe_error(error: Exception) -> str:
+def _describe_error(error: BaseException) -> str:
     failures = getattr(
         error, "failures", {}
     ).values()  # of DCP's CheckpointException: (exception, its traceback) by rank
