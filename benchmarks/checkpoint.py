@@ -32,9 +32,9 @@ from loader import machine
 
 from data_prep.shard import Manifest, ShardWriter, TokenizerInfo
 from pretrain import checkpoint, config, saver
-from pretrain.config import CheckpointConfig, ModelConfig
 from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, make_optimizer, step_if_finite
+from pretrain.sections import CheckpointConfig, ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 LIMIT = 0.035

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from data_prep.shard import Manifest, Shard, ShardWriter, TokenizerInfo
 from pretrain import data
-from pretrain.config import DataConfig, SourceConfig
+from pretrain.sections import DataConfig, SourceConfig
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 2048, 8, 1024, 32000

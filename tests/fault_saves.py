@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pretrain import checkpoint, ranks, saver
-from pretrain.config import CheckpointConfig
+from pretrain.sections import CheckpointConfig
 
 KEEP = CheckpointConfig(keep_last=2)
 
