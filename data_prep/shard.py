@@ -161,6 +161,13 @@ class _OpenFile:
             os.close(self.fd)
 
 
+def as_batch(sequences: list[np.ndarray], seq_len: int) -> np.ndarray:
+    """What `TokenDataset.read_sequence` gave, as one int64 array (n, seq_len + 1): a single pass over all of them."""
+    if not sequences:
+        return np.empty((0, seq_len + 1), dtype=np.int64)
+    return np.concatenate(sequences).astype(np.int64).reshape(len(sequences), seq_len + 1)
+
+
 class TokenDataset:
     """The tokens of a dataset as one long row, cut into sequences on demand.
 
@@ -199,21 +206,26 @@ class TokenDataset:
         Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
         """
         wanted = indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
-        out = np.empty((len(wanted), seq_len + 1), dtype=np.int64)
-        for row, index in zip(out, wanted):
-            self.read_sequence(index, row)
-        return out
+        return as_batch([self.read_sequence(index, seq_len) for index in wanted], seq_len)
 
-    def read_sequence(self, index: int, out: np.ndarray) -> None:
-        """Fill `out`, an integer array (seq_len + 1,), with sequence `index` of that length; raises as `sequences` does."""
-        seq_len = len(out) - 1
+    def read_sequence(self, index: int, seq_len: int) -> np.ndarray:
+        """Sequence `index`, (seq_len + 1,), in the type that it is stored in; raises as `sequences` does."""
         start = index * seq_len
         if not 0 <= start < self._last_token - seq_len + 1:
             raise IndexError(
                 f"sequence {index} was asked of {self.directory}, which has {self.num_sequences(seq_len):,} "
                 f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
             )
-        self._fill(out, start, bisect_right(self._ends, start))
+        number = bisect_right(self._ends, start)
+        end = start + seq_len + 1
+        if end <= self._ends[number]:
+            return self._read(number, start, end)
+        parts = []
+        while start < end:  # it goes on in the next shards
+            until = min(end, self._ends[number])
+            parts.append(self._read(number, start, until))
+            start, number = until, number + 1
+        return np.concatenate(parts)
 
     def documents(self, index: int, seq_len: int) -> list[Part]:
         """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
@@ -245,23 +257,22 @@ class TokenDataset:
                 return f"{self.directory / shard.path} has ids from {ids}, not all in a vocabulary of {vocab_size}"
         return None
 
-    def _fill(self, row: np.ndarray, start: int, index: int) -> None:
-        """Fill `row` with the tokens from `start` on, which lies in shard `index`; go on into the next ones."""
-        filled = 0
-        while filled < len(row):
-            shard = self._shards[index]
-            dtype = DTYPES[shard.dtype]
-            skip = start + filled - (self._ends[index] - shard.tokens)
-            take = min(len(row) - filled, shard.tokens - skip)
-            data = os.pread(self._file(index).fd, take * dtype.itemsize, shard.offset + skip * dtype.itemsize)
-            if len(data) != take * dtype.itemsize:
-                raise OSError(f"{self.directory / shard.path} was cut short while in use: prepare or copy it again")
-            row[filled : filled + take] = np.frombuffer(data, dtype=dtype)
-            filled, index = filled + take, index + 1
+    def _read(self, number: int, start: int, end: int) -> np.ndarray:
+        """The dataset's tokens `start` to `end`, all of which lie in shard `number`, without a copy of what was read."""
+        shard = self._shards[number]
+        dtype = DTYPES[shard.dtype]
+        size = (end - start) * dtype.itemsize
+        skip = (start - self._ends[number] + shard.tokens) * dtype.itemsize
+        data = os.pread(self._file(number).fd, size, shard.offset + skip)
+        if len(data) != size:
+            raise OSError(f"{self.directory / shard.path} was cut short while in use: prepare or copy it again")
+        return np.frombuffer(data, dtype)
 
-    def _file(self, index: int) -> _OpenFile:
-        file = self._open.pop(index, None) or _OpenFile(f"{self.directory}/{self._shards[index].path}")
-        self._open[index] = file  # now the most recently used
-        if len(self._open) > self.max_open_files:
-            self._open.popitem(last=False)
+    def _file(self, number: int) -> _OpenFile:
+        file = self._open.get(number)
+        if file is None:
+            file = self._open[number] = _OpenFile(f"{self.directory}/{self._shards[number].path}")
+            if len(self._open) > self.max_open_files:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)  # now the most recently used
         return file

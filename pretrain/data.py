@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.shard import TokenDataset
+from data_prep.shard import TokenDataset, as_batch
 from pretrain.sections import DataConfig
 
 
@@ -180,17 +180,19 @@ def permute(position: np.ndarray, length: int, key: int, epoch: np.ndarray) -> n
     low_bits = np.uint64(bits // 2)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
-    base = _mix(epoch.astype(np.uint64) * _GOLDEN + np.uint64(key))
+    epochs, which = np.unique(epoch, return_inverse=True)  # one or two, unless the source is tiny
+    base = _mix(epochs.astype(np.uint64) * _GOLDEN + np.uint64(key))
     counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN  # modulo 2^64, as arrays are
-    round_keys = _mix(base + counters)  # (rounds, n)
+    round_keys = _mix(base + counters)  # (rounds, epochs)
 
     result = position.astype(np.uint64)
     todo = np.arange(len(result))
     while len(todo):
+        keys = round_keys[:, which[todo]] if len(epochs) > 1 else round_keys
         high, low = result[todo] >> low_bits, result[todo] & low_mask
         for r in range(0, _ROUNDS, 2):
-            high ^= _mix(low + round_keys[r][todo]) & high_mask
-            low ^= _mix(high + round_keys[r + 1][todo]) & low_mask
+            high ^= _mix(low + keys[r]) & high_mask
+            low ^= _mix(high + keys[r + 1]) & low_mask
         result[todo] = (high << low_bits) | low
         todo = todo[result[todo] >= length]
     return result.astype(np.int64)
@@ -198,9 +200,16 @@ def permute(position: np.ndarray, length: int, key: int, epoch: np.ndarray) -> n
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64: every input bit changes every output bit with probability one half; uint64 -> uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _30)
+    x *= _FACTOR_1
+    x ^= x >> _27
+    x *= _FACTOR_2
+    x ^= x >> _31
+    return x
+
+
+_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def make_mixture(sources: list[Source], config: DataConfig, seed: int, global_batch_size: int) -> Mixture:
@@ -247,9 +256,8 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
         """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
         step, micro_step = divmod(item, self.grad_accum_steps)
         source, sequence = (part[micro_step] for part in self._step(step + 1))
-        batch = np.empty((self.micro_batch_size, self.seq_len + 1), dtype=np.int64)
-        for row, s, index in zip(batch, source.tolist(), sequence.tolist()):
-            self.sources[s].train.read_sequence(index, row)
+        rows = zip(source.tolist(), sequence.tolist())
+        batch = as_batch([self.sources[s].train.read_sequence(n, self.seq_len) for s, n in rows], self.seq_len)
         return torch.from_numpy(batch), fingerprint(batch)
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
