@@ -1,28 +1,27 @@
 """What does size cost? Twice the input, 60,000 small files, and a manifest of 60,000 shards.
 
-    python benchmarks/data_prep_scale.py [--work DIR with the corpus of data_prep_speed.py]
+    python benchmarks/data_prep_scale.py [--work DIR with the corpus of data_prep_speed.py] [--parts linear checks]
 
-A quarter, half and all of the files are prepared: the time on top of the start must double. Then many short documents in
-16 files and in 60,000: what these add is the cost of a file. Result: benchmarks/results/data_prep_scale.json.
+A quarter, half and all of the files are prepared: the time on top of the start must double. Then the same with no document
+encoded by the reference too: the difference is what the check costs. Then many short documents in 16 files and in 60,000:
+what these add is the cost of a file. Result: benchmarks/results/data_prep_scale.json; parts not asked for stay in it.
 """
 
 import argparse
 import json
 import os
-import resource
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
 
 import data_prep_corpus
 import zstandard
+from data_prep_speed import Taken, adopt_orphans, measure, measure_anew
 
+from data_prep.prepare import StarCoderOptions
 from data_prep.shard import TokenDataset
 from data_prep.tokenizer import load
 
@@ -30,35 +29,18 @@ RESULTS = Path(__file__).parent / "results" / "data_prep_scale.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
 
 
-class Taken(NamedTuple):
-    """What a command took."""
-
-    seconds: float
-    """From its start to its end."""
-    cpu_s: float
-    """Of all its processes; what others do on the machine does not lengthen it much."""
-
-
 def prepare(command: str, source: Path, out: Path, *more: str) -> Taken:
     """What a fresh command takes."""
-    shutil.rmtree(out, ignore_errors=True)
-    words = [command, "--input", str(source), "--split", "train", "--tokenizer", MODEL, "--out", str(out), *more]
-    return run(words)
+    return measure_anew(words(command, source, out, *more), out)
 
 
-def run(words: list[str]) -> Taken:
-    """Run data-prep."""
-    start, cpu = time.perf_counter(), _cpu_of_children()
-    subprocess.run([sys.executable, "-m", "data_prep", *words], check=True, stdout=subprocess.DEVNULL)
-    return Taken(time.perf_counter() - start, _cpu_of_children() - cpu)
+def words(command: str, source: Path, out: Path, *more: str) -> list[str]:
+    """The command line."""
+    arguments = ["--input", source, "--split", "train", "--tokenizer", MODEL, "--out", out, *more]
+    return [sys.executable, "-m", "data_prep", command, *map(str, arguments)]
 
 
-def _cpu_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def linear(work: Path, root: Path, rounds: int) -> dict:
+def linear(work: Path, root: Path, args: argparse.Namespace) -> dict:
     """What 0, 1, 2 and 4 quarters of the code take; 0 is some documents, which is the start. No text is there twice."""
     files = sorted((work / "code" / "python").iterdir())
     for quarters in (1, 2, 4):
@@ -68,21 +50,42 @@ def linear(work: Path, root: Path, rounds: int) -> dict:
             os.link(file, target / file.name)
     sources = {0: data_prep_corpus.few(work) / "code", **{quarters: root / str(quarters) for quarters in (1, 2, 4)}}
     taken: dict[int, list[Taken]] = {times: [] for times in sorted(sources)}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for times in taken:
             taken[times].append(prepare("starcoder", sources[times], root / "out", "--holdout", "1e-12"))
-    result: dict = {}
+    result: dict = {"bytes_of_text": data_prep_corpus.make(work, args.megabytes)["code"]}
     for what in ("seconds", "cpu_s"):
         figures = {times: [getattr(one, what) for one in ones] for times, ones in taken.items()}
         median = {times: statistics.median(values) for times, values in figures.items()}
-        work = {times: median[times] - median[0] for times in (1, 2, 4)}
+        more = {times: median[times] - median[0] for times in (1, 2, 4)}
         result[what] = figures
-        result[f"twice_the_input_takes_times_by_{what}"] = {"1 to 2": work[2] / work[1], "2 to 4": work[4] / work[2]}
+        result[f"twice_the_input_takes_times_by_{what}"] = {"1 to 2": more[2] / more[1], "2 to 4": more[4] / more[2]}
     return result
 
 
-def small_files(root: Path, count: int) -> dict:
-    """One text in `count` files against the same text in 16 files."""
+def checks(work: Path, root: Path, args: argparse.Namespace) -> dict:
+    """What it costs to encode some documents of the code by the reference too, as `--check_every` has it by default."""
+    taken: dict[str, list[float]] = {"default": [], "none": []}
+    for _ in range(args.rounds):
+        for name, more in (("default", ()), ("none", ("--check_every", "0"))):
+            one = prepare("starcoder", work / "code", root / "out", "--holdout", "1e-12", *more)
+            taken[name].append(one.cpu_s)
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    return {
+        "check_every": StarCoderOptions.check_every,
+        "cpu_s": taken,
+        "added_by_cpu_s_pct": 100 * (medians["default"] / medians["none"] - 1),
+    }
+
+
+def in_result(taken: Taken) -> dict[str, float]:
+    """What goes into the result."""
+    return {"seconds": taken.seconds, "cpu_s": taken.cpu_s}
+
+
+def small_files(work: Path, root: Path, args: argparse.Namespace) -> dict:
+    """One text in many files against the same text in 16 files."""
+    count = args.files
     line = (
         b'{"text": "%d: a short document, of which there are many.", "meta": {"redpajama_set_name": "RedPajamaC4"}}\n'
     )
@@ -93,30 +96,22 @@ def small_files(root: Path, count: int) -> dict:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zstandard.compress(b"".join(lines[n::number])))
     few, many = (prepare("slimpajama", root / name, root / f"{name}-out") for name in ("few", "many"))
-    again = [
-        "slimpajama",
-        "--input",
-        root / "many",
-        "--split",
-        "train",
-        "--tokenizer",
-        MODEL,
-        "--out",
-        root / "many-out",
-    ]
-    restart = run([str(word) for word in again])
+    restart = measure(words("slimpajama", root / "many", root / "many-out"))
     start = time.perf_counter()
     dataset = TokenDataset(root / "many-out")
     opening = time.perf_counter() - start
     assert len(dataset.manifest.shards) == count
     return {
         "files": count,
-        "in_16_files": few._asdict(),
-        "in_many_files": many._asdict(),
+        "in_16_files": in_result(few),
+        "in_many_files": in_result(many),
         "added_s": many.seconds - few.seconds,
-        "run_again_with_nothing_to_do": restart._asdict(),
+        "run_again_with_nothing_to_do": in_result(restart),
         "open_the_manifest_s": opening,
     }
+
+
+PARTS = {"linear": linear, "checks": checks, "small_files": small_files}
 
 
 def main() -> None:
@@ -126,16 +121,19 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=250.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=int, default=60_000)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     args = parser.parse_args()
+    adopt_orphans()
+    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work = args.work or Path(temporary)
         data_prep_corpus.make(work, args.megabytes)
         load(MODEL).save(work / "tokenizer", prepend_bos=False)
-        result = {
-            "cores": len(os.sched_getaffinity(0)),
-            "linear": linear(work, Path(temporary) / "linear", args.rounds),
-            "small_files": small_files(Path(temporary) / "small", args.files),
-        }
+        result["cores"] = len(os.sched_getaffinity(0))
+        for part in args.parts:
+            load_before = os.getloadavg()[0]
+            result[part] = PARTS[part](work, Path(temporary) / part, args)
+            result[part]["load_of_the_machine_before"] = load_before
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -56,11 +56,16 @@ class Taken(NamedTuple):
     printed: str
 
 
-def measure(command: list[str], out: Path) -> Taken:
-    """Run a command."""
+def measure_anew(command: list[str], out: Path) -> Taken:
+    """Run a command that writes to `out`, where nothing is left of an earlier one."""
     shutil.rmtree(out, ignore_errors=True)
     if "-m" not in command:
         out.mkdir(parents=True)
+    return measure(command)
+
+
+def measure(command: list[str]) -> Taken:
+    """Run a command; after adopt_orphans."""
     os.sync()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     start, cpu = time.perf_counter(), _cpu_of_children()
@@ -120,28 +125,38 @@ def command_of(way: str, kind: str, work: Path, out: Path, args: argparse.Namesp
     return [python, str(PEERS), way, str(work / kind), str(work / "tokenizer"), str(out), str(args.workers)]
 
 
-def compare(kind: str, work: Path, args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
-    """All ways over one corpus, in turns; before it each over a few documents, which is what starting takes."""
+def compare(kind: str, work: Path, args: argparse.Namespace, peers: dict[str, str | None], before: dict) -> dict:
+    """All ways over one corpus, in turns; before it each over a few documents, which is what starting takes.
+
+    `before` are the figures of earlier rounds, which these are added to.
+    """
     outs = {way: work / "out" / kind / way for way in ("cria", "usual", *(p for p, v in peers.items() if v))}
     few = data_prep_corpus.few(work)
-    start = {way: measure(command_of(way, kind, few, out, args), out) for way, out in outs.items()}
+    load_before = os.getloadavg()[0]
+    start = {way: [measure_anew(command_of(way, kind, few, out, args), out)] for way, out in outs.items()}
     taken: dict[str, list[Taken]] = {way: [] for way in outs}
     tokens: dict[str, int] = {}
     for n in range(args.rounds):
         for way, out in outs.items():
             if n and way in peers and args.peers_once:
                 continue
-            one = measure(command_of(way, kind, work, out, args), out)
+            one = measure_anew(command_of(way, kind, work, out, args), out)
             taken[way].append(one)
             printed = one.printed.splitlines()
             tokens[way] = Manifest.load(out).tokens if way == "cria" else json.loads(printed[-1])["tokens"]
             rate = tokens[way] / one.seconds / 1e6
             print(f"{kind:5} {way:9} {one.seconds:7.2f} s  {one.cpu_s:7.2f} CPU s  {rate:6.2f}M tokens/s", flush=True)
     assert same_tokens(outs["cria"], outs["usual"]), "data-prep and the usual way made different tokens"
+    assert before.get("tokens", tokens) == tokens, "the earlier rounds had another corpus"
     figures: dict = {"tokens": tokens, "tokens_equal_to_the_usual_way": True}
-    for what in ("seconds", "cpu_s"):
-        figures[what] = {way: [getattr(one, what) for one in ones] for way, ones in taken.items()}
-        figures[f"{what}_of_the_start"] = {way: getattr(one, what) for way, one in start.items()}
+    for name, all_ways in (("", taken), ("_of_the_start", start)):
+        for what in ("seconds", "cpu_s"):
+            old = before.get(what + name, {})
+            figures[what + name] = {
+                way: old.get(way, []) + [getattr(one, what) for one in ones] for way, ones in all_ways.items()
+            }
+    loads = [load_before, os.getloadavg()[0]]
+    figures["load_of_the_machine_before_and_after"] = [*before.get("load_of_the_machine_before_and_after", []), loads]
     return figures | ratios(figures)
 
 
@@ -149,13 +164,18 @@ def ratios(figures: dict) -> dict:
     """How many times as fast data-prep is, by time and by CPU time, with and without the start."""
     found: dict = {}
     for what in ("seconds", "cpu_s"):
-        begin = figures[f"{what}_of_the_start"]
-        median = {way: statistics.median(times) for way, times in figures[what].items()}
+        begin = medians(figures[f"{what}_of_the_start"])
+        median = medians(figures[what])
         others = [way for way in median if way != "cria"]
         work = median["cria"] - begin["cria"]
         found[f"times_as_fast_by_{what}"] = {way: median[way] / median["cria"] for way in others}
         found[f"times_as_fast_by_{what}_without_the_start"] = {way: (median[way] - begin[way]) / work for way in others}
     return found
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each way."""
+    return {way: statistics.median(ones) for way, ones in times.items()}
 
 
 def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
@@ -164,7 +184,6 @@ def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "load_of_the_machine_before": os.getloadavg()[0],
         "machine": {"cpu": model, "cores": os.cpu_count(), "workers": args.workers, "platform": platform.platform()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}, **peers},
     }
@@ -180,8 +199,8 @@ def table(result: dict) -> str:
     names = ("seconds", "seconds_without_the_start", "cpu_s", "cpu_s_without_the_start")
     for kind, figures in result["corpora"].items():
         for way in figures["tokens"]:
-            seconds, cpu = (statistics.median(figures[what][way]) for what in ("seconds", "cpu_s"))
-            start, cpu_start = (figures[f"{what}_of_the_start"][way] for what in ("seconds", "cpu_s"))
+            whole = ("seconds", "cpu_s", "seconds_of_the_start", "cpu_s_of_the_start")
+            seconds, cpu, start, cpu_start = (medians(figures[what])[way] for what in whole)
             found = [figures[f"times_as_fast_by_{name}"].get(way) for name in names]
             columns = f"{seconds:.1f} s | {start:.1f} s | {cpu:.1f} s | {cpu_start:.1f} s"
             times = " | ".join(f"{ratio:.1f}" if ratio else "" for ratio in found)
@@ -189,7 +208,7 @@ def table(result: dict) -> str:
     missing = [peer for peer, found in result["versions"].items() if found is None]
     note = f"\nNot installed, so not measured: {', '.join(missing)}.\n" if missing else ""
     m = result["machine"]
-    corpora = ", ".join(f"{result['corpus'][kind] / 1e6:.0f} MB of {kind}" for kind in COMMANDS)
+    corpora = ", ".join(f"{result['corpus'][kind] / 1e6:.0f} MB of {kind}" for kind in result["corpora"])
     return (
         f"{m['cpu']}, {m['workers']} workers; {corpora}; medians. The tokens of data-prep and of the usual way are equal.\n\n"
         + "\n".join(lines)
@@ -207,7 +226,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for corpus and output, kept; default: a temporary one")
     parser.add_argument("--peers_python", default=sys.executable, help="a Python that has datatrove and litdata")
     parser.add_argument("--peers_once", action="store_true", help="measure the peers in the first round only")
+    parser.add_argument("--kinds", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="data_prep_speed", help="of the result's files")
+    parser.add_argument("--add", action="store_true", help="add to the rounds that are in the result already")
     args = parser.parse_args()
     adopt_orphans()
     with tempfile.TemporaryDirectory() as temporary:
@@ -216,15 +238,17 @@ def main() -> None:
         sizes = data_prep_corpus.make(work, args.megabytes)
         load(str(files("mistral_common") / "data" / "tokenizer.model.v1")).save(work / "tokenizer", prepend_bos=False)
         peers = {peer: has(args.peers_python, peer) for peer in ("datatrove", "litdata")}
-        result = {**machine(args, peers), "corpus": sizes}
-        result["corpora"] = {kind: compare(kind, work, args, peers) for kind in COMMANDS}
-        digest = {
-            k: hashlib.sha256((work / "out" / k / "cria" / "manifest.json").read_bytes()).hexdigest() for k in COMMANDS
-        }
-        result["manifest_sha256"] = digest
+        file = args.results / f"{args.name}.json"
+        before = json.loads(file.read_text()) if args.add and file.is_file() else {}
+        result = {**machine(args, peers), "corpus": sizes, "corpora": before.get("corpora", {})}
+        result["manifest_sha256"] = before.get("manifest_sha256", {})
+        for kind in args.kinds:
+            result["corpora"][kind] = compare(kind, work, args, peers, result["corpora"].get(kind, {}))
+            manifest = (work / "out" / kind / "cria" / "manifest.json").read_bytes()
+            result["manifest_sha256"][kind] = hashlib.sha256(manifest).hexdigest()
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "data_prep_speed.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "data_prep_speed.md").write_text(table(result))
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(result))
     print("\n" + table(result))
 
 

@@ -67,13 +67,21 @@ def main() -> None:
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         read_plainly(files)  # into the page cache
+        load_before = os.getloadavg()[0]
         for _ in range(args.rounds):
             for way, do in ways.items():
                 start = time.perf_counter()
                 do()
                 seconds[way].append(time.perf_counter() - start)
     speed = {way: size / statistics.median(taken) / 1e6 for way, taken in seconds.items()}
-    result = {"bytes": size, "files": len(files), "cores": cores, "seconds": seconds, "megabytes_per_s": speed}
+    result = {
+        "bytes": size,
+        "files": len(files),
+        "cores": cores,
+        "load_of_the_machine_before_and_after": [load_before, os.getloadavg()[0]],
+        "seconds": seconds,
+        "megabytes_per_s": speed,
+    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(speed, indent=1))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 import resource
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ WHOLE_BYTES = 32 << 20
 WHOLE_CHARACTERS = 1 << 20
 """The longest text that tokenizers takes in one: 800 bytes of memory a character, if they are emoji."""
 _CHECK_CHARACTERS = 1 << 18
-_WORDS_BYTES = 300 << 20  # to learn the words anew is what costs most; a document of 100 MB must find room beside them
+_WORDS_BYTES = 400 << 20  # to learn the words anew is what costs most
+_FEW_WORDS_BYTES = 64 << 20
 _RENEW_CHARACTERS = 8 << 20
 _PROBES = 400
 
@@ -66,9 +68,8 @@ class Encoder:
         if engine == "gigatoken":
             self.model = model or orjson.dumps(without_controls(tokenizer.raw))
             self._renew()
-        self._cutter = _Cutter(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
-        is_small = self._cutter is None and engine != "gigatoken"
-        self.long_characters = WHOLE_CHARACTERS if is_small else LONG_CHARACTERS
+        can_cut = isinstance(tokenizer, SentencePieceTokenizer)
+        self.long_characters = LONG_CHARACTERS if can_cut or engine == "gigatoken" else WHOLE_CHARACTERS
         """Longer texts go through encode_long."""
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -86,6 +87,11 @@ class Encoder:
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return Encoded(np.concatenate(parts) if parts else np.empty(0, np.uint32), ends)
 
+    @cached_property
+    def _cutter(self) -> _Cutter | None:
+        """Cuts what is long; made when it is needed, which is seldom. None for a tokenizer of Hugging Face's kind."""
+        return _Cutter(self.tokenizer) if isinstance(self.tokenizer, SentencePieceTokenizer) else None
+
     def _renew(self) -> None:
         """Load gigatoken, and with that let go of the words that it remembers: it never forgets one by itself."""
         import gigatoken
@@ -94,10 +100,13 @@ class Encoder:
         self._gigatoken = gigatoken.Tokenizer.from_json(self.model)
         self._characters, self._resident = 0, _resident_bytes()
 
+    def make_room(self) -> None:
+        """Let go of the words, if they are many."""
+        if self.engine == "gigatoken" and _resident_bytes() - self._resident > _FEW_WORDS_BYTES:
+            self._renew()
+
     def encode_long(self, text: str) -> Iterator[np.ndarray]:
         """The ids of one text in several arrays. Raises Uncuttable, as refuse_uncuttable does."""
-        if len(text) > LONG_CHARACTERS and self.engine == "gigatoken":
-            self._renew()  # room for the text
         if self._cutter is None or len(text) <= LONG_CHARACTERS:
             yield self.encode([text]).ids
             return

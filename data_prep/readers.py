@@ -7,25 +7,30 @@
 A record that can't be read is not an exception but a `Bad` in its place, with the reason; the reader goes on behind it.
 So whoever counts decides how much is too much. Everything streams: memory is that of the largest record, and both a
 record and a decompressed file have a largest size.
+
+pyarrow is imported where it is used: the command that starts the workers reads nothing itself.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_RECORD_BYTES = 256 << 20
 """A longer line or document is bad. One of 100 MB is fine."""
 MAX_EXPANSION = 500
 """A file that decompresses to more than this times its size, beyond the first GiB, is a bomb rather than text."""
 FREE_EXPANSION_BYTES = 1 << 30
+LARGE_BYTES = 16 << 20
 
 _BLOCK_BYTES = 1 << 20
 _BATCH_BYTES = 4 << 20
@@ -48,10 +53,12 @@ class Bad(NamedTuple):
 
 @dataclass
 class Position:
-    """How far a reader is in its file, for whoever shows the progress."""
+    """How far a reader is in its file, for whoever shows the progress; and whom it tells what is coming."""
 
     bytes: int = 0
     """Bytes of the file on disk that have been read."""
+    make_room: Callable[[], None] = lambda: None
+    """Called before a record of LARGE_BYTES or more is parsed, which can take five times its size."""
 
 
 Record = tuple[int, Any]
@@ -60,10 +67,13 @@ Record = tuple[int, Any]
 
 def read_jsonl(path: Path, position: Position | None = None) -> Iterator[Record]:
     """The line number and the JSON value of each line; blank lines are none. Compressed by its suffix: .zst, .gz."""
-    for row, line in _lines(path, position or Position()):
+    position = position or Position()
+    for row, line in _lines(path, position):
         if isinstance(line, Bad):
             yield row, line
         elif line and not line.isspace():
+            if len(line) >= LARGE_BYTES:
+                position.make_room()
             try:
                 value = orjson.loads(line)
             except orjson.JSONDecodeError as error:
@@ -87,13 +97,14 @@ def read_text(path: Path, separator: str | None, position: Position | None = Non
     A line that is `separator` and nothing else ends a document; without one the whole file is one document.
     """
     mark = None if separator is None else separator.encode()
+    position = position or Position()
     document, first, row, too_long = bytearray(), 0, -1, False
-    for row, line in _lines(path, position or Position()):
+    for row, line in _lines(path, position):
         if isinstance(line, Bad) and line.reason == UNREADABLE:
             yield row, line
             return
         if isinstance(line, bytearray) and mark is not None and line.rstrip(b"\r") == mark:
-            yield first, _as_text(document, too_long)
+            yield first, _as_text(document, too_long, position)
             document, first, too_long = bytearray(), row + 1, False
         elif isinstance(line, Bad) or len(document) + len(line) > MAX_RECORD_BYTES:
             too_long = True
@@ -103,12 +114,14 @@ def read_text(path: Path, separator: str | None, position: Position | None = Non
                 document += b"\n"
             document += line
     if document or too_long:
-        yield first, _as_text(document, too_long)
+        yield first, _as_text(document, too_long, position)
 
 
-def _as_text(document: bytearray, too_long: bool) -> str | Bad:
+def _as_text(document: bytearray, too_long: bool, position: Position) -> str | Bad:
     if too_long:
         return _too_long()
+    if len(document) >= LARGE_BYTES:
+        position.make_room()
     try:
         return document.decode()
     except UnicodeDecodeError as fault:
@@ -182,6 +195,8 @@ class _stream:
 
     # pyarrow's stream notices a cut frame; python-zstandard's ends as if the file were complete.
     def __init__(self, path: Path, codec: str | None) -> None:
+        import pyarrow as pa
+
         self._raw = pa.OSFile(os.fspath(path))
         self._stream = pa.CompressedInputStream(self._raw, codec) if codec else self._raw
 
@@ -198,7 +213,10 @@ class _stream:
 
 def read_parquet(path: Path, column: str, position: Position | None = None) -> Iterator[Record]:
     """The row number and the value of `column` of each row. What is damaged in a row group costs its rows from there."""
-    size = path.stat().st_size
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    position, size = position or Position(), path.stat().st_size
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK_BYTES, memory_map=False)
     except (pa.ArrowInvalid, OSError) as error:
@@ -213,22 +231,25 @@ def read_parquet(path: Path, column: str, position: Position | None = None) -> I
             return
         start = 0
         for group in range(file.num_row_groups):
-            yield from _row_group(file, group, column, start)
+            yield from _row_group(file, group, column, start, position)
             start += file.metadata.row_group(group).num_rows
-            if position is not None:
-                position.bytes = size * start // max(1, rows)
+            position.bytes = size * start // max(1, rows)
 
 
-def _row_group(file: pq.ParquetFile, group: int, column: str, start: int) -> Iterator[Record]:
+def _row_group(file: pq.ParquetFile, group: int, column: str, start: int, position: Position) -> Iterator[Record]:
     """The rows of one group, the first of which has the number `start`."""
+    import pyarrow as pa
+
     meta = file.metadata.row_group(group)
     row, end = start, start + meta.num_rows
     try:
         rows_a_batch = _check_size(meta, column)
         for batch in file.iter_batches(rows_a_batch, row_groups=[group], columns=[column], use_threads=False):
             values = batch.column(0)
-            large = batch.nbytes > 8 * _BATCH_BYTES
+            large = batch.nbytes >= LARGE_BYTES
             del batch
+            if large:
+                position.make_room()
             try:
                 texts = values.to_pylist()
             except UnicodeDecodeError:

@@ -125,7 +125,7 @@ def _parsed(data: bytes, name: str) -> SentencePieceModel:
 @lru_cache(maxsize=4)
 def _converted(data: bytes, name: str) -> dict[str, Any]:
     """The tokenizer.json for the bytes of a .model file."""
-    return orjson.loads(to_huggingface(_parsed(data, name)).to_str())
+    return to_huggingface(_parsed(data, name))
 
 
 class HuggingFaceTokenizer(Tokenizer):

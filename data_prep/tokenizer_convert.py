@@ -3,7 +3,7 @@
     tokenizer.model bytes --> SentencePieceModel: pieces, checked to be Llama's kind
                                    |
                                    v  to_huggingface: vocabulary = pieces, merges = every way to make a piece of two
-                          tokenizers.Tokenizer (BPE with byte fallback)
+                          tokenizer.json (BPE with byte fallback)
 
 SentencePiece merges the neighbours whose joint piece has the highest score, the leftmost first; Hugging Face's BPE
 merges the pair with the lowest rank, the leftmost first. So a pair's rank is the position of its joint piece by
@@ -72,13 +72,13 @@ class SentencePieceModel:
         return cls(pieces, normalizer.add_dummy_prefix)
 
 
-def to_huggingface(model: SentencePieceModel) -> Tokenizer:
-    """The tokenizer that gives the same ids as `model`, apart from control tokens in the text, which it recognises."""
+def to_huggingface(model: SentencePieceModel) -> dict[str, Any]:
+    """The tokenizer.json that gives the same ids as `model`, apart from control tokens in the text, which it recognises."""
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
+    marks = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind not in ("NORMAL", "BYTE")}
     unknown = next(piece.text for piece in model.pieces if piece.kind == "UNKNOWN")
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    # A frame without the words, which are put in below: to write and read all of them would take longer than to make them.
+    tokenizer = Tokenizer(models.BPE(vocab=marks, merges=[], unk_token=unknown, fuse_unk=True, byte_fallback=True))
     escape = normalizers.Replace(" ", SPACE)
     prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, escape])
@@ -91,7 +91,9 @@ def to_huggingface(model: SentencePieceModel) -> Tokenizer:
             tokenizer.add_special_tokens([AddedToken(piece.text, normalized=False, special=True)])
         elif piece.kind == "USER_DEFINED":
             tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=False)])
-    return tokenizer
+    raw = json.loads(tokenizer.to_str())
+    raw["model"] |= {"vocab": vocab, "merges": _merges(model)}
+    return raw
 
 
 def bos_template(bos_token: str, bos_id: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitR
     """
     source_bytes = job.source.source_bytes(unit)
     out, dtype = job.folder.out, token_dtype(job.settings.tokenizer.vocab_size)
-    position, counts, faults = Position(), dict[str, Counts](), _Faults()
+    position, counts, faults = Position(make_room=encoder.make_room), dict[str, Counts](), _Faults()
     read = 0
     with (
         ShardWriter(out, f"shards/{unit}.npy", dtype) as shard,

@@ -45,7 +45,7 @@ def start_server() -> None:
     ours = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(ours)
     try:
-        forkserver.set_forkserver_preload(["data_prep.workers", "gigatoken"])
+        forkserver.set_forkserver_preload(["data_prep.workers", "gigatoken", "pyarrow.parquet"])
         forkserver.ensure_running()
     finally:
         for name in ours:

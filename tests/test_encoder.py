@@ -93,7 +93,7 @@ def test_what_gigatoken_remembers_is_bounded(llama: Tokenizer, monkeypatch: pyte
         digits = rng.randbytes(480_000).hex()
         encoder.encode([" ".join(digits[n : n + 16] for n in range(0, len(digits), 16))])
         highest = max(highest, encoder_module._resident_bytes() - start)
-    assert len(calls) >= 8, "the words would have taken some 280 MB"
+    assert len(calls) >= 4, "the words would have taken some 280 MB"
     assert highest < 8 * limit, "the allocator keeps some of what was given back, but the words do not add up"
 
 
