@@ -49,7 +49,7 @@ class WorkOptions:
     """Share of the documents that may be broken: they are named and skipped, more of them stop the work."""
     encoder: str = "auto"
     """auto takes gigatoken where it is exact; "reference" takes SentencePiece or tokenizers, ten times slower."""
-    check_every: int = 2000
+    check_every: int = 1000
     """Every so many documents are encoded by the reference too, and a difference stops the work; 0 for none."""
     check_space: bool = True
     """Estimate before and during the work whether the disk has room for the shards."""
