@@ -1,6 +1,6 @@
 """Which settings are the fastest here: micro-batch, compilation, operations, activation checkpointing.
 
-    start ─> micro-batches ─> compile ─> operations ─> checkpointing, with its own micro-batches ─> best
+    start ─> micro-batches ─> compile ─> operations ─> recompute and checkpointing, with their own micro-batches ─> best
 
 One setting after the other, the best kept: not every combination. Each is a `pretrain bench` in processes of its own, so that
 one that runs out of memory is a row of the table and touches no other.
@@ -27,6 +27,10 @@ GAIN = 1.01
 """A larger micro-batch must be so many times as fast to look further."""
 
 
+RECOMPUTE = ("none", "elementwise", "mlp")
+"""What `parallel.recompute` knows, from the least to the most."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One combination of settings."""
@@ -36,6 +40,7 @@ class Point:
     operations: str
     """A key of `Sweep.operations`."""
     checkpointing: int
+    recompute: str = "none"
 
     @property
     def name(self) -> str:
@@ -43,6 +48,7 @@ class Point:
         kind = "compiled" if self.compile else "eager"
         extras = [f"operations {self.operations}"] if self.operations != "as configured" else []
         extras += [f"checkpointing every {self.checkpointing}"] if self.checkpointing else []
+        extras += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         return ", ".join([f"micro-batch {self.micro_batch_size} {kind}", *extras])
 
 
@@ -76,13 +82,23 @@ class Sweep:
         """Go along one setting after the other; None where nothing fits."""
         settings = self._settings
         checkpointing = getattr(settings.parallel, "activation_checkpointing", None)
-        start = Point(settings.train.micro_batch_size, settings.parallel.compile, "as configured", checkpointing or 0)
+        recompute = getattr(settings.parallel, "recompute", None)
+        start = Point(
+            settings.train.micro_batch_size,
+            settings.parallel.compile,
+            "as configured",
+            checkpointing or 0,
+            recompute or "none",
+        )
         best = self._best_micro_batch(start)
         best = self._faster(best, replace(best, compile=not best.compile))
         for operations in self.operations:
             best = self._faster(best, replace(best, operations=operations))
+        for part in RECOMPUTE if recompute is not None else ():
+            if part != recompute:
+                best = self._faster(best, self._best_micro_batch(replace(best, recompute=part)))
         if checkpointing is not None:
-            other = replace(best, checkpointing=0 if checkpointing else 1)
+            other = replace(best, checkpointing=0 if checkpointing else 1, recompute="none")
             best = self._faster(best, self._best_micro_batch(other))
         return best if self._speed(best) > 0 else None
 
@@ -115,6 +131,8 @@ class Sweep:
         keys += ["--parallel.compile", str(point.compile).lower(), *self.operations[point.operations]]
         if hasattr(self._settings.parallel, "activation_checkpointing"):
             keys += ["--parallel.activation_checkpointing", str(point.checkpointing)]
+        if hasattr(self._settings.parallel, "recompute"):
+            keys += ["--parallel.recompute", point.recompute]
         return keys
 
     def _time(self, point: Point) -> Row:

@@ -8,7 +8,7 @@ What is not computed but assumed is a constant here, with its reason. D, F, V, L
 number in the compute, the residual stream too.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pretrain import ops
 from pretrain.sections import ModelConfig
@@ -46,6 +46,8 @@ class Layout:
     """When gradients are reduced: once a step, the sum being kept whole till then, or in every micro_step."""
     shard_size: int = 0
     """GPUs that share one copy of weights and optimizer in hybrid; 0: those of a node."""
+    recompute: str = "none"
+    """What the layers that are not checkpointed compute again: none, elementwise, mlp, as in `parallel.recompute`."""
     fused_norm: bool = True
     """PyTorch's RMSNorm is one kernel on CUDA; on a CPU, not compiled, it is made of fp32 operations that keep more."""
 
@@ -97,6 +99,7 @@ def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:
     Flash attention (arXiv 2205.14135) keeps q, k, v, its result and a log-sum a head: nothing of T x T. Compiled, the
     partitioner of AOTAutograd keeps every operand of a product that the backward needs (the two norms' results, SwiGLU's
     gate, up and their product) and o_proj's result, and computes what lies between again. Eager keeps SiLU's result too.
+    `recompute` leaves out what it computes again.
     """
     D, F = model.hidden_size, model.intermediate_size
     kv, c = model.num_key_value_heads * model.head_dim, layout.compute_bytes
@@ -111,18 +114,18 @@ def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:
         "gate * up": F * c,
         "root mean squares": 2 * FP32,
     }
+    mlp = layout.recompute == "mlp"
     if layout.compile:
-        return keeps | {"o_proj": D * c}
-    norms = (
-        {"after attention": D * c}
-        if layout.fused_norm
-        else {
-            "input": D * FP32,
-            "after attention": D * FP32,
-            "normalised": 2 * D * FP32,
-        }
-    )
-    return keeps | norms | {"silu(gate)": F * c}
+        keeps["o_proj"] = D * c
+        again = ["norm 1", "norm 2", "gate * up"] if layout.recompute != "none" else []
+    else:
+        keeps |= {"after attention": D * c, "silu(gate)": F * c}
+        if not layout.fused_norm:
+            keeps |= {"input": D * FP32, "normalised": (1 if mlp else 2) * D * FP32}
+            keeps |= {} if mlp else {"after attention": D * FP32}
+        again = ["silu(gate)"] if layout.recompute != "none" else []
+    again += ["norm 2", "gate, up", "gate * up"] if mlp else []
+    return {name: size for name, size in keeps.items() if name not in again}
 
 
 def kept_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
@@ -138,6 +141,12 @@ def kept_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     inputs = checkpointed * model.hidden_size * layout.compute_bytes * tokens
     last_norm = model.hidden_size * (layout.compute_bytes if layout.fused_norm else 2 * FP32) + FP32
     return int(layers + inputs + (last_norm + 8) * tokens)
+
+
+def copied(model: ModelConfig, layout: Layout) -> int:
+    """Weights whose copies in bf16 stay for the backward on a lone GPU (numbers); what is computed again casts them again."""
+    recast = model.num_hidden_layers - 1 if layout.recompute == "mlp" and not layout.activation_checkpointing else 0
+    return count(model).in_products - recast * 3 * model.hidden_size * model.intermediate_size
 
 
 def loss_keeps(model: ModelConfig, seq_len: int, layout: Layout) -> int:
@@ -156,10 +165,11 @@ def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 def layer_backward(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     """What one layer's backward holds at its widest: gradients of gate, up and their product, and four as wide as D (bytes).
 
-    A checkpointed layer's forward is there again at that time.
+    What is computed again of its forward is there again at that time.
     """
     wide = (3 * model.intermediate_size + 4 * model.hidden_size) * layout.compute_bytes
-    again = sum(layer_keeps(model, layout).values()) if layout.activation_checkpointing else 0
+    whole = sum(layer_keeps(model, replace(layout, recompute="none")).values())
+    again = whole if layout.activation_checkpointing else whole - sum(layer_keeps(model, layout).values())
     return int((wide + again) * layout.micro_batch_size * seq_len)
 
 
@@ -193,7 +203,7 @@ def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1
     """The peak memory of a training step on one GPU, in bytes; `measured`: a probe's correction of the activations."""
     counts, sharded = count(model), layout.strategy != "single"
     share = counts.total / layout.shards
-    copies = 0 if sharded or layout.precision == "fp32" else BF16 * counts.in_products
+    copies = 0 if sharded or layout.precision == "fp32" else BF16 * copied(model, layout)
     adds_up_whole = sharded and layout.reduce == "step" and layout.grad_accum_steps > 1
     chunk = logits_chunk(model, seq_len, layout)
     parts = {

@@ -117,7 +117,11 @@ class Layer(nn.Module):
     def forward(self, h: Tensor, rope: Tensor, mask: Any = None, cache: KVCache | None = None) -> Tensor:
         """h: (B, T, D); rope: (2, T, d) or (2, B, T, d); mask: of `Operations.document_mask`. Returns (B, T, D)."""
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.feed_forward(h)
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """The second half, with its norm: what `parallel.recompute` mlp computes again. (B, T, D) -> (B, T, D)."""
+        return self.mlp(self.post_attention_layernorm(h))
 
 
 class Decoder(nn.Module):

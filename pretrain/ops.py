@@ -66,9 +66,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_block(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
+def swiglu_block(
+    x: Tensor,
+    gate_proj: nn.Module,
+    up_proj: nn.Module,
+    down_proj: nn.Module,
+    elementwise: Callable[[Tensor, Tensor], Tensor] = swiglu,
+) -> Tensor:
     """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products."""
-    return down_proj(swiglu(gate_proj(x), up_proj(x)))
+    return down_proj(elementwise(gate_proj(x), up_proj(x)))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

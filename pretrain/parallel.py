@@ -1,7 +1,7 @@
 """Devices, precision, sharding and compilation, through Lightning Fabric.
 
     launch() ─> Fabric: one process a device, started by torchrun; or one process alone ─> Sharding
-    build()  ─> Llama on the meta device ─> layers recomputed, compiled ─> sharded ─> memory ─> TinyLlama's initialisation
+    build()  ─> Llama on the meta device ─> what is recomputed, compiled ─> sharded ─> memory ─> TinyLlama's initialisation
 
 Weights, optimizer state and reductions are fp32. With bf16 the residual stream and all products are bf16 on one device and
 on many: there each linear layer casts its weight, here FSDP2 gathers weights that are cast already (Fabric's own "bf16-mixed"
@@ -10,7 +10,10 @@ is autocast, with an fp32 residual stream, and would gather fp32).
 
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain import backends, float8, ranks, sharding
-from pretrain.model import Llama, num_parameters
+from pretrain import backends, float8, ops, ranks, sharding
+from pretrain.model import Layer, Llama, num_parameters
 from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding
@@ -122,9 +125,7 @@ def build(
         model = Llama(config, operations, _compute_dtype(parallel), eos_id)
     if parallel.precision == "fp8":
         float8.convert(model, fabric.device)
-    if parallel.activation_checkpointing:
-        for layer in model.model.layers[:: parallel.activation_checkpointing]:
-            _recompute(layer)
+    recompute(model, parallel)
     if parallel.compile and sharded:  # before sharding: what FSDP2 hooks on is not compiled
         for layer in model.model.layers:
             layer.compile(dynamic=False, fullgraph=True)
@@ -160,18 +161,45 @@ def _compute_dtype(config: ParallelConfig) -> torch.dtype:
     return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
-def _recompute(layer: nn.Module) -> None:
-    """Have a layer's activations computed again in the backward instead of kept.
+def recompute(model: Llama, parallel: ParallelConfig) -> None:
+    """Have activations computed again in the backward instead of kept: of every n-th layer all, of the others a part."""
+    every = parallel.activation_checkpointing
+    for i, layer in enumerate(model.model.layers):
+        assert isinstance(layer, Layer)
+        if every and i % every == 0:
+            _replace(layer, "forward")
+        elif parallel.recompute != "none":
+            _recompute_part(layer, parallel)
 
-    Its forward is replaced and not the module wrapped, so that the parameters keep their names; inside the layer's hooks, so
-    that FSDP2 gathers before it recomputes.
+
+def _recompute_part(layer: Layer, parallel: ParallelConfig) -> None:
+    """What leaves a part is kept for whoever takes it, except when compiled: then nothing that a part computes is kept."""
+    if parallel.compile:
+        _replace(layer.input_layernorm, "forward")
+    if parallel.recompute == "mlp":
+        _replace(layer, "feed_forward")
+        return
+    if parallel.compile:
+        _replace(layer.post_attention_layernorm, "forward")
+    if layer.mlp.operations.swiglu is ops.swiglu_block:  # the other libraries' keep what their own backward wants
+        elementwise = partial(ops.swiglu_block, elementwise=_again(ops.swiglu))
+        layer.mlp.operations = replace(layer.mlp.operations, swiglu=elementwise)
+
+
+def _replace(module: nn.Module, method: str) -> None:
+    """Methods are replaced and not modules wrapped, so that the parameters keep their names; inside a layer's hooks, so that
+    FSDP2 gathers before anything is computed again.
     """
-    forward = layer.forward
+    setattr(module, method, _again(getattr(module, method)))
+
+
+def _again(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same function; what it computes is not kept for the backward but computed again there."""
 
     def recomputed(*inputs: Any) -> torch.Tensor:  # a function of ours: torch.compile leaves out frames of torch's own
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    layer.forward = recomputed
+    return recomputed
 
 
 def unwrap(model: nn.Module) -> nn.Module:

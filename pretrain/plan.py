@@ -20,6 +20,9 @@ from pretrain.speed import CHIPS, Chip, Rates, Step
 ROOM = 0.05
 """Share of a GPU's memory that is left free, since the model of memory is not exact."""
 
+RECOMPUTED = ((0, "none"), (0, "elementwise"), (0, "mlp"), (1, "none"), (2, "none"), (4, "none"))
+"""Settings of `activation_checkpointing` and `recompute` to choose from."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -137,7 +140,7 @@ def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator
     share = sequences // world_size
     for strategy, gather, reduce in _shardings(nodes, world_size):
         for micro_batch_size in (b for b in range(1, share + 1) if share % b == 0):
-            for every in (0, 1, 2, 4):
+            for every, recompute in RECOMPUTED:
                 yield Layout(
                     strategy,
                     nodes,
@@ -149,6 +152,7 @@ def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator
                     settings.parallel.compile,
                     gather,
                     reduce,
+                    recompute=recompute,
                 )
 
 
@@ -183,6 +187,7 @@ def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Ch
         chosen.gather,
         chosen.reduce,
         chosen.shard_size,
+        p.recompute,
     )
 
 
@@ -260,6 +265,7 @@ def _same_but_batch(a: Layout, b: Layout) -> bool:
 def _words(layout: Layout) -> str:
     every = layout.activation_checkpointing
     checkpointing = "" if not every else f", activation_checkpointing {every}"
+    checkpointing += "" if layout.recompute == "none" else f", recompute {layout.recompute}"
     often = ", reduce micro_step" if layout.reduce == "micro_step" and layout.grad_accum_steps > 1 else ""
     return f"micro-batch {layout.micro_batch_size}, {layout.strategy}{often}{checkpointing}"
 

@@ -34,6 +34,7 @@ ALONE: dict[str, Any] = {
     "gather": "auto",
     "cpu_offload": False,
     "activation_checkpointing": 0,
+    "recompute": "none",
 }
 """One device, nothing computed twice."""
 

@@ -123,7 +123,9 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
     attention = 7 * L * model.hidden_size * seq_len * tokens / (rates.attention * chip.peak_flops)
     between = layer_traffic(model, layout) * L * tokens / bandwidth
     between = max(between, L * LAUNCH_S * layout.grad_accum_steps - products - attention)
-    recomputed = (-(-L // n) / L if n else 0) * (products / 3 + attention / 3.5 + between / 3)
+    checkpointed = -(-L // n) / L if n else 0
+    recomputed = checkpointed * (products / 3 + attention / 3.5 + between / 3)
+    recomputed += (1 - checkpointed) * _recomputed_part(model, tokens, layout, chip, rates)
     loss = _loss_seconds(model, tokens, layout, chip, rates)
     gain = rates.compiled if layout.compile else 1.0
     products, attention, between, recomputed = (
@@ -157,6 +159,16 @@ def layer_traffic(model: ModelConfig, layout: Layout) -> float:
     """
     D, F, kv = model.hidden_size, model.intermediate_size, model.num_key_value_heads * model.head_dim
     return 3 * (11 * D + 2 * kv + 3 * F) * layout.compute_bytes
+
+
+def _recomputed_part(model: ModelConfig, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
+    """Seconds of `recompute`: gate_proj and up_proj are 4 D F a token; then both norms and SwiGLU's product are written again."""
+    if layout.recompute == "none":
+        return 0.0
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    flops = 4 * D * F if layout.recompute == "mlp" else 0
+    moved = (2 * D + F) * layout.compute_bytes
+    return L * tokens * (flops / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth))
 
 
 def _loss_seconds(model: ModelConfig, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:

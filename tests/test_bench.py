@@ -191,11 +191,14 @@ def search(
 
     class Machine(bench_sweep.Sweep):
         def _time(self, point: Point) -> dict:
-            if point.micro_batch_size > fits * (4 if point.checkpointing else 1):
+            if point.micro_batch_size > fits * (4 if point.checkpointing else 1) * (
+                2 if point.recompute == "mlp" else 1
+            ):
                 return {"problem": "does not fit: out of memory"}
             tokens = 1000 * point.micro_batch_size / (point.micro_batch_size + 4)
             tokens *= 1.3 if point.compile else 1.0
             tokens *= 0.8 if point.checkpointing else 1.0
+            tokens *= {"none": 1.0, "elementwise": 0.99, "mlp": 0.85}[point.recompute]
             tokens *= (speed or {}).get(point.operations, 1.0)
             return {"problem": None, "tokens_per_sec_per_gpu": tokens}
 
@@ -209,6 +212,7 @@ def test_the_sweep_finds_the_best_that_fits(settings: Path, tmp_path: Path) -> N
     assert best is not None
     assert (best.micro_batch_size, best.compile, best.operations, best.checkpointing) == (16, True, "torch", 0)
     assert any(row["problem"] for row in machine.tried.values())  # 32 was tried
+    assert {point.recompute for point in machine.tried} == set(bench_sweep.RECOMPUTE)
     keys = machine.keys(best)
     assert keys[keys.index("--train.micro_batch_size") + 1] == "16"
     assert keys[keys.index("--parallel.compile") + 1] == "true"

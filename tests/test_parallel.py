@@ -86,9 +86,9 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     one += [steps("clipped-1", {}, 2, 0.5), steps("recomputed-1", {"activation_checkpointing": 1}, 12, 1e9)]
     one += [steps("alone-1", {"strategy": "full_shard"}, 2, 0.5)]
     two = [build("built-2"), steps("offloaded-2", OTHERWISE["offloaded"], 1, 0.5)]
-    two += [steps("full_shard-2", {"strategy": "full_shard"}, 1, 0.5)]
+    two += [steps("full_shard-2", {"strategy": "full_shard", "recompute": "elementwise"}, 1, 0.5)]
     two += [steps("shard_grad_op-2", {"strategy": "shard_grad_op", "activation_checkpointing": 1}, 1, 0.5)]
-    two += [steps("hybrid-2", {"strategy": "hybrid", "shard_size": 1}, 1, 0.5)]
+    two += [steps("hybrid-2", {"strategy": "hybrid", "shard_size": 1, "recompute": "mlp"}, 1, 0.5)]
     three = [build("built-3")]
     four = [build("built-4"), build("full-4", strategy="full_shard")]
     for strategy in STRATEGIES:
@@ -237,6 +237,46 @@ def test_activations_of_every_nth_layer_are_computed_again(every: int, recompute
         assert seen.count == 3
         loss.backward()
     assert seen.count == 3 + recomputed
+
+
+@pytest.mark.parametrize(
+    ("compiled", "part", "products"),
+    [("", "elementwise", 0), ("", "mlp", 6), ("layers", "elementwise", 0), ("whole", "mlp", 6)],
+)
+def test_a_part_is_computed_again_to_the_same_bits(compiled: str, part: str, products: int) -> None:
+    """Loss and gradients in fp32 are those without it; gate_proj and up_proj of three layers again, down_proj not."""
+    found = {}
+    for recompute in ("none", part):
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            model = Llama(config.ModelConfig(**MODEL))
+        model.materialize(torch.device("cpu"))
+        model.init_weights(7)
+        parallel.recompute(model, ParallelConfig(compile=bool(compiled), recompute=recompute))
+        for unit in {"": [], "layers": model.model.layers, "whole": [model]}[compiled]:
+            unit.compile(dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition")
+        ids = torch.randint(600, (2, 32), generator=torch.Generator().manual_seed(1))
+        loss = model(ids, ids)
+        with Called("aten.mm") as backward:
+            loss.backward()
+        found[recompute] = loss, [p.grad for p in model.parameters()], backward.count
+    (loss, gradients, once), (same_loss, same_gradients, again) = found["none"], found[part]
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+    assert once >= 3 * 7 * 2
+    assert again == once + products
+
+
+class Called(TorchDispatchMode):
+    """Counts the calls of one operation."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).startswith(f"{self.name}.")
+        return function(*args, **(kwargs or {}))
 
 
 class Attentions(TorchDispatchMode):

@@ -12,7 +12,7 @@ from pretrain import config, parallel, plan, published, saver, speed
 from pretrain.memory import GIB, Layout, count, kept_bytes, loss_keeps, memory
 from pretrain.model import Llama, num_parameters
 from pretrain.published import PUBLISHED
-from pretrain.sections import CheckpointConfig, ModelConfig
+from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
 from pretrain.speed import CHIPS
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +35,8 @@ def saved_bytes(model: ModelConfig, B: int, layout: Layout) -> int:
         llama = Llama(model, dtype=torch.bfloat16 if layout.precision == "bf16" else None)
     llama.materialize(torch.device("cpu"))
     llama.init_weights(0)
-    for layer in llama.model.layers[:: layout.activation_checkpointing] if layout.activation_checkpointing else []:
-        parallel._recompute(layer)
+    computed_again = {key: getattr(layout, key) for key in ("activation_checkpointing", "recompute", "compile")}
+    parallel.recompute(llama, ParallelConfig(**computed_again))
     if layout.precision == "bf16" and layout.strategy != "single":
         rope = llama.model.rope
         llama.to(torch.bfloat16).model.rope = rope  # as FSDP2 gathers it
@@ -66,6 +66,11 @@ LAYOUTS = {
     "compiled-bf16": Layout("full_shard", 1, 8),
     "compiled-bf16-alone": Layout(),
     "checkpointed-bf16": Layout("full_shard", 1, 8, activation_checkpointing=2, compile=False),
+    "elementwise-bf16": Layout("full_shard", 1, 8, recompute="elementwise"),
+    "elementwise-eager": Layout("full_shard", 1, 8, recompute="elementwise", compile=False),
+    "mlp-bf16": Layout("full_shard", 1, 8, recompute="mlp"),
+    "mlp-eager": Layout("full_shard", 1, 8, recompute="mlp", compile=False),
+    "mlp-bf16-alone": Layout(recompute="mlp"),
 }
 
 
@@ -77,7 +82,8 @@ def test_activations_are_those_that_the_model_keeps(model: ModelConfig, name: st
     layout = replace(LAYOUTS[name], micro_batch_size=2, fused_norm=False)
     expected = kept_bytes(model, T, layout) + loss_keeps(model, T, layout)
     if layout.strategy == "single":  # the layers' weights in bf16 are kept too; the plan counts them as parameters
-        expected += 2 * model.num_hidden_layers * count(model).layer_in_products
+        again = 3 * model.hidden_size * model.intermediate_size if layout.recompute == "mlp" else 0
+        expected += 2 * model.num_hidden_layers * (count(model).layer_in_products - again)
     found = saved_bytes(model, 2, layout)
     assert found > 1e6
     assert expected == pytest.approx(found, rel=0.01)
