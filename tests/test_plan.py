@@ -9,7 +9,7 @@ from conftest import tiny_config, write_config
 from torch import Tensor
 
 from pretrain import config, parallel, plan, published, saver, speed
-from pretrain.memory import GIB, Layout, count, kept_bytes, loss_keeps, memory
+from pretrain.memory import GIB, Layout, count, kept_bytes, layer_keeps, loss_keeps, memory
 from pretrain.model import Llama, num_parameters
 from pretrain.published import PUBLISHED
 from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
@@ -97,6 +97,19 @@ def test_activations_grow_with_tokens_not_with_their_square() -> None:
     assert checkpointed < once / 10
     half = kept_bytes(TINYLLAMA.model, 2048, replace(layout, activation_checkpointing=2))
     assert half == pytest.approx((once + checkpointed) / 2, rel=1e-3)
+
+
+def test_micro_batch_16_fits_40_gb_where_the_mlp_is_computed_again() -> None:
+    """One A100-40G, compiled; the bytes are those that the setting's docstring names."""
+    parts = ("none", "elementwise", "mlp")
+    layouts = [Layout(micro_batch_size=16, recompute=part) for part in parts]
+    assert [round(sum(layer_keeps(TINYLLAMA.model, layout).values())) for layout in layouts] == [59_528, 40_072, 17_544]
+    limit = CHIPS["A100-40G"].memory_gib * GIB
+    none, elementwise, mlp = (memory(TINYLLAMA.model, 2048, layout).total for layout in layouts)
+    assert mlp < (1 - plan.ROOM) * limit < limit < elementwise < none
+    steps = [speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100) for layout in layouts]
+    assert steps[0].recomputed == 0 < steps[1].recomputed < steps[2].recomputed
+    assert steps[1].seconds < 1.02 * steps[0].seconds
 
 
 def test_sharding_divides_what_it_says() -> None:
