@@ -236,7 +236,11 @@ def set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest: its size in bytes and its sha256."""
+def describe(path: Path, sign: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """A file's entry in the manifest: its size in bytes and its sha256. `sign` is called while it is read."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while block := file.read(2**20):
+            digest.update(block)
+            sign()
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

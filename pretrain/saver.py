@@ -15,8 +15,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +25,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from pretrain import checkpoint, ranks
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
+from pretrain.watchdog import alive
 
 T = TypeVar("T")
+
+_SYNCED = 2**28
+"""So many bytes (256 MiB) are synced at a time: the disk's pace is seen, not that of the host's memory."""
 
 
 class Saver:
@@ -49,8 +55,11 @@ class Saver:
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
             )
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._pending: Future[str | None] | None = None
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._thread = futures.ThreadPoolExecutor(1, "saver", initializer=_use_device, initargs=(device,))
+        self._pending: futures.Future[str | None] | None = None
+        self._signs = 0
+        """Grows while the thread gets on."""
         if ranks.rank() == 0:
             self._clear()
         self.stalled_s = 0.0
@@ -81,9 +90,22 @@ class Saver:
         return max((checkpoint.read_state(folder).get("save_s", 0.0) for _, folder in newest), default=0.0)
 
     def wait(self) -> str | None:
-        """Wait for the save that is being written; returns why it failed, or None."""
+        """Wait for the save that is being written; returns why it failed, or None.
+
+        What the thread gets done counts for the watchdog, so that a slow disk is not taken for a hang.
+        """
         pending, self._pending = self._pending, None
-        return pending.result() if pending is not None else None
+        if pending is None:
+            return None
+        seen = self._signs
+        while not futures.wait([pending], timeout=0.5).done:
+            if self._signs != seen:
+                seen = self._signs
+                alive()
+        return pending.result()
+
+    def _sign(self) -> None:
+        self._signs += 1
 
     def close(self) -> None:
         """Wait, and end the thread.
@@ -108,7 +130,7 @@ class Saver:
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
             self._rank_0(lambda: _write_synced(staging / "state.json", json.dumps(state, indent=1)))
             names = self._all_ranks(lambda: _files_of(staging))[0]  # rank 0's: what it commits
-            parts = self._all_ranks(lambda: _hash_share(staging, names))
+            parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
             entries = {name: entry for part in parts for name, entry in part.items()}
             self._rank_0(lambda: self._commit(staging, target, step, entries))
         except _Failed as failure:
@@ -138,6 +160,7 @@ class Saver:
         except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
             problem = _describe_error(error)
         outcomes = ranks.gather((problem, value), self._group)
+        self._sign()
         for number, (found, _) in enumerate(outcomes):
             if found is not None:
                 raise _Failed(found if len(outcomes) == 1 else f"rank {number}: {found}")
@@ -167,6 +190,7 @@ class Saver:
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # More than one writer thread can lose a full disk's error: save returns and shards are missing.
         writer = _Writer(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
+        writer.fs = _Files(self._sign)
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any]) -> None:
@@ -200,6 +224,40 @@ class _Writer(dcp.FileSystemWriter):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+class _Files(FileSystem):
+    """DCP's files, but what is written is synced on the way, and each time a sign of life is given."""
+
+    def __init__(self, sign: Callable[[], None]):
+        self._sign = sign
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """A file that is open as long as the block."""
+        with super().create_stream(path, mode) as stream:
+            yield _Stream(stream, self._sign)
+
+
+class _Stream:
+    """A file to write; all but `write` is the file's own."""
+
+    def __init__(self, file: Any, sign: Callable[[], None]):
+        self._file, self._sign, self._unsynced = file, sign, 0
+
+    def write(self, data: Any) -> int:
+        """Returns how many bytes."""
+        written = self._file.write(data)
+        self._unsynced += written
+        if self._unsynced >= _SYNCED:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+            self._sign()
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _Failed(Exception):
@@ -249,9 +307,15 @@ def _files_of(staging: Path) -> list[str]:
     return names
 
 
-def _hash_share(staging: Path, names: list[str]) -> dict[str, Any]:
+def _use_device(device: int | None) -> None:
+    """A thread begins on GPU 0; each rank's would take memory there for a context of its own."""
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+def _hash_share(staging: Path, names: list[str], sign: Callable[[], None]) -> dict[str, Any]:
     """Name -> manifest entry of this rank's share of the files."""
-    return {name: checkpoint.describe(staging / name) for name in names[ranks.rank() :: ranks.world_size()]}
+    return {name: checkpoint.describe(staging / name, sign) for name in names[ranks.rank() :: ranks.world_size()]}
 
 
 def _write_synced(path: Path, text: str) -> None:

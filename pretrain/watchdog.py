@@ -57,6 +57,15 @@ def at(place: str, step: int | None = None) -> None:
         watchdog.at(place, step)
 
 
+def alive() -> None:
+    """Say that this rank gets on at the place where it is: its time there begins anew. In the main thread, as often as one likes.
+
+    Unlike `at`, which all ranks call alike: who has come to more places is ahead of the others.
+    """
+    if (watchdog := _watchdog()) is not None:
+        watchdog.alive()
+
+
 def first_step_done() -> None:
     """From now on `watchdog.limit_s` counts: what is compiled is compiled."""
     if (watchdog := _watchdog()) is not None:
@@ -72,7 +81,8 @@ class Watchdog:
     def __init__(self, settings: Config):
         self.config = settings.watchdog
         self.limit_s = max(self.config.limit_s, self.config.first_step_limit_s)
-        self._beats = 0
+        self._beats = self._signs = 0
+        self._step: int | None = None
         self._preparing = True
         listener, address = _meet() if self.config.limit_s else (None, None)
         if address is not None:
@@ -121,7 +131,13 @@ class Watchdog:
     def at(self, place: str, step: int | None = None) -> None:
         """See the function `at`."""
         self._beats += 1
+        self._step = step
         self._write(place, step, self.limit_s)
+
+    def alive(self) -> None:
+        """See the function `alive`."""
+        self._signs += 1
+        self._write_cell(self._step, self.limit_s)
 
     def rest(self) -> None:
         """Between preparation and training nobody knows how long it takes."""
@@ -137,7 +153,10 @@ class Watchdog:
     def _write(self, place: str, step: int | None, limit_s: float) -> None:
         text = place.encode()[: CELL_BYTES - CELL.size]
         self._cell[CELL.size :] = text.ljust(CELL_BYTES - CELL.size, b"\0")
-        CELL.pack_into(self._cell, 0, self._beats, limit_s, -1 if step is None else step)
+        self._write_cell(step, limit_s)
+
+    def _write_cell(self, step: int | None, limit_s: float) -> None:
+        CELL.pack_into(self._cell, 0, self._beats, self._signs, limit_s, -1 if step is None else step)
 
     def __enter__(self) -> "Watchdog":
         global _current

@@ -32,8 +32,8 @@ EXIT_STATUS = 86
 """Of a rank that the watchdog ended: it hung, or another one hung, failed or died."""
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks; also by hand."""
-CELL = struct.Struct("<Qdq")
-"""Beats, the limit of this place (seconds), the step or -1; the place's name follows."""
+CELL = struct.Struct("<QQdq")
+"""Beats, signs of life, the limit of this place (seconds), the step or -1; the place's name follows."""
 CELL_BYTES = 256
 
 Message = dict[str, Any]
@@ -281,7 +281,7 @@ class Watcher:
             self._hub.send({"gone": "the torchrun that had started it is gone", "ago_s": 0.0})
 
     def _where(self) -> Message:
-        beats, limit_s, step = CELL.unpack_from(self._cell)
+        beats, _, limit_s, step = CELL.unpack_from(self._cell)
         place = self._cell[CELL.size :].rstrip(b"\0").decode(errors="replace")
         state = "".join(processes.stat(self._parent)[:1])
         where = {"beats": beats, "limit_s": limit_s, "place": place, "age_s": self._age_s, "state": state}

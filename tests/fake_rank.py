@@ -38,7 +38,7 @@ def main(agent: int, run_dir: Path) -> None:
     (run_dir / "pid").write_text(str(os.getpid()))
     control.setblocking(False)
     for beat in range(1, 100_000):
-        CELL.pack_into(cell, 0, beat, 600.0, beat)
+        CELL.pack_into(cell, 0, beat, 0, 600.0, beat)
         time.sleep(0.02)
         try:
             if control.recv(1) == b"x":

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,46 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     saved = checkpoint.load_tensors(tmp_path / "checkpoints" / "step-00000007")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training waits for a save, what its thread gets done is told to the watchdog, and nothing else is."""
+    noticed, signs = threading.Event(), []
+    write = saver.Saver._write_tensors
+
+    def slow_write(self: saver.Saver, *args: object) -> None:
+        while not noticed.wait(0.01):
+            assert len(signs) < 6000, "nobody looks"
+            signs.append(self._sign())
+        before = self._signs
+        write(self, *args)
+        signs.append(self._signs - before)
+
+    monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
+    monkeypatch.setattr(saver, "alive", noticed.set)
+    monkeypatch.setattr(saver, "_SYNCED", 1)
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    model, optimizer = make_state(3)
+    writer.save(7, model, optimizer, {"step": 7})
+    writer.close()
+    assert signs[-1] > 100, "each tensor of a few kilobytes"
+    monkeypatch.setattr(saver, "alive", lambda: pytest.fail("nothing is done"))
+    stuck: Future[str | None] = Future()
+    writer._pending = stuck
+    threading.Timer(1.2, stuck.set_result, ["at last"]).start()
+    assert writer.wait() == "at last"
+
+
+def test_the_savers_thread_uses_the_ranks_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda n: chosen.append((n, threading.current_thread().name)))
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    writer.save(5, *make_state(3), {"step": 5})
+    monkeypatch.undo()
+    writer.close()
+    assert chosen == [(3, "saver_0")]
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
