@@ -79,7 +79,7 @@ def peers(args: Any, settings: config.Config) -> Result:
             **({} if settings.parallel.compile else {"cria (compiled)": ["--parallel.compile", "true"]}),
         }
         rows = (_one_after_the_other if on_gpu else _in_turns)(bench, ours, wanted)
-    return _compared(rows, args, settings)
+    return _compared(rows, args, settings, in_turns=not on_gpu)
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
@@ -199,7 +199,7 @@ class Bench:
         return Child(command, out, self.budget.left(), in_turns=self.in_turns)
 
 
-def _compared(rows: list[Row], args: Any, settings: config.Config) -> Result:
+def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: bool) -> Result:
     """Check that the same model was trained, and set the ratios: tokens/s of the best of ours, over each row's."""
     reference = rows[0]
     notes = bench_result.notes(args.steps, args.warmup)[:2]
@@ -214,7 +214,7 @@ def _compared(rows: list[Row], args: Any, settings: config.Config) -> Result:
         best = max(ours, key=lambda row: row["tokens_per_sec_per_gpu"])
         for row in rows:
             if row["problem"] is None:
-                row["ratio"] = _ratio(best, row)
+                row["ratio"] = _ratio(best, row, in_turns)
         notes += _verdict(rows, best, ours)
     title = (
         f"{args.config.stem} through each trainer's code: {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a "
@@ -223,8 +223,14 @@ def _compared(rows: list[Row], args: Any, settings: config.Config) -> Result:
     return Result("peers", title, bench_result.subject(settings, 1), _labelled(rows), notes)
 
 
-def _ratio(ours: Row, other: Row) -> float:
-    """How many times as fast ours is: the median over the rounds where both took turns, which no drift touches."""
+def _ratio(ours: Row, other: Row, in_turns: bool) -> float:
+    """How many times as fast ours is.
+
+    Where both took turns, the median over the rounds, which no drift touches; where they ran one after the other, as on a GPU,
+    the ratio of the medians.
+    """
+    if not in_turns:
+        return statistics.median(other["seconds"]) / statistics.median(ours["seconds"])
     return statistics.median(b / a for a, b in zip(ours["seconds"], other["seconds"]))
 
 

@@ -15,16 +15,18 @@ class Chip:
     """Dense bf16 matrix products with fp32 accumulation (FLOP/s); none: it has no units for them."""
     bytes_per_s: float
     """Memory bandwidth (bytes/s)."""
+    link: float | None = None
+    """To the other GPUs of its node: NVLink, one direction (bytes/s); none: it has no NVLink to all of them, or is not known."""
 
 
 CHIPS = {
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9),
     "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
     "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9),
     "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
-    "NVIDIA H200": Chip(989e12, 4800e9),
+    "NVIDIA H200": Chip(989e12, 4800e9, 450e9),
     "NVIDIA B200": Chip(2250e12, 8000e9),
     "NVIDIA L40S": Chip(362e12, 864e9),
     "NVIDIA L40": Chip(181e12, 864e9),

@@ -31,6 +31,7 @@ import pretrain
 from pretrain import checkup, config, data, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
+from pretrain.memory import checkpoint_bytes, checkpoints_kept
 from pretrain.model import num_parameters
 
 _STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
@@ -320,11 +321,9 @@ def _needs(settings: config.Config, flops: list[float]) -> Needs:
     per_token = metrics.flops_per_token(settings.model, T, parameters, in_products)["m1"]
     step_s = G * T * per_token / (0.5 * min(flops) * len(flops))
     saves = settings.checkpoint
-    of_history = settings.train.max_steps // saves.keep_every if saves.keep_every else 0
-    last = saves.keep_last or settings.train.max_steps // (saves.every_steps or settings.train.max_steps)
     return Needs(
-        checkpoint_bytes=3 * 4 * parameters,  # weights and both moments in fp32
-        kept=last + of_history + 1,
+        checkpoint_bytes=checkpoint_bytes(settings.model),
+        kept=checkpoints_kept(saves, settings.train.max_steps),
         free_bytes=shutil.disk_usage(_existing(Path(settings.run_dir))).free,
         save_every_s=saves.every_steps * step_s if saves.every_steps else None,
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id

@@ -18,12 +18,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = N
     """`ops.attention`; mask: of `flash_document_mask`."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    same = torch.are_deterministic_algorithms_enabled()  # it would not ask, and its backward adds atomically
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, heads, d)
     if mask is None:
-        return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
+        return flash_attn_func(q, k, v, causal=causal, deterministic=same).transpose(1, 2)
     starts, longest = mask
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, d)
-    out = flash_attn_varlen_func(q_, k_, v_, starts, starts, longest, longest, causal=True)
+    out = flash_attn_varlen_func(q_, k_, v_, starts, starts, longest, longest, causal=True, deterministic=same)
     return out.view(q.shape).transpose(1, 2)
 
 

@@ -8,10 +8,11 @@ What is not computed but assumed is a constant here, with its reason. D, F, V, L
 number in the compute, the residual stream too.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from pretrain import ops
-from pretrain.sections import ModelConfig
+from pretrain.sections import CheckpointConfig, ModelConfig
 
 FP32, BF16 = 4, 2
 GIB = 2**30
@@ -227,6 +228,16 @@ def _communication(counts: Counts, layout: Layout) -> float:
     c = layout.compute_bytes
     gathered = counts.total if layout.gather != "layer" else counts.root + 3 * counts.layer
     return c * gathered + (c + FP32) * max(2 * counts.layer, counts.root)
+
+
+def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
+    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `saver.prune`."""
+    saves = -(-max_steps // config.every_steps) if config.every_steps else 1
+    kept = saves
+    if config.keep_last:
+        every = math.lcm(config.keep_every, config.every_steps or max_steps)
+        kept = min(saves, config.keep_last + (max_steps // every if config.keep_every else 0))
+    return kept + 1
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

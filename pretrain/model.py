@@ -194,11 +194,13 @@ class Llama(nn.Module):
         config = self.config
         self.model.rope = ops.rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta, device)
 
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, device: torch.device | None = None) -> None:
         """TinyLlama's initialisation, the same for every sharding: each parameter is drawn from (seed, its own name).
 
         Norms are 1. Matrices are normal: embedding and projections with std sqrt(2 / (5 D)), the two that write into the
         residual stream (o_proj, down_proj) with std 1 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745, section 3.1).
+
+        device: where they are drawn, for each kind draws other numbers; None: where each parameter lies.
         """
         D, L = self.config.hidden_size, self.config.num_hidden_layers
         for name, parameter in self.named_parameters():
@@ -206,14 +208,14 @@ class Llama(nn.Module):
                 nn.init.ones_(parameter)
                 continue
             std = 1 / (L * math.sqrt(D)) if name.endswith(("o_proj.weight", "down_proj.weight")) else math.sqrt(0.4 / D)
-            _fill_normal(parameter, std, seed, name)
+            _fill_normal(parameter, std, seed, name, device or parameter.device)
 
 
 @torch.no_grad()
-def _fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
+def _fill_normal(parameter: Tensor, std: float, seed: int, name: str, device: torch.device) -> None:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.empty(parameter.shape, device=parameter.device).normal_(std=std, generator=generator)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(parameter.shape, device=device).normal_(std=std, generator=generator)
     fill(parameter, whole)
 
 

@@ -46,6 +46,8 @@ def launch(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
+        if config.compile:
+            _compile_deterministically()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
@@ -81,6 +83,14 @@ def launch(
         memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
         chosen = sharding.choose(config, parameters, world_size, local_world_size, memory)
     return fabric, chosen
+
+
+def _compile_deterministically() -> None:
+    """Have torch.compile choose kernels by rules and never by timing them, where it knows how (torch >= 2.10)."""
+    from torch._inductor import config as inductor  # takes its time
+
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
 
 
 def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
@@ -132,7 +142,7 @@ def build(
     if not sharded:
         model.materialize(fabric.device)
     wrapped = fabric.setup_module(model)  # shards and materializes, see sharding.shard
-    model.init_weights(seed)
+    model.init_weights(seed, fabric.device)  # with cpu_offload too: another device draws other numbers
     if parallel.compile and not sharded:
         model.compile(dynamic=False, fullgraph=True)
     return wrapped

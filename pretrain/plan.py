@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pretrain import config, data, published, sharding, speed
 from pretrain.cli import Parser, fail
-from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, count, memory
+from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept, count, memory
 from pretrain.speed import CHIPS, Chip, Rates, Step
 
 ROOM = 0.05
@@ -219,13 +219,8 @@ def days(settings: config.Config, found: Outcome) -> float:
 
 def disk(settings: config.Config) -> tuple[int, int]:
     """Checkpoints that are there at most, the one that is being written included, and their bytes."""
-    c, steps = settings.checkpoint, settings.train.max_steps
-    saves = -(-steps // c.every_steps) if c.every_steps else 1
-    kept = saves
-    if c.keep_last:
-        for_good = steps // math.lcm(c.keep_every, c.every_steps or steps) if c.keep_every else 0
-        kept = min(saves, for_good + c.keep_last)
-    return min(saves, kept) + 1, (min(saves, kept) + 1) * checkpoint_bytes(settings.model)
+    kept = checkpoints_kept(settings.checkpoint, settings.train.max_steps)
+    return kept, kept * checkpoint_bytes(settings.model)
 
 
 def epochs(settings: config.Config) -> dict[str, float] | str:
@@ -256,6 +251,33 @@ def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> st
         f"fits: {_words(best.layout)}{also}; {gpus} {basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU "
         f"({basis.note}), {_days(days(settings, best))} for {_short(tokens)} tokens"
     )
+
+
+def keys_to_set(settings: config.Config, layout: Layout, chip: Chip) -> str:
+    """What to add to the command for training to take `layout`; empty where it does by itself."""
+    p, nodes, gpus_per_node = settings.parallel, layout.nodes, layout.gpus_per_node
+    keys: dict[str, object] = {"parallel.cpu_offload": "false"} if p.cpu_offload else {}
+    if settings.train.micro_batch_size != layout.micro_batch_size:
+        keys["train.micro_batch_size"] = layout.micro_batch_size
+    asked = ("activation_checkpointing", "recompute")
+    keys |= {f"parallel.{name}": getattr(layout, name) for name in asked if getattr(p, name) != getattr(layout, name)}
+    if p.shard_size and layout.strategy == "hybrid":  # a plan's groups are nodes
+        keys["parallel.shard_size"], p = 0, replace(p, shard_size=0)
+    train = replace(settings.train, micro_batch_size=layout.micro_batch_size)
+    p = replace(p, activation_checkpointing=layout.activation_checkpointing, recompute=layout.recompute, cpu_offload=False)
+    settings = replace(settings, train=train, parallel=p)
+    try:
+        same = configured(settings, nodes, gpus_per_node, chip).strategy == layout.strategy
+    except ValueError:
+        same = False
+    if not same:
+        keys["parallel.strategy"] = layout.strategy
+        settings = replace(settings, parallel=replace(settings.parallel, strategy=layout.strategy))
+    taken = configured(settings, nodes, gpus_per_node, chip)  # what is auto may depend on the strategy
+    keys |= {
+        f"parallel.{n}": getattr(layout, n) for n in ("gather", "reduce") if getattr(taken, n) != getattr(layout, n)
+    }
+    return " ".join(f"--{key} {value}" for key, value in keys.items())
 
 
 def _same_but_batch(a: Layout, b: Layout) -> bool:
@@ -308,6 +330,8 @@ def _print_plan(console: Console, settings: config.Config, basis: Basis, nodes: 
         f"error          {basis.error}",
         advice(settings, basis, outcomes),
     ]
+    if best is not None and (keys := keys_to_set(settings, best.layout, basis.chip)):
+        lines.insert(-1, f"to set         {keys}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 

@@ -23,6 +23,8 @@ OUT_OF_TIME = 90
 """What `Stop.asked` gives for the time limit; numbers of signals lie below."""
 ORPHANED = 91
 """What `Stop.asked` gives when torchrun's agent has died."""
+KILL_WAIT_S = 30
+"""SLURM's KillWait, unless a site sets another: SIGKILL comes so long after the SIGTERM of scancel or a preemption (seconds)."""
 SAVES = 2.0
 """So many times the longest save so far is kept free before the end of the job's time: one being written, and the last."""
 
@@ -38,7 +40,7 @@ class Stop:
         self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
         self._asked_before = time.monotonic()
         self._longest_s = 0.0
-        self._warned = False
+        self._warned: set[str] = set()
         # Only torchrun's agent is a parent that must not go; a shell may.
         self._parent = os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -88,12 +90,22 @@ class Stop:
     def warning_too_short(self, save_s: float) -> str | None:
         """A line, once, where the scheduler's warning (sbatch --signal=...@SECONDS) leaves less time than a save takes."""
         warning_s, needed_s = float(os.environ.get("CRIA_WARNING_S") or "inf"), self.needed_s(save_s, 0)
-        if self._warned or not save_s or warning_s >= needed_s:
+        if "warning" in self._warned or not save_s or warning_s >= needed_s:
             return None
-        self._warned = True
+        self._warned.add("warning")
         return (
             f"sbatch's --signal warns {warning_s:.0f} s before the end, and a step and {SAVES:.0f} saves take {needed_s:.0f} s: "
             f"give --signal=USR1@{60 * (int(needed_s) // 60 + 2)}"
+        )
+
+    def kill_wait_too_short(self, save_s: float) -> str | None:
+        """A line, once, where SLURM's usual KillWait leaves no time for a save, 5 s being for the step and the exit."""
+        if "KillWait" in self._warned or "SLURM_JOB_ID" not in os.environ or save_s <= KILL_WAIT_S - 5:
+            return None
+        self._warned.add("KillWait")
+        return (
+            f"a save takes {save_s:.0f} s, and SLURM kills {KILL_WAIT_S} s (KillWait's default) after the SIGTERM of scancel or "
+            "a preemption: stop the run by scancel --signal=USR1, and have the partition's GraceTime longer than that"
         )
 
     @property

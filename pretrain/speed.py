@@ -32,17 +32,18 @@ class Chip:
     """Of the whole node to the others, the usual machine's: eight network cards (Gbit/s)."""
 
 
-def _chip(device: str, memory_gib: float, link: float, network_gbits: float) -> Chip:
+def _chip(device: str, memory_gib: float, network_gbits: float) -> Chip:
     sheet = chips.CHIPS[device]
     assert sheet.flops is not None, f"{device} has no bf16 products"
-    return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, link, network_gbits)
+    assert sheet.link is not None, f"{device} has no NVLink"
+    return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, sheet.link, network_gbits)
 
 
 CHIPS = {
-    "A100-40G": _chip("NVIDIA A100-SXM4-40GB", 39.4, 300e9, 1600),
-    "A100-80G": _chip("NVIDIA A100-SXM4-80GB", 79.2, 300e9, 1600),
-    "H100": _chip("NVIDIA H100 80GB HBM3", 79.1, 450e9, 3200),
-    "H200": _chip("NVIDIA H200", 139.8, 450e9, 3200),
+    "A100-40G": _chip("NVIDIA A100-SXM4-40GB", 39.4, 1600),
+    "A100-80G": _chip("NVIDIA A100-SXM4-80GB", 79.2, 1600),
+    "H100": _chip("NVIDIA H100 80GB HBM3", 79.1, 3200),
+    "H200": _chip("NVIDIA H200", 139.8, 3200),
 }
 """NVIDIA's datasheets; networks: DGX A100 (8 x 200 Gbit/s), DGX H100 (8 x 400 Gbit/s)."""
 

@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pretrain import (
     metrics,
 )
 from pretrain.bench_sweep import Point
+from pretrain.sections import ParallelConfig
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,7 @@ def test_another_model_does_not_count(settings: Path) -> None:
 
     rows = [row("cria", 5.0, 100), row("transformers (eager)", 5.0001, 80), row("litgpt (compiled)", 5.1, 900)]
     rows.append(row("torchtitan (eager)", float("nan"), 900))
-    result = bench_peers._compared(rows, args, config.load(settings))
+    result = bench_peers._compared(rows, args, config.load(settings), in_turns=True)
     same, other, nothing = result.rows[1:]
     assert same["problem"] is None
     assert same["ratio"] == pytest.approx(1.25)
@@ -297,6 +299,18 @@ def test_another_model_does_not_count(settings: Path) -> None:
     assert other["problem"].startswith("does not train the same model")
     assert nothing["problem"].startswith("does not train the same model")
     assert "Ours (cria) is 1.250 times the fastest peer (transformers (eager))." in result.notes
+
+
+def test_steps_are_paired_where_peers_took_turns_and_nowhere_else() -> None:
+    ours, other = {"seconds": [1.0, 2.0, 4.0]}, {"seconds": [4.0, 4.0, 4.0]}
+    assert bench_peers._ratio(ours, other, in_turns=True) == 2
+    ours, other = {"seconds": [1.0, 2.0, 9.0]}, {"seconds": [9.0, 2.0, 4.0]}
+    assert bench_peers._ratio(ours, other, in_turns=True) == 1
+    assert bench_peers._ratio(ours, other, in_turns=False) == 2
+
+
+def test_every_precision_has_a_tolerance() -> None:
+    assert set(bench_peers.LOSS_TOLERANCE) == set(get_args(get_type_hints(ParallelConfig)["precision"]))
 
 
 def test_random_data_are_the_same_every_time_and_never_all_one(settings: Path, tmp_path: Path) -> None:

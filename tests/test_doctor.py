@@ -94,6 +94,27 @@ def test_a_slow_link_is_that_of_the_host_which_has_no_fast_one() -> None:
     assert troubles(checkup.judge(cluster(), within, NEEDS)) == [("node1", "all-reduce within", "bad")]
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_of_two_hosts_the_slower_is_the_bad_one(slow: int) -> None:
+    within = [Link((f"node{n}",), 100e9 if n == slow else 230e9) for n in range(2)]
+    assert troubles(checkup.judge(cluster(), within, NEEDS)) == [(f"node{slow}", "all-reduce within", "bad")]
+
+
+def test_of_three_hosts_the_one_without_a_fast_link_is_bad() -> None:
+    links = [Link(("node0", "node1"), 2e9), Link(("node1", "node2"), 2e9), Link(("node2", "node0"), 20e9)]
+    assert troubles(checkup.judge(cluster(), links, NEEDS)) == [("node1", "all-reduce across", "bad")]
+
+
+def test_without_nvlink_all_hosts_are_bad() -> None:
+    """All alike, by the datasheet of the chip; a chip that is not known is not judged."""
+    pcie = [Link((f"node{n}",), 20e9) for n in range(2)]
+    findings = checkup.judge(cluster(), pcie, NEEDS)
+    assert troubles(findings) == [(f"node{n}", "all-reduce within", "bad") for n in range(2)]
+    assert "7% of NVLink" in next(f.found for f in findings if f.status == "bad")
+    unknown = [dataclasses.replace(rank, device="NVIDIA H20") for rank in cluster()]
+    assert troubles(checkup.judge(unknown, pcie, NEEDS)) == []
+
+
 def test_what_is_nobodys_excludes_nobody() -> None:
     full = dataclasses.replace(NEEDS, free_bytes=20e9)
     findings = checkup.judge(cluster(), [], full)

@@ -58,6 +58,20 @@ def test_a_warning_shorter_than_a_save_is_named_once(stop: scheduler.Stop, monke
     assert stop.warning_too_short(save_s=200) is None
 
 
+def test_a_save_longer_than_the_grace_of_slurm_is_named_once(
+    stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert stop.kill_wait_too_short(save_s=26) is None, "nobody sends SIGKILL"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert stop.kill_wait_too_short(save_s=25) is None
+    line = stop.kill_wait_too_short(save_s=26)
+    assert line is not None
+    assert "a save takes 26 s" in line
+    assert "scancel --signal=USR1" in line
+    assert stop.kill_wait_too_short(save_s=26) is None
+
+
 def test_ctrl_c_alone_is_not_started_again(stop: scheduler.Stop) -> None:
     for reason in (signal.SIGTERM, signal.SIGUSR1, scheduler.OUT_OF_TIME, scheduler.ORPHANED):
         stop.reason = reason

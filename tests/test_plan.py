@@ -197,6 +197,29 @@ def test_the_advice_is_the_fastest_that_fits(capsys: pytest.CaptureFixture[str])
     assert 24_000 < best.tokens_per_sec_per_gpu < 30_000
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_keys_to_set_make_training_take_the_fastest(nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    name = ROOT / "configs" / "tinyllama-1.1b.yaml"
+    others = ["--train.micro_batch_size", "4", "--parallel.cpu_offload", "true", "--parallel.reduce", "micro_step"]
+    for given in ([], others):
+        settings = config.parse(["--config", str(name), *given])
+        basis = plan._known("A100-40G", compiled=True)
+        outcomes = [plan.outcome(settings, layout, basis) for layout in plan.layouts(settings, nodes, 8)]
+        best = plan.choose(outcomes, basis.chip)
+        assert best is not None
+        keys = plan.keys_to_set(settings, best.layout, basis.chip)
+        assert ("cpu_offload" in keys) == bool(given)
+        followed = config.parse(["--config", str(name), *given, *keys.split()])
+        taken = plan.configured(followed, nodes, 8, basis.chip)
+        assert replace(taken, shard_size=0) == replace(best.layout, shard_size=0)
+        assert taken.shards == best.layout.shards
+        assert plan.keys_to_set(followed, best.layout, basis.chip) == ""
+    lines = planned(capsys, "--config", name, "--chip", "A100-40G", "--nodes", nodes).splitlines()
+    assert lines[-2].startswith("to set ") == (nodes == 2)
+    if nodes == 2:
+        assert "--parallel.strategy shard_grad_op" in lines[-2]
+
+
 def test_what_does_not_fit_is_said_with_the_least_that_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned(capsys, "--config", ROOT / "configs" / "llama-65b.yaml", "--chip", "A100-40G", "--nodes", 1)
     assert text.splitlines()[-1].startswith("does not fit: the least is ")
