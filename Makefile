@@ -13,7 +13,7 @@ help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
 	@echo "make test       lint, types and all tests"
-	@echo "make test-gpu   the operations of every installed library against the reference, on a GPU"
+	@echo "make test-gpu   the operations of every installed library against the reference, and whole runs, on a GPU"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
 	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"
 	@echo "make bench-checkpoint  what a save costs, against Fabric; the loader (TINYLLAMA=CHECKOUT: against TinyLlama)"
@@ -50,7 +50,7 @@ test: setup
 	OMP_NUM_THREADS=1 pytest
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu --numprocesses=0 tests/test_ops_gpu.py
+	$(PYTHON) -m pytest -m gpu --numprocesses=0 tests/test_ops_gpu.py tests/test_gpu_run.py
 
 lint: setup
 	ruff check --fix .

@@ -175,7 +175,7 @@ def _operations(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
     print("== operations", flush=True)
     commands = [[str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]]
     if args.device == "cuda" and all(importlib.util.find_spec(name) for name in ("pytest", "xdist", "hypothesis")):
-        commands.append(["-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(ROOT / "tests")])
+        commands.append(["-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(ROOT / "tests" / "test_ops_gpu.py")])
     pages, good = [], True
     for command in commands:
         seconds = max(1.0, min(75.0, deadline - time.monotonic()))

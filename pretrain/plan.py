@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -256,23 +257,22 @@ def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> st
 def keys_to_set(settings: config.Config, layout: Layout, chip: Chip) -> str:
     """What to add to the command for training to take `layout`; empty where it does by itself."""
     p, nodes, gpus_per_node = settings.parallel, layout.nodes, layout.gpus_per_node
-    keys: dict[str, object] = {"parallel.cpu_offload": "false"} if p.cpu_offload else {}
+    keys: dict[str, Any] = {"parallel.cpu_offload": "false"} if p.cpu_offload else {}
     if settings.train.micro_batch_size != layout.micro_batch_size:
         keys["train.micro_batch_size"] = layout.micro_batch_size
-    asked = ("activation_checkpointing", "recompute")
-    keys |= {f"parallel.{name}": getattr(layout, name) for name in asked if getattr(p, name) != getattr(layout, name)}
+    asked: dict[str, Any] = {name: getattr(layout, name) for name in ("activation_checkpointing", "recompute")}
+    keys |= {f"parallel.{name}": wanted for name, wanted in asked.items() if getattr(p, name) != wanted}
     if p.shard_size and layout.strategy == "hybrid":  # a plan's groups are nodes
-        keys["parallel.shard_size"], p = 0, replace(p, shard_size=0)
+        keys["parallel.shard_size"] = asked["shard_size"] = 0
     train = replace(settings.train, micro_batch_size=layout.micro_batch_size)
-    p = replace(p, activation_checkpointing=layout.activation_checkpointing, recompute=layout.recompute, cpu_offload=False)
-    settings = replace(settings, train=train, parallel=p)
+    settings = replace(settings, train=train, parallel=replace(p, **asked, cpu_offload=False))
     try:
         same = configured(settings, nodes, gpus_per_node, chip).strategy == layout.strategy
     except ValueError:
         same = False
     if not same:
-        keys["parallel.strategy"] = layout.strategy
-        settings = replace(settings, parallel=replace(settings.parallel, strategy=layout.strategy))
+        keys["parallel.strategy"] = asked["strategy"] = layout.strategy
+        settings = replace(settings, parallel=replace(p, **asked, cpu_offload=False))
     taken = configured(settings, nodes, gpus_per_node, chip)  # what is auto may depend on the strategy
     keys |= {
         f"parallel.{n}": getattr(layout, n) for n in ("gather", "reduce") if getattr(taken, n) != getattr(layout, n)

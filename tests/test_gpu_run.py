@@ -1,0 +1,42 @@
+"""Whole runs on one GPU: stopped and started again they are the same to the bit, and begin the same: make test-gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, pretrain, tiny_config, write_config
+
+from pretrain import parallel
+from pretrain.sections import ModelConfig, ParallelConfig
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("strategy", ["single", "full_shard"])
+def test_a_resume_is_the_same_run(strategy: str, datasets: Path, tmp_path: Path) -> None:
+    """Compiled, in bf16, killed once, saved in the background; full_shard on one rank goes through NCCL, DTensor and FSDP2."""
+    here = {"accelerator": "cuda", "precision": "bf16", "compile": True, "strategy": strategy}
+    file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", parallel=here))
+    done = pretrain("verify-resume", "--config", file, "--steps", 16, "--kills", 1, "--out", tmp_path / "out")
+    assert "A resume is the same run" in done.stdout
+    assert done.stdout.count("bit-identical") == 2
+    started = (tmp_path / "out" / "killed" / "output.txt").read_text()
+    assert started.count(f"strategy {strategy}") == 2
+
+
+def test_the_first_weights_do_not_depend_on_where_they_are_kept() -> None:
+    shape = ModelConfig(**TINY_MODEL)
+    first = []
+    for settings in (
+        ParallelConfig(accelerator="cuda", strategy="single", compile=False),
+        ParallelConfig(accelerator="cuda", strategy="full_shard", compile=False),
+        ParallelConfig(accelerator="cuda", strategy="full_shard", compile=False, cpu_offload=True),
+    ):
+        fabric, _ = parallel.launch(settings, shape, [])
+        model = parallel.unwrap(parallel.build(fabric, shape, settings, seed=1))
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        first.append({name: (p.to_local() if hasattr(p, "to_local") else p).cpu() for name, p in weights.items()})
+    parallel.leave()
+    for other in first[1:]:
+        assert other.keys() == first[0].keys()
+        assert all(torch.equal(other[name], first[0][name]) for name in other)
