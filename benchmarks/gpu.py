@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations correct ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> the paper's table ─> a sweep
+    operations ─> a killed run resumed ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a miniature of everything")
     parser.add_argument("--seconds", type=float, default=580, help="for everything together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--parts", default=",".join(["operations", *(part.name for part in PARTS)]))
+    parser.add_argument("--parts", default=",".join(["operations", "resume", *(part.name for part in PARTS)]))
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tinyllama-1.1b.yaml")
     parser.add_argument("--peers_python", action="append", default=[], help="another environment to find peers in")
     args = parser.parse_args()
@@ -125,6 +126,10 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> tuple[list[st
         said, good = _operations(args, deadline)
         pages.append(f"# Operations against the reference, in value and gradient\n\n{said}\n")
         failed += [] if good else ["operations"]
+    if "resume" in args.parts.split(","):
+        said, good = _resume(args, deadline)
+        pages.append(f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n")
+        failed += [] if good else ["resume"]
     for part in (part for part in PARTS if part.name in args.parts.split(",")):
         seconds = min(part.seconds, deadline - time.monotonic())
         out = Path(f"{stem}-{part.name}")
@@ -176,19 +181,43 @@ def _operations(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
     commands = [[str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]]
     if args.device == "cuda" and all(importlib.util.find_spec(name) for name in ("pytest", "xdist", "hypothesis")):
         commands.append(["-m", "pytest", "-m", "gpu", "-n", "0", "-q", str(ROOT / "tests" / "test_ops_gpu.py")])
-    pages, good = [], True
+    said, good = [], True
     for command in commands:
-        seconds = max(1.0, min(75.0, deadline - time.monotonic()))
-        options = {"cwd": ROOT, "env": _environment(), "timeout": seconds, "capture_output": True, "text": True}
-        try:
-            done = subprocess.run([sys.executable, *command], **options)
-            said, status = done.stdout[-4000:].strip() or done.stderr[-2000:].strip(), done.returncode
-        except subprocess.TimeoutExpired:
-            said, status = f"stopped after {seconds:.0f} s", 1
-        print(said, flush=True)
-        pages.append(f"```\n{said}\n```")
+        text, status = _output(command, min(75.0, deadline - time.monotonic()))
+        said.append(text)
         good = good and status in ((0, 5) if "pytest" in command else (0,))  # pytest's 5: no test has the mark
-    return "\n".join(pages), good
+    return "\n".join(said), good
+
+
+def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
+    """A small model on random tokens, through NCCL and FSDP2 on one rank: trained, saved in the background, killed, resumed."""
+    print("== resume", flush=True)
+    from pretrain import bench_step, config
+
+    small = [*SMALL, "--parallel.accelerator", args.device, "--parallel.strategy", "full_shard"]
+    if args.device == "cuda":
+        small += ["--parallel.precision", "bf16"]
+    with tempfile.TemporaryDirectory(prefix="cria-resume-") as scratch:
+        folder = Path(scratch)
+        settings = config.parse(["--config", str(args.config), *small, "--run_dir", str(folder / "run")])
+        config.write(bench_step.with_random_data(settings, folder / "data"), folder / "c.yaml")
+        command = ["-m", "pretrain", "verify-resume", "--config", str(folder / "c.yaml")]
+        command += ["--steps", "8", "--kills", "1", "--out", str(folder / "out")]
+        text, status = _output(command, min(120.0, deadline - time.monotonic()))
+    return text, status == 0
+
+
+def _output(command: list[str], seconds: float) -> tuple[str, int]:
+    """What a Python process says within its time, as a block of the page; and its status."""
+    seconds = max(1.0, seconds)
+    options = {"cwd": ROOT, "env": _environment(), "timeout": seconds, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run([sys.executable, *command], **options)
+        said, status = done.stdout[-4000:].strip() or done.stderr[-2000:].strip(), done.returncode
+    except subprocess.TimeoutExpired:
+        said, status = f"stopped after {seconds:.0f} s", 1
+    print(said, flush=True)
+    return f"```\n{said}\n```", status
 
 
 def _environment() -> dict[str, str]:

@@ -1,14 +1,17 @@
 """`make bench-gpu` in miniature on the CPU: every part runs, so that nothing but the chip is new where there is a GPU."""
 
+import argparse
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pretrain import config, data
 from pretrain.bench_paper import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out,
         "--seconds",
         500,
+        "--parts",
+        "operations,step,peers,paper,sweep",  # resume has a test of its own
     ]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), cwd=out, env=alone, capture_output=True, text=True, timeout=550)
@@ -50,6 +55,23 @@ def test_there_is_one_page_of_everything(results: Path) -> None:
     ):
         assert heading in page
     assert "10 tried, 0 wrong" in page
+
+
+def test_the_resume_is_verified_through_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to verify-resume, which tests/test_verify_resume.py runs."""
+    gpu = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    seen = []
+
+    def output(command: list[str], seconds: float) -> tuple[str, int]:
+        settings = config.load(Path(command[command.index("--config") + 1]))
+        (source,) = data.open_sources(settings.data, settings.model.vocab_size)
+        seen.append((command[:3], settings.parallel.strategy, source.train.num_sequences(settings.data.seq_len) > 16))
+        return "said", 3
+
+    monkeypatch.setitem(gpu["_resume"].__globals__, "_output", output)
+    args = argparse.Namespace(device="cpu", config=ROOT / "configs" / "tinyllama-1.1b.yaml")
+    assert gpu["_resume"](args, float("inf")) == ("said", False)
+    assert seen == [(["-m", "pretrain", "verify-resume"], "full_shard", True)]
 
 
 def test_the_step(results: Path) -> None:
