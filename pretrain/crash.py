@@ -54,6 +54,8 @@ class Rank:
     """How it ended without an exception."""
     left: bool = False
     """It ended well."""
+    unwatched: bool = False
+    """Nothing is known of it: its watcher did not come, or is gone while the rank goes on."""
     stacks: str = ""
     """Stacks of its threads and of its loader's workers."""
 
@@ -81,7 +83,7 @@ def overdue(ranks: list[Rank]) -> bool:
 
     A rank that waits for one that is still coming on does not hang, however long it waits, nor when that one has just come.
     """
-    behind = _behind([rank for rank in ranks if not rank.left])
+    behind = _behind([rank for rank in ranks if not (rank.left or rank.unwatched)])
     return bool(behind) and all(0 < rank.limit_s < rank.age_s for rank in behind)
 
 
@@ -106,7 +108,7 @@ def first_cause(ranks: list[Rank]) -> Cause:
     if len(ended) == len(ranks):  # every rank lost another one: a link broke, and the first to see it is next to it
         rank = ended[0]
         return Cause("failed", [rank], f"{rank.name} lost another rank first: {rank.error}", _ADVICE["link"])
-    return _name_hanging([rank for rank in ranks if rank.ended_at_s is None and not rank.left])
+    return _name_hanging([rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)])
 
 
 def _name_hanging(ranks: list[Rank]) -> Cause:
@@ -232,7 +234,8 @@ def _rank_lines(cause: Cause, ranks: list[Rank], most: int = 24) -> list[str]:
     order = sorted(ranks, key=lambda r: (r not in cause.ranks, r.ended_at_s is None, r.ended_at_s or 0.0, r.number))
     lines = []
     for rank in order[:most]:
-        how = rank.error or rank.gone or ("ended well" if rank.left else f"for {rank.age_s:.1f} s{_how(rank)}")
+        how = "ended well" if rank.left else "not watched" if rank.unwatched else f"for {rank.age_s:.1f} s{_how(rank)}"
+        how = rank.error or rank.gone or how
         after = " (a consequence)" if is_consequence(rank) and rank not in cause.ranks else ""
         lines.append(f"  rank {rank.number:<5}{rank.host:<20} process {rank.pid:<9}{rank.place}; {how[:200]}{after}")
     return lines + ([f"  ... and {len(order) - most} more"] if len(order) > most else [])

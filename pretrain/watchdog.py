@@ -38,7 +38,7 @@ import pretrain
 from pretrain import ranks
 from pretrain.crash import Facts
 from pretrain.sections import Config
-from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL
+from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
 
 _current: "weakref.ref[Watchdog] | None" = None
 """The one that is on, weakly: a run that is forgotten, in a notebook say, is not watched any more."""
@@ -102,7 +102,7 @@ class Watchdog:
             places["listener"] = listener.fileno()
         agent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none" else 0
         about = {"rank": ranks.rank(), "world_size": ranks.world_size(), "address": address, "agent": agent}
-        about |= {"limit_s": self.config.limit_s, "facts": asdict(facts)}
+        about |= {"limit_s": self.config.limit_s, "connect_s": self.limit_s, "facts": asdict(facts)}
         # Not a line of the site's packages: it starts in 20 ms. Its own session: signals to the job's group spare it.
         self._process = subprocess.Popen(
             [sys.executable, "-S", "-m", "pretrain.watcher", json.dumps({**about, **places})],
@@ -114,11 +114,12 @@ class Watchdog:
         )
         memory.close()
         theirs.close()
-        if listener is not None:
-            listener.close()
-        verdict = threading.Event()
-        threading.Thread(target=_obey, args=(self._control, verdict), name="watchdog", daemon=True).start()
-        self._finalizer = weakref.finalize(self, _say_goodbye, self._control, self._process, verdict)
+        if listener is not None:  # kept open: as long as it is, the others know that this rank lives
+            os.register_at_fork(after_in_child=listener.close)
+        verdict, leaving = threading.Event(), threading.Event()
+        ears = (self._control, verdict, leaving, ranks.rank(), address)
+        threading.Thread(target=_obey, args=ears, name="watchdog", daemon=True).start()
+        self._finalizer = weakref.finalize(self, _say_goodbye, self._control, self._process, verdict, leaving, listener)
         self.at("preparing")
 
     def _catch_stack_signal(self) -> None:
@@ -207,14 +208,24 @@ def _meet() -> tuple[socket.socket | None, tuple[str, int, str]]:
     return listener, ranks.broadcast(address)
 
 
-def _obey(control: socket.socket, verdict: threading.Event) -> None:
-    """A thread: end the process when the watcher says so; `verdict` is set when it has no more to say."""
+def _obey(
+    control: socket.socket, verdict: threading.Event, leaving: threading.Event, rank: int, address: tuple[str, int, str]
+) -> None:
+    """A thread: end the process when the watcher says so; `verdict` is set when it has no more to say.
+
+    A watcher that is gone before the rank is `leaving` was killed: the hub is told that the rank goes on without.
+    """
     word = b""
     with suppress(OSError):
         word = control.recv(1)
     if word == b"x":
         os._exit(EXIT_STATUS)
     verdict.set()
+    if not word and not leaving.is_set():
+        go_on_unwatched(rank, "its watcher was killed")
+        host, port, token = address
+        with suppress(OSError), socket.create_connection((host, port), timeout=5) as hub:
+            hub.sendall(json.dumps({"token": token, "rank": rank, "unwatched": True}).encode() + b"\n")
 
 
 def _send(control: socket.socket, message: dict) -> None:
@@ -222,10 +233,19 @@ def _send(control: socket.socket, message: dict) -> None:
         control.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _say_goodbye(control: socket.socket, process: subprocess.Popen, verdict: threading.Event) -> None:
+def _say_goodbye(
+    control: socket.socket,
+    process: subprocess.Popen,
+    verdict: threading.Event,
+    leaving: threading.Event,
+    listener: socket.socket | None,
+) -> None:
     """The run is over, for good or ill: all have left, or the page about the failure is written."""
+    leaving.set()
     _send(control, {"left": True})
     if verdict.wait(10):
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.2)  # longer only after a failure: then it sees to it that this process ends
     control.close()
+    if listener is not None:
+        listener.close()

@@ -8,7 +8,8 @@
       the rank exits with 86, or is killed
 
 Ages are counted by the watcher of the same host in its own ticks, so that no clock must agree with another one, and a
-machine that was suspended raises no alarm. When the hub is lost, with rank 0's host, each watcher ends its rank.
+machine that was suspended raises no alarm. When the hub is lost, with rank 0's host, each watcher ends its rank. A watcher that
+cannot come or is killed ends nothing: its rank goes on unwatched, and says so.
 """
 
 import json
@@ -38,7 +39,9 @@ CELL_BYTES = 256
 
 Message = dict[str, Any]
 _START_S = 60.0
-"""For the ranks' watchers to come, before their silence counts."""
+"""For the ranks' watchers to come, before the hub may end without them."""
+_WORD_S = 3.0
+"""For a rank to say that it goes on when its watcher is gone; rank 0's proves it by the hub's socket, which it holds open."""
 
 
 class Lines:
@@ -86,6 +89,8 @@ class Timing:
         """For a rank to end by itself when it is told to."""
         self.collect_s = 1.0
         """From the first failure to the verdict: the other ranks' follow at once."""
+        self.orphan_s = limit_s
+        """For a rank whose torchrun is gone to save and leave."""
         self.silence_s = max(limit_s, 5.0)
         """Without a word a watcher is taken for lost."""
 
@@ -98,10 +103,12 @@ class Hub(threading.Thread):
 
     def __init__(self, listener: socket.socket, world_size: int, token: str, timing: Timing, facts: Facts):
         super().__init__(daemon=True, name="hub")
-        self.ranks = [Rank(number) for number in range(world_size)]
+        self.ranks = [Rank(number, unwatched=True) for number in range(world_size)]
         self._token, self._timing, self._facts = token, timing, facts
         self._peers: dict[int, Lines] = {}
-        self._heard = dict.fromkeys(range(world_size), time.monotonic() + _START_S)
+        self._heard: dict[int, float] = {}
+        self._lost: dict[int, float] = {}
+        self._all_may_be_here = time.monotonic() + _START_S
         self._said_alive = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -109,10 +116,10 @@ class Hub(threading.Thread):
 
     def run(self) -> None:
         """Until all have left, or one has failed and everybody has been told."""
-        while not all(rank.left for rank in self.ranks):
+        while not all(self._is_out(rank) for rank in self.ranks):
             self._listen(self._timing.tick_s)
             if any(rank.ended_at_s is not None for rank in self.ranks):
-                self._listen_for(self._timing.collect_s, lambda rank: rank.ended_at_s is not None or rank.left)
+                self._listen_for(self._timing.collect_s, lambda rank: rank.ended_at_s is not None)
             elif not crash.overdue(self.ranks):
                 continue
             if all(rank.refused for rank in self.ranks):  # all found the same, and each has said it
@@ -121,10 +128,14 @@ class Hub(threading.Thread):
             break
         self._tell({"over": True})
 
+    def _is_out(self, rank: Rank) -> bool:
+        """Whether nothing more is to be heard of it."""
+        return rank.left or (rank.unwatched and time.monotonic() > self._all_may_be_here)
+
     def _verdict(self) -> None:
         if crash.first_cause(self.ranks).kind == "hangs":
             self._tell({"dump": True})
-            self._listen_for(self._timing.stacks_s, lambda rank: bool(rank.stacks or rank.ended_at_s or rank.left))
+            self._listen_for(self._timing.stacks_s, lambda rank: bool(rank.stacks or rank.ended_at_s))
         cause = crash.first_cause(self.ranks)
         written = threading.Thread(target=write_report, args=(cause, self.ranks, self._facts), daemon=True)
         written.start()  # the file system may be what hangs
@@ -138,7 +149,7 @@ class Hub(threading.Thread):
 
     def _listen_for(self, seconds: float, done: Any) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not all(done(rank) for rank in self.ranks):
+        while time.monotonic() < until and not all(self._is_out(rank) or done(rank) for rank in self.ranks):
             self._listen(min(self._timing.tick_s, 0.1))
 
     def _listen(self, seconds: float) -> None:
@@ -150,10 +161,11 @@ class Hub(threading.Thread):
             else:
                 self._take(key.data)
         now = time.monotonic()
-        for rank in self.ranks:
-            peer = self._peers.get(rank.number)
-            silent = now - self._heard[rank.number] > self._timing.silence_s
-            if ((peer and peer.lost) or silent) and not rank.left and rank.ended_at_s is None:
+        for number, peer in self._peers.items():
+            rank = self.ranks[number]
+            silent = now - self._heard[number] > self._timing.silence_s
+            lost = peer.lost and now - self._lost.setdefault(number, now) > _WORD_S
+            if (lost or silent) and not rank.left and rank.ended_at_s is None:
                 what = "nothing is heard of its watcher" if silent else "the connection to its watcher ended"
                 rank.gone, rank.ended_at_s = f"{what}: its host, or all of the job on it, was ended", now
         if now - self._said_alive >= self._timing.tick_s:
@@ -163,10 +175,14 @@ class Hub(threading.Thread):
     def _take(self, guest: Lines) -> None:
         for message in guest.receive():
             if message.get("token") == self._token:
-                self._peers[message["rank"]] = guest
+                rank = self.ranks[message["rank"]]
+                rank.unwatched = message.get("unwatched", False)
+                self._peers[rank.number] = guest
+                if rank.unwatched:  # the rank itself says so
+                    del self._peers[rank.number]
             number = next((n for n, peer in self._peers.items() if peer is guest), None)
             if number is None:
-                guest.lost = True  # a stranger
+                guest.lost = True  # a stranger, or one that has said all
                 break
             self._heard[number] = time.monotonic()
             crash.from_message(self.ranks[number], message, time.monotonic())
@@ -196,7 +212,7 @@ class Watcher:
     def __init__(self, about: Message, parent: int):
         self._rank, self._parent = about["rank"], parent
         self._alone = about["world_size"] == 1
-        self._agent = about["agent"]
+        self._agent, self._agent_seen = about["agent"], time.monotonic()
         self._facts = Facts(**about["facts"])
         self._timing = Timing(about["limit_s"])
         self._cell = mmap(about["memory"], CELL_BYTES)
@@ -204,8 +220,8 @@ class Watcher:
         self._seen = b""
         self._age_s, self._ticked = 0.0, time.monotonic()
         self._control = Lines(socket.socket(fileno=about["control"]))
-        host, port, token = about["address"]
-        self._hub = Lines(_connect(host, port))
+        *self._address, token = about["address"]
+        self._hub = Lines(_connect(*self._address, about["connect_s"], parent))
         self._hub_heard = time.monotonic()
         self._calm = False
         self._failed = self._left = self._said = False
@@ -232,9 +248,8 @@ class Watcher:
             if not (self._failed or self._left or self._said):
                 self._look()
             if self._hub.lost or time.monotonic() - self._hub_heard > self._timing.silence_s:
-                if self._calm:
-                    return
-                self._without_hub()
+                if not self._calm:
+                    self._without_hub()
                 return
 
     def _answer(self, message: Message) -> bool:
@@ -276,7 +291,9 @@ class Watcher:
         if self._alone and processes.stat(self._parent)[:1] == ["T"]:
             self._age_s = 0.0  # Ctrl-Z on a terminal: nobody waits for it
         self._hub.send(self._where())
-        if self._agent and processes.stat(self._parent)[1:2] not in ([], [str(self._agent)]):
+        if processes.stat(self._parent)[1:2] in ([], [str(self._agent)]) or not self._agent:
+            self._agent_seen = now
+        if now - self._agent_seen > self._timing.orphan_s:  # it was asked to stop by `scheduler.Stop`, and does not
             self._said = True
             self._hub.send({"gone": "the torchrun that had started it is gone", "ago_s": 0.0})
 
@@ -292,7 +309,13 @@ class Watcher:
         return os.pread(self._stacks, 50_000, 0).decode(errors="replace")
 
     def _without_hub(self) -> None:
-        """Rank 0's watcher is gone without a word, and so is its host: nobody else will say so."""
+        """Rank 0's watcher is gone without a word; if its rank and host are too, nobody else will say so."""
+        time.sleep(_WORD_S)
+        if not self._left and _answers(*self._address):
+            go_on_unwatched(self._rank, "rank 0's watcher is gone")
+            with suppress(OSError):
+                self._control.socket.sendall(b"u")
+            return
         rank = Rank(
             0, place="unknown", gone="nothing is heard of its watcher: its host, or all of the job on it, was ended"
         )
@@ -325,9 +348,33 @@ class Watcher:
             time.sleep(0.02)
 
 
-def _connect(host: str, port: int) -> socket.socket:
-    """Rank 0's watcher may not be there yet, its socket is: it was open before anybody heard of it."""
-    return socket.create_connection((host, port), timeout=30)
+def _connect(host: str, port: int, patience_s: float, parent: int) -> socket.socket:
+    """Rank 0's watcher may not be there yet, its socket is: it was open before anybody heard of it.
+
+    Raises OSError, which names the address, after `patience_s` of trying, or when the rank has ended.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=30)
+        except OSError as error:
+            if time.monotonic() > until or os.getppid() != parent:
+                raise OSError(f"its watcher cannot reach rank 0's at {host}:{port} ({error})") from None
+        time.sleep(1)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether there is still a process with the hub's socket: rank 0."""
+    with suppress(OSError):
+        socket.create_connection((host, port), timeout=5).close()
+        return True
+    return False
+
+
+def go_on_unwatched(rank: int, why: str) -> None:
+    """Say it in the log."""
+    line = f"watchdog: rank {rank} goes on UNWATCHED: {why}; --watchdog.limit_s 0 does without watchers"
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -342,7 +389,14 @@ def main(argv: list[str]) -> int:
         facts = Facts(**about["facts"])
         hub = Hub(listener, about["world_size"], about["address"][2], Timing(about["limit_s"]), facts)
         hub.start()
-    Watcher(about, parent).run()
+    try:
+        watcher = Watcher(about, parent)
+    except OSError as error:
+        if os.getppid() == parent:
+            go_on_unwatched(about["rank"], str(error))
+            socket.socket(fileno=about["control"]).sendall(b"u")
+        return 1
+    watcher.run()
     if hub is not None:
         hub.join(15)
     return 0

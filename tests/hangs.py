@@ -101,7 +101,7 @@ def arm(kind: str, trial: Path, limit_s: float) -> Callable[[int], None]:
         elif kind == "validation":
             before_call(validation.data, "validation_batches", sleep, late)
         elif kind == "save":
-            before_call(saver.dcp, "FileSystemWriter", sleep)
+            before_call(saver, "_Writer", sleep)
         elif kind == "load":
             before_call(checkpoint, "load", sleep)
         elif kind == "slow":

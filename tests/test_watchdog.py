@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from conftest import pretrain, records, tiny_config, wait_for, write_config
 from test_readme import free_port
 
-from pretrain import config, crash, pace, preparation, trainer, watcher
+from pretrain import config, crash, pace, preparation, trainer, watchdog, watcher
 from pretrain.crash import Facts, Rank
 from pretrain.pace import Pace
 from pretrain.watcher import EXIT_STATUS
@@ -128,8 +129,58 @@ def test_a_stranger_on_the_port_does_no_harm() -> None:
     assert (hub.ranks[0].host, hub.ranks[0].error, hub.ranks[0].left) == ("here", None, True)
 
 
+def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Rank 1's never comes, rank 2's is killed and its rank says that it goes on; rank 3 is gone with its watcher."""
+    monkeypatch.setattr(watcher, "_START_S", 0.0)
+    monkeypatch.setattr(watcher, "_WORD_S", 0.5)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = ("127.0.0.1", listener.getsockname()[1])
+    hub = watcher.Hub(listener, 4, "secret", watcher.Timing(100.0), Facts(str(tmp_path), 1, 1))
+
+    def come(rank: int) -> socket.socket:
+        peer = socket.create_connection(address)
+        peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
+        return peer
+
+    zero, two = come(0), come(2)
+    _until(lambda: hub._listen(0.1) or not hub.ranks[2].unwatched)
+    two.close()
+    control, theirs = socket.socketpair()
+    theirs.close()
+    watchdog._obey(control, threading.Event(), threading.Event(), 2, (*address, "secret"))
+    assert "rank 2 goes on UNWATCHED: its watcher was killed" in capsys.readouterr().err
+    _until(lambda: hub._listen(0.1) or hub.ranks[2].unwatched)
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        hub._listen(0.1)
+    assert [rank.ended_at_s for rank in hub.ranks] == [None] * 4
+    assert [rank.unwatched for rank in hub.ranks] == [False, True, True, True]
+    assert crash.first_cause(hub.ranks).ranks == [hub.ranks[0]], "only of rank 0 anything is known"
+
+    come(3).close()
+    _until(lambda: hub._listen(0.1) or hub.ranks[3].ended_at_s is not None)
+    assert "the connection to its watcher ended" in str(hub.ranks[3].gone)
+    hub.ranks[3].ended_at_s, hub.ranks[3].left = None, True
+    hub.start()
+    zero.sendall(b'{"left": true}\n')
+    hub.join(30)
+    assert not hub.is_alive()
+    assert not (tmp_path / crash.REPORT).exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_told_from_a_lost_host() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert watcher._answers("127.0.0.1", port)
+    assert not watcher._answers("127.0.0.1", port)
+    with pytest.raises(OSError, match=f"cannot reach rank 0's at 127.0.0.1:{port} "):
+        watcher._connect("127.0.0.1", port, 0.0, os.getppid())
+
+
 def test_a_rank_whose_torchrun_is_gone_ends(tmp_path: Path) -> None:
-    """An agent that is killed leaves its ranks behind; nobody would ever end them."""
+    """An agent that is killed leaves its ranks behind; one that does not stop by itself is ended, after the limit."""
     script = Path(__file__).parent / "fake_rank.py"
     command = f"{sys.executable} -S {script} $$ {tmp_path} & wait"
     agent = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL)
