@@ -10,8 +10,6 @@
 # The environment with Cria in it, where a job does not inherit it from the shell that submitted it.
 # source /path/to/cria/.venv/bin/activate
 
-# A collective that failed must end its process, not leave it waiting: the job is then started again.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # Lines of NCCL's warnings are what a site's support will ask for first.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A rank's log is to hold its last words when it is killed.

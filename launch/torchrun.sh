@@ -4,7 +4,7 @@
 #   launch/torchrun.sh --config configs/tinyllama-1.1b.yaml                              # all GPUs of this node
 #   NNODES=2 HEAD=node1:29500 launch/torchrun.sh --config configs/tinyllama-1.1b.yaml    # the same line on each node
 #
-# NPROC_PER_NODE: ranks a node (default: its GPUs); LOGS: folder for the ranks' logs. SIGTERM, SIGUSR1 and Ctrl-C reach all
+# COMMAND: doctor or bench instead of train. NPROC_PER_NODE: ranks a node (default: its GPUs); LOGS: folder for the ranks' logs. SIGTERM, SIGUSR1 and Ctrl-C reach all
 # ranks, which save and leave; exit status 75 then says: start me again.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
@@ -19,4 +19,4 @@ else
   where=(--rdzv-backend=c10d --rdzv-endpoint="${HEAD:?the first node, HOST:PORT}" --rdzv-id="${RUN_ID:-cria}")
 fi
 exec python "$launch/agent.py" --nnodes="${NNODES:-1}" --nproc-per-node="$ranks" "${where[@]}" \
-  --log-dir="${LOGS:-logs/torchrun}" --tee=3 --local-ranks-filter=0 -m pretrain train "$@"
+  --log-dir="${LOGS:-logs/torchrun}" --tee=3 --local-ranks-filter=0 -m pretrain "${COMMAND:-train}" "$@"

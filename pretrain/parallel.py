@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -30,10 +29,6 @@ from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""After so long a collective gives up on a rank that does not answer. The watchdog is sooner, and knows which rank it is; what
-is rightly long on one rank, such as compiling, must not end the others."""
-
 
 def launch(
     config: ParallelConfig, model: ModelConfig, loggers: list[Logger], deterministic: bool = False
@@ -41,13 +36,20 @@ def launch(
     """Join the processes that torchrun started, or run alone; `deterministic`: the same bits every time, on a GPU too.
 
     Raises:
-        ValueError: the accelerator is not there, or the strategy does not fit the number of ranks.
+        ValueError: the accelerator is not there, the strategy does not fit the number of ranks, or SLURM's tasks were
+            started without their numbers.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
         if config.compile:
             _compile_deterministically()
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM has {tasks} tasks and WORLD_SIZE is not set, so that each would run alone; start it through "
+            "launch/slurm.sbatch (COMMAND=doctor or bench for these), or set WORLD_SIZE=1 for one process alone"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
@@ -64,7 +66,7 @@ def launch(
             data_parallel_size=world_size,
             tensor_parallel_size=1,
             process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=ranks.TIMEOUT,
         )
         _alone_is_a_world_of_one()
     else:

@@ -1,11 +1,16 @@
 """How the ranks agree. Each function is called by all ranks and works alike where there is one process and no group."""
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=1)
+"""After so long a collective gives up on a rank that does not answer. The watchdog is sooner, and knows which rank it is; what
+is rightly long on one rank, such as compiling, must not end the others."""
 
 
 def rank() -> int:

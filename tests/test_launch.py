@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import LONGER, pretrain, records, tiny_config, trajectory, wait_for, write_config
 
-from pretrain import checkpoint, scheduler
+from pretrain import checkpoint, metrics, parallel, preparation, scheduler
 from pretrain.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +143,20 @@ def agents(config_file: Path, logs: Path) -> list[subprocess.Popen]:
     return started
 
 
+@pytest.mark.parametrize("users", [{}, {"MASTER_ADDR": "users", "CRIA_WARNING_S": "900"}])
+def test_a_job_that_is_submitted_again_inherits_only_what_the_user_had_set(users: dict[str, str]) -> None:
+    script = (Path(__file__).parent.parent / "launch" / "slurm.sbatch").read_text()
+    lines = script[script.index("own=(") :].splitlines()[:2]
+    told = "export MASTER_ADDR=here LOGS=l CRIA_WARNING_S=3 SLURM_JOB_END_TIME=9"
+    told = "\n".join([*lines, told, 'env "${own[@]}" env'])
+    done = subprocess.run(
+        ["bash", "-uc", told], env={"PATH": os.environ["PATH"], **users}, capture_output=True, text=True
+    )
+    names = {line.split("=")[0] for line in done.stdout.splitlines()}
+    assert "PATH" in names, done.stderr
+    assert names & {"MASTER_ADDR", "LOGS", "CRIA_WARNING_S", "SLURM_JOB_END_TIME"} == users.keys()
+
+
 def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: list[tuple], tmp_path: Path) -> None:
     """Killed alone, its rank and the others save; killed with its rank, the others leave; the next start goes on."""
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **LONGER))
@@ -221,3 +238,45 @@ def test_wandb_without_a_key_is_one_line(datasets: Path, tmp_path: Path) -> None
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("pretrain train: error: ")]
     for words in ("WANDB_API_KEY", "WANDB_MODE=offline", "--logger tensorboard"):
         assert words in line
+
+
+def test_wandb_ends_before_the_ranks_leave_and_not_as_a_success_after_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    class WandbLogger:
+        experiment = SimpleNamespace(finish=lambda: called.append("finish"))
+
+        def finalize(self, status: str) -> None:
+            called.append(status)
+
+    monkeypatch.setattr(metrics, "_start_wandb", lambda run_dir, loggers: None)
+    fabric: Any = SimpleNamespace(is_global_zero=True, loggers=[WandbLogger()])
+    metrics.MetricsLog(tmp_path, fabric).close()
+    assert called == ["success", "finish"]
+
+    def crash() -> None:
+        with ExitStack() as at_end:
+            at_end.callback(metrics.MetricsLog(tmp_path, fabric).close)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        crash()
+    assert called[2:] == ["success"]
+
+
+def test_a_folder_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = tmp_path / "run"
+    monkeypatch.setattr(preparation.time, "sleep", lambda s: (late.mkdir(), (late / ".lock").write_text("mark")))
+    assert preparation._sees(late, "mark")
+    monkeypatch.setattr(preparation, "_SHARED_S", 0.0)
+    assert not preparation._sees(late, "another")
+
+
+def test_tasks_of_slurm_without_their_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings: Any = None
+    with pytest.raises(ValueError, match=r"16 tasks and WORLD_SIZE is not set"):
+        parallel.launch(settings, settings, [])
