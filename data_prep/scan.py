@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,16 @@ class Stretch:
     tokens: int
 
 
-def scan_all(stretches: Iterable[Stretch], tokenizer: TokenizerInfo) -> Iterator[Scan]:
-    """Scan several, in order. Raises OSError for a file that can't be read."""
+def scan_all(
+    stretches: Iterable[Stretch], tokenizer: TokenizerInfo, alive: Callable[[], None] = lambda: None
+) -> Iterator[Scan]:
+    """Scan several, in order; `alive` is called after each block. Raises OSError for a file that can't be read."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing and numpy let go of the interpreter
-        yield from pool.map(lambda stretch: scan(stretch, tokenizer), stretches)
+        yield from pool.map(lambda stretch: scan(stretch, tokenizer, alive), stretches)
 
 
-def scan(stretch: Stretch, tokenizer: TokenizerInfo) -> Scan:
-    """Scan one. Raises OSError for a file that can't be read."""
+def scan(stretch: Stretch, tokenizer: TokenizerInfo, alive: Callable[[], None] = lambda: None) -> Scan:
+    """Scan one; `alive` is called after each block. Raises OSError for a file that can't be read."""
     dtype = DTYPES[stretch.dtype]
     digest = hashlib.sha256()
     smallest, largest, counts, tokens = 2**63, -1, [0, 0], 0
@@ -70,6 +72,7 @@ def scan(stretch: Stretch, tokenizer: TokenizerInfo) -> Scan:
             ids = np.frombuffer(block, dtype, len(block) // dtype.itemsize)
             tokens += ids.size
             smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+            alive()
             for n, token in enumerate((tokenizer.bos_id, tokenizer.eos_id)):
                 counts[n] += 0 if token is None else int(np.count_nonzero(ids == token))
     return Scan(tokens, f"sha256:{digest.hexdigest()}", smallest if tokens else 0, largest, *counts)

@@ -27,7 +27,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -239,17 +239,18 @@ class TokenDataset:
             digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def check(self, share: tuple[int, int] = (0, 1)) -> str | None:
+    def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:
         """Read shards and compare them with the manifest: checksum, and ids within the vocabulary.
 
-        share: (k, n) reads every n-th shard from the k-th on. Returns what is wrong first, naming the file, or None.
+        share: (k, n) reads every n-th shard from the k-th on. alive is called after each block, by other threads. Returns what
+        is wrong first, naming the file, or None.
         """
         from data_prep.scan import Stretch, scan_all  # which imports this module
 
         mine = self._shards[share[0] :: share[1]]
         stretches = [Stretch(self.directory / s.path, s.dtype, s.offset, s.tokens) for s in mine]
         vocab_size = self.manifest.tokenizer.vocab_size
-        for shard, found in zip(mine, scan_all(stretches, self.manifest.tokenizer)):
+        for shard, found in zip(mine, scan_all(stretches, self.manifest.tokenizer, alive)):
             if (found.tokens, found.checksum) != (shard.tokens, shard.checksum):
                 return f"{self.directory / shard.path} is damaged: its checksum is not the manifest's"
             if found.smallest < 0 or found.largest >= vocab_size:

@@ -10,6 +10,7 @@ import json
 import math
 import resource
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -120,11 +121,16 @@ class MetricsLog:
             self._fabric.log_dict(dict(_numbers(kind, record)), step=step)
 
     def close(self) -> None:
-        """Let the loggers write what they hold."""
+        """Let the loggers write what they hold, and W&B upload it: at its own end a launcher may not wait for that.
+
+        After an exception W&B does so by itself, and knows that the run failed.
+        """
         if self._file is not None:
             self._file.close()
             for logger in self._fabric.loggers:
                 logger.finalize("success")
+                if type(logger).__name__ == "WandbLogger" and sys.exc_info()[0] is None:
+                    logger.experiment.finish()  # type: ignore[attr-defined]
 
 
 def _open_for_lines(path: Path) -> TextIO:

@@ -7,8 +7,9 @@ Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ import yaml
 from lightning.fabric import Fabric
 from torch import nn
 
-from data_prep.shard import TOKENIZER_DIR
+from data_prep.shard import TOKENIZER_DIR, TokenDataset
 from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks
 from pretrain.lock import lock
 from pretrain.model import Llama, fill, num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
 from pretrain.trainer import Run
-from pretrain.watchdog import Watchdog, at
+from pretrain.watchdog import Watchdog, alive, at
+
+_SHARED_S = 60.0
+"""For a file of rank 0's to be seen by all ranks, before their folders are taken for different ones."""
 
 
 def prepare(settings: config.Config) -> Run:
@@ -128,11 +132,8 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
             problem = str(error)
     problem, mark = ranks.broadcast((problem, mark))
     if problem is None:
-        seen = (run_dir / ".lock").read_text() if (run_dir / ".lock").exists() else None
-        elsewhere = (
-            None if seen == mark else f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
-        )
-        problem = ranks.first_problem(elsewhere)
+        elsewhere = f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
+        problem = ranks.first_problem(None if _sees(run_dir, mark or "") else elsewhere)
     if problem is not None:
         raise ValueError(f"run_dir: {problem}")
     try:
@@ -140,6 +141,20 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
+
+
+def _sees(run_dir: Path, mark: str) -> bool:
+    """Whether this rank reads rank 0's `mark` in the lock. NFS may for a while know that a file was not there before."""
+    until = time.monotonic() + _SHARED_S
+    while True:
+        with suppress(OSError):
+            for folder in (run_dir.parent, run_dir):
+                os.listdir(folder)  # asks the server
+            if (run_dir / ".lock").read_text() == mark:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
 
 
 def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
@@ -165,7 +180,7 @@ def _verify_shards(record: Path, sources: list[data.Source]) -> None:
     """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
     known = json.loads(record.read_text()) if record.exists() else {}
     for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
-        key, signature = str(dataset.directory), ranks.broadcast(dataset.signature())
+        key, signature = str(dataset.directory), _signature(dataset)
         if ranks.broadcast(known.get(key)) == signature:
             continue
         parts = -(
@@ -174,12 +189,28 @@ def _verify_shards(record: Path, sources: list[data.Source]) -> None:
         for part in range(parts):
             at("checking the shards")
             share = (ranks.rank() * parts + part, ranks.world_size() * parts)
-            problem = ranks.first_problem(dataset.check(share))
+            problem = ranks.first_problem(dataset.check(share, alive))
             if problem is not None:
                 raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
         known[key] = signature
+        if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
+            staged = record.with_suffix(".tmp")
+            staged.write_text(json.dumps(known, indent=1) + "\n")
+            os.replace(staged, record)
+
+
+def _signature(dataset: TokenDataset) -> str:
+    """As rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system."""
+    signature, problem = "", None
     if ranks.rank() == 0:
-        record.write_text(json.dumps(known, indent=1) + "\n")
+        try:
+            signature = dataset.signature()
+        except OSError as error:
+            problem = str(error)
+    signature, problem = ranks.broadcast((signature, problem))
+    if problem is not None:
+        raise OSError(problem)
+    return signature
 
 
 def _data_facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Saver:
         self._folder = run_dir / "checkpoints"
         self._config = config
         self._say = say if ranks.rank() == 0 else lambda line: None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=ranks.TIMEOUT) if dist.is_initialized() else None
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda

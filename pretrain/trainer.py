@@ -207,7 +207,9 @@ def _log_start(run: Run, display: Display) -> None:
         },
         "sources": validation.describe_sources(
             run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
-        ),
+        )
+        if run.fabric.is_global_zero  # it reads the validation data, for a log that rank 0 alone writes
+        else {},
     }
     run.log.write("start", run.step, record)
     if run.fabric.is_global_zero:

@@ -58,7 +58,8 @@ def at(place: str, step: int | None = None) -> None:
 
 
 def alive() -> None:
-    """Say that this rank gets on at the place where it is: its time there begins anew. In the main thread, as often as one likes.
+    """Say that this rank gets on at the place where it is: its time there begins anew. As often as one likes, by
+    the main thread or by one that it waits for.
 
     Unlike `at`, which all ranks call alike: who has come to more places is ahead of the others.
     """

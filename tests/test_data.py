@@ -243,7 +243,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(datasets: Path, tmp_path:
 
 
 def test_an_id_beyond_the_vocabulary_is_named(datasets: Path, tmp_path: Path) -> None:
-    assert TokenDataset(datasets / "a" / "train").check() is None
+    signs: list[None] = []
+    assert TokenDataset(datasets / "a" / "train").check(alive=lambda: signs.append(None)) is None
+    assert signs, "while it reads"
     lying = TokenDataset(write_dataset(tmp_path / "d", 3_000, 3, vocab_size=290))
     assert "ids from 0 to 299, not all in a vocabulary of 290" in str(lying.check())
     assert "part-2.npy" in str(lying.check(share=(2, 3)))
