@@ -220,8 +220,9 @@ class Watcher:
         self._seen = b""
         self._age_s, self._ticked = 0.0, time.monotonic()
         self._control = Lines(socket.socket(fileno=about["control"]))
-        *self._address, token = about["address"]
-        self._hub = Lines(_connect(*self._address, about["connect_s"], parent))
+        host, port, token = about["address"]
+        self._address = (host, port)
+        self._hub = Lines(_connect(host, port, about["connect_s"], parent))
         self._hub_heard = time.monotonic()
         self._calm = False
         self._failed = self._left = self._said = False
