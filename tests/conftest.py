@@ -24,8 +24,27 @@ torch.set_num_threads(1)
 VOCAB_SIZE = 300
 
 
+SLOWEST = (
+    "test_launch_slurm",
+    "test_readme",
+    "test_launch",
+    "test_bench_gpu",
+    "test_faults",
+    "test_watchdog",
+    "test_parallel",
+    "test_verify_resume",
+    "test_resume",
+    "test_trainer",
+    "test_build",
+    "test_bench",
+    "test_ops_triton",
+)
+"""Files of tests that take longest, or wait (for a time limit, a hang): they begin first, beside others that compute."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
+    """Long files first. Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
     wanted = config.option.markexpr.strip() == "gpu"
     if wanted and any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
         raise pytest.UsageError("the tests marked gpu need a CUDA device, and PyTorch sees none on this machine")
