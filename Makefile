@@ -7,12 +7,13 @@ DEMO := runs/demo
 # The commands as a user types them, found in the environment that setup made.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-gpu lint faults bench-cpu bench-checkpoint bench-gpu bench-watchdog bench-data clean
+.PHONY: help setup demo test test-long test-gpu lint faults bench-cpu bench-checkpoint bench-gpu bench-watchdog bench-data clean
 
 help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
-	@echo "make test       lint, types and all tests"
+	@echo "make test       lint, types and all tests but the longest"
+	@echo "make test-long  the tests that take a minute or more: Triton's interpreter, a crash loop on SLURM, torchrun's agent"
 	@echo "make test-gpu   the operations of every installed library against the reference, and whole runs, on a GPU"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
 	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"
@@ -48,6 +49,9 @@ test: setup
 	ruff format --check .
 	mypy
 	OMP_NUM_THREADS=1 pytest
+
+test-long: setup
+	OMP_NUM_THREADS=1 pytest -m long
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu --numprocesses=0 tests/test_ops_gpu.py tests/test_gpu_run.py

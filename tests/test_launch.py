@@ -186,6 +186,7 @@ def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: lis
     assert len(list((tmp_path / "logs").rglob("stdout.log"))) >= 6, "a log a rank"
 
 
+@pytest.mark.long
 def test_usr1_and_ctrl_c_reach_the_ranks_and_the_agents_status_tells(datasets: Path, tmp_path: Path) -> None:
     tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 4000}, checkpoint={"every_steps": 0})
     config_file = write_config(tmp_path / "c.yaml", tree)

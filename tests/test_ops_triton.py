@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_ligers_kernels_agree_with_the_reference_in_the_interpreter() -> None:
     """A process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(

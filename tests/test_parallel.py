@@ -241,7 +241,12 @@ def test_activations_of_every_nth_layer_are_computed_again(every: int, recompute
 
 @pytest.mark.parametrize(
     ("compiled", "part", "products"),
-    [("", "elementwise", 0), ("", "mlp", 6), ("layers", "elementwise", 0), ("whole", "mlp", 6)],
+    [
+        ("", "elementwise", 0),
+        ("", "mlp", 6),
+        pytest.param("layers", "elementwise", 0, marks=pytest.mark.long),
+        pytest.param("whole", "mlp", 6, marks=pytest.mark.long),
+    ],
 )
 def test_a_part_is_computed_again_to_the_same_bits(compiled: str, part: str, products: int) -> None:
     """Loss and gradients in fp32 are those without it; gate_proj and up_proj of three layers again, down_proj not."""
