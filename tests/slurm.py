@@ -44,6 +44,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first_job}
 KillWait=5
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
@@ -79,8 +80,12 @@ def _free_ports(count: int) -> list[int]:
 class Slurm:
     """A cluster of some nodes, all of them this host."""
 
-    def __init__(self, folder: Path, nodes: int = 2, requeue_s: int = 120) -> None:
-        """`folder` must be empty, and its path short: a socket lies in it. A requeued job waits `requeue_s` (see `hurry`)."""
+    def __init__(self, folder: Path, nodes: int = 2, requeue_s: int = 120, first_job: int = 1) -> None:
+        """`folder` must be empty, and its path short: a socket lies in it. A requeued job waits `requeue_s` (see `hurry`).
+
+        A job's port hangs on its number, so clusters that are on one host at a time begin with another `first_job`.
+        """
+        self.first_job = first_job
         self.folder, self.nodes, self.requeue_s = folder, nodes, requeue_s
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
@@ -94,6 +99,7 @@ class Slurm:
             node_ports=f"{ports[1]}-{ports[-1]}",
             nodes=self.nodes,
             requeue_s=self.requeue_s,
+            first_job=self.first_job,
             cpus=os.cpu_count() or 1,
         )
         (self.folder / "slurm.conf").write_text(config)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not slurm.available(), reason="needs root and sl
 def cluster() -> Iterator[slurm.Slurm]:
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     try:
-        with slurm.Slurm(folder) as running:
+        with slurm.Slurm(folder, first_job=4001) as running:
             yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)
