@@ -13,7 +13,7 @@ help:
 	@echo "make setup      an environment in .venv, pinned by constraints.txt"
 	@echo "make demo       raw text to a trained model on this machine's CPU, in a few minutes, in runs/demo"
 	@echo "make test       lint, types and all tests but the longest"
-	@echo "make test-long  the tests that take a minute or more: Triton's interpreter, a crash loop on SLURM, torchrun's agent"
+	@echo "make test-long  the tests that take a minute or more: Triton's interpreter, hangs, bench-gpu in miniature, more of SLURM"
 	@echo "make test-gpu   the operations of every installed library against the reference, and whole runs, on a GPU"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
 	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"

@@ -17,6 +17,9 @@ from pretrain.bench_paper import SHAPES
 ROOT = Path(__file__).parent.parent
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All parts, in a miniature, as a user without an installation starts them."""

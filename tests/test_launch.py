@@ -157,6 +157,7 @@ def test_a_job_that_is_submitted_again_inherits_only_what_the_user_had_set(users
     assert names & {"MASTER_ADDR", "LOGS", "CRIA_WARNING_S", "SLURM_JOB_END_TIME"} == users.keys()
 
 
+@pytest.mark.long
 def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: list[tuple], tmp_path: Path) -> None:
     """Killed alone, its rank and the others save; killed with its rank, the others leave; the next start goes on."""
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **LONGER))

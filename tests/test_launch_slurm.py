@@ -59,6 +59,7 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     assert "Traceback" not in ranks[1]
 
 
+@pytest.mark.long
 def test_a_cancelled_job_has_saved_and_stays_cancelled(
     cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folder, done.stdout
 
 
+@pytest.mark.long
 def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
     folder, printed = verified
     assert "A resume is the same run" in printed
@@ -28,6 +29,7 @@ def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
     assert sum('"kind": "start"' in line for line in lines) == 3, "two kills, three starts"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "data_hash", "lr"])
 def test_one_bit_in_one_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, key: str, monkeypatch) -> None:
     folder, _ = verified
@@ -46,6 +48,7 @@ def test_one_bit_in_one_step_is_a_failure(verified: tuple[Path, str], tmp_path: 
     assert (not outcome.same_sequences) == (key == "data_hash")
 
 
+@pytest.mark.long
 def test_a_lost_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = verified
     shutil.copytree(folder / "out" / "straight", tmp_path / "killed")
@@ -56,6 +59,7 @@ def test_a_lost_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, mo
     assert not trial._compare("killed", folder / "out" / "straight", [1], []).holds
 
 
+@pytest.mark.long
 def test_order_shows_what_a_step_is_made_of(verified: tuple[Path, str]) -> None:
     """The table's sequences are those whose fingerprint the run logged for that step."""
     folder, _ = verified

@@ -249,6 +249,7 @@ def test_the_users_errors_leave_no_page(datasets: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / crash.REPORT).exists()
 
 
+@pytest.mark.long
 def test_two_ranks_in_trouble(tmp_path: Path) -> None:
     """The short form of hangs.py: who is named and where, that all processes end, and with which status."""
     kinds = ["stop", "lock", "data", "save", "raise", "kill-0", "slow"]
