@@ -35,6 +35,7 @@ SLOWEST = (
     "test_verify_resume",
     "test_resume",
     "test_trainer",
+    "test_learns",
     "test_build",
     "test_bench",
     "test_ops_triton",
