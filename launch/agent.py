@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import main
-
+from pretrain.imports import importing
 from pretrain.scheduler import REQUEUE
+
+with importing():
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ Each command is a module of its own with `main(argv)`; only the one that is aske
 import importlib
 import sys
 
+from pretrain.imports import importing
+
 COMMANDS = {
     "plan": ("pretrain.plan", "what a run needs before it starts: memory, days, disk; the fastest setting that fits"),
     "doctor": ("pretrain.doctor", "before the big run: machines, links, files and versions, on all ranks"),
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"pretrain: error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    with importing():
+        command = importlib.import_module(COMMANDS[argv[0]][0])
+    return command.main(argv[1:]) or 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 A peer runs in an environment of its own, so nothing here may need more than torch.
 """
 
+import gc
 import re
 import resource
 import sys
@@ -27,6 +28,7 @@ class Timer:
 
     def __init__(self, device: torch.device, in_turns: bool = False):
         self._device, self._in_turns = device, in_turns
+        gc.freeze()  # collecting all that was imported would be counted as a step's
         self._marks: list[tuple[Any, Any]] = []
 
     def steps(self, number: int, timed: bool) -> Iterator[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain import config
 from pretrain.cli import fail
+from pretrain.imports import importing
 
 PROG = "pretrain bench"
 
@@ -133,7 +134,8 @@ def _run(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> 
 
 def _step(args: argparse.Namespace, settings: config.Config) -> Any:
     """The configuration's own step, on all ranks; the result is rank 0's, None on the others."""
-    from pretrain import bench_result, bench_step, parallel, ranks
+    with importing():
+        from pretrain import bench_result, bench_step, parallel, ranks
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.grad_accum_steps is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pretrain import config, scheduler
 from pretrain.cli import fail
+from pretrain.imports import importing
 
 
 def main(argv: list[str]) -> int:
@@ -11,13 +12,8 @@ def main(argv: list[str]) -> int:
     stop = scheduler.Stop()
     try:
         settings = config.parse(argv)
-        from pretrain import (  # torch and lightning take seconds: a typing error should not
-            checkpoint,
-            parallel,
-            preparation,
-            ranks,
-            trainer,
-        )
+        with importing():  # not before: torch and lightning take seconds, and a typing error should not
+            from pretrain import checkpoint, parallel, preparation, ranks, trainer
 
         run_dir = Path(settings.run_dir)
         newest = max((step for step, _ in checkpoint.committed(run_dir)), default=0)

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; child processes inherit it
 
+import gc
 import json
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.option.markexpr.strip() == "gpu"
     if wanted and any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
         raise pytest.UsageError("the tests marked gpu need a CUDA device, and PyTorch sees none on this machine")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported until now stays; looking for garbage in it takes much of the time of short tests."""
+    gc.freeze()
 
 
 def write_dataset(

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pretrain.preparation", "pretrain.cli", "torch._dynamo", "lightning.fabric"])
+_SERVER.set_forkserver_preload(["preloaded"])
 
 
 class Process:
@@ -27,6 +29,8 @@ class Process:
         self._out = self._err = Path(tempfile.mkstemp(prefix="test-")[1])
         if not merged:
             self._err = Path(tempfile.mkstemp(prefix="test-")[1])
+        with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the server finds `preloaded`
+            forkserver.ensure_running()
         self._process = _SERVER.Process(target=_run, args=(argv, env, str(cwd or Path.cwd()), self._out, self._err))
         self._process.start()
         self.pid = self._process.pid

@@ -6,6 +6,7 @@ a user starts them.
 
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -189,5 +190,6 @@ def main(worlds: list[tuple[int, int, list]]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the ranks share is not looked at again, in none of them
     torch.set_num_threads(1)
     main(pickle.loads(Path(sys.argv[1]).read_bytes()))

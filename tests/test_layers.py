@@ -16,6 +16,7 @@ LAYERS = [
         "crash",
         "folder",
         "history",
+        "imports",
         "lock",
         "processes",
         "progress",

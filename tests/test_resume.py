@@ -20,11 +20,11 @@ from pretrain.scheduler import REQUEUE
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group, loader workers included."""
     sections = {
-        "train": {"max_steps": 300, "global_batch_size": 4},
+        "train": {"max_steps": 150, "global_batch_size": 4},
         "data": {"num_workers": 2},
         "checkpoint": {"every_steps": 0},
     }
-    sections["validation"] = {"every_steps": 150, "max_sequences": 3}
+    sections["validation"] = {"every_steps": 75, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -35,7 +35,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     stopped = max(records(tmp_path / "run", "train"))
-    assert 30 <= stopped < 300
+    assert 30 <= stopped < 150
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 
     second = pretrain("train", "--config", config_file)
@@ -144,7 +144,7 @@ def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path: Path) -> None:
-    sections = {"train": {"max_steps": 300, "global_batch_size": 4}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
+    sections = {"train": {"max_steps": 120, "global_batch_size": 4}, "checkpoint": {"every_steps": 10, "keep_last": 2}}
     sections["validation"] = {"every_steps": 50, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
@@ -157,10 +157,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path:
     pretrain("train", "--config", config_file)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line["step"] for line in lines if line["kind"] == "train"]
-    assert len(trained) > len(set(trained)) == 300, "no step was trained twice"
+    assert len(trained) > len(set(trained)) == 120, "no step was trained twice"
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-00000290", "step-00000300"]
+    assert kept == ["step-00000110", "step-00000120"]
 
 
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 1), (1, 2)])
