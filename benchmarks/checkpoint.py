@@ -218,7 +218,7 @@ def first_step(path: Path, save_as: int | None) -> None:
         writer.close()
         print("{}")
         return
-    batches = iter(trainer._make_loader(run))
+    batches = trainer.make_loader(run)
     first = next(batches)
     loaded = time.perf_counter()
     rest = iter([first, *(next(batches) for _ in range(run.grad_accum_steps - 1))])

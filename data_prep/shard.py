@@ -28,6 +28,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -161,13 +162,6 @@ class _OpenFile:
             os.close(self.fd)
 
 
-def as_batch(sequences: list[np.ndarray], seq_len: int) -> np.ndarray:
-    """What `TokenDataset.read_sequence` gave, as one int64 array (n, seq_len + 1): a single pass over all of them."""
-    if not sequences:
-        return np.empty((0, seq_len + 1), dtype=np.int64)
-    return np.concatenate(sequences).astype(np.int64).reshape(len(sequences), seq_len + 1)
-
-
 class TokenDataset:
     """The tokens of a dataset as one long row, cut into sequences on demand.
 
@@ -183,13 +177,19 @@ class TokenDataset:
         self.max_open_files = max_open_files
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
-        self._last_token = self.num_tokens - 1
+        self._dtypes = [DTYPES[shard.dtype] for shard in self._shards]
+        self._offsets = [  # of the dataset's token 0, if it lay in that file: negative but for the first
+            shard.offset - (end - shard.tokens) * dtype.itemsize
+            for shard, end, dtype in zip(self._shards, self._ends, self._dtypes)
+        ]
+        self.dtype = np.result_type(np.uint16, *set(self._dtypes))
+        """Holds every token: the type of all shards, where they agree."""
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}  # a descriptor means nothing in another process
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens in all shards."""
         return self.manifest.tokens
@@ -206,26 +206,31 @@ class TokenDataset:
         Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
         """
         wanted = indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
-        return as_batch([self.read_sequence(index, seq_len) for index in wanted], seq_len)
+        rows = np.empty((len(wanted), seq_len + 1), self.dtype)
+        for row, index in zip(rows, wanted):
+            self.read_sequence(index, row)
+        return rows.astype(np.int64)
 
-    def read_sequence(self, index: int, seq_len: int) -> np.ndarray:
-        """Sequence `index`, (seq_len + 1,), in the type that it is stored in; raises as `sequences` does."""
+    def read_sequence(self, index: int, row: np.ndarray) -> None:
+        """Fill `row`, (seq_len + 1,) of a type that holds `dtype`, with sequence `index`; raises as `sequences` does."""
+        seq_len = len(row) - 1
         start = index * seq_len
-        if not 0 <= start < self._last_token - seq_len + 1:
+        end = start + seq_len + 1
+        if index < 0 or end > self.num_tokens:
             raise IndexError(
                 f"sequence {index} was asked of {self.directory}, which has {self.num_sequences(seq_len):,} "
                 f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
             )
         number = bisect_right(self._ends, start)
-        end = start + seq_len + 1
         if end <= self._ends[number]:
-            return self._read(number, start, end)
-        parts = []
+            self._read(number, start, row)
+            return
+        done = 0
         while start < end:  # it goes on in the next shards
             until = min(end, self._ends[number])
-            parts.append(self._read(number, start, until))
+            self._read(number, start, row[done : done + until - start])
+            done += until - start
             start, number = until, number + 1
-        return np.concatenate(parts)
 
     def documents(self, index: int, seq_len: int) -> list[Part]:
         """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
@@ -258,16 +263,16 @@ class TokenDataset:
                 return f"{self.directory / shard.path} has ids from {ids}, not all in a vocabulary of {vocab_size}"
         return None
 
-    def _read(self, number: int, start: int, end: int) -> np.ndarray:
-        """The dataset's tokens `start` to `end`, all of which lie in shard `number`, without a copy of what was read."""
-        shard = self._shards[number]
-        dtype = DTYPES[shard.dtype]
-        size = (end - start) * dtype.itemsize
-        skip = (start - self._ends[number] + shard.tokens) * dtype.itemsize
-        data = os.pread(self._file(number).fd, size, shard.offset + skip)
-        if len(data) != size:
-            raise OSError(f"{self.directory / shard.path} was cut short while in use: prepare or copy it again")
-        return np.frombuffer(data, dtype)
+    def _read(self, number: int, start: int, into: np.ndarray) -> None:
+        """Fill `into` with the dataset's tokens from `start` on, all of which lie in shard `number`."""
+        dtype = self._dtypes[number]
+        stored = into if into.dtype == dtype else np.empty(len(into), dtype)
+        place = self._offsets[number] + start * dtype.itemsize
+        if os.preadv(self._file(number).fd, [stored.data], place) != stored.nbytes:
+            path = self.directory / self._shards[number].path
+            raise OSError(f"{path} was cut short while in use: prepare or copy it again")
+        if stored is not into:
+            into[:] = stored
 
     def _file(self, number: int) -> _OpenFile:
         file = self._open.get(number)

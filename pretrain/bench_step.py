@@ -81,7 +81,7 @@ def _device(settings: Config) -> torch.device:
 
 def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     device, world_size = run.fabric.device, run.fabric.world_size
-    micro_batches = iter(trainer.make_loader(run))
+    micro_batches = trainer.make_loader(run)
     timer = bench_timing.Timer(device, timing.in_turns)
     losses = []
     for _ in timer.steps(timing.warmup, timed=False):

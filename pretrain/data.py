@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.shard import TokenDataset, as_batch
+from data_prep.shard import TokenDataset
 from pretrain.sections import DataConfig
 
 
@@ -248,6 +248,10 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
     _kept: tuple[int, np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     @cached_property
+    def _dtype(self) -> np.dtype:
+        return np.result_type(*(source.train.dtype for source in self.sources))
+
+    @cached_property
     def grad_accum_steps(self) -> int:
         """Items that make up a step."""
         return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
@@ -256,8 +260,10 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
         """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
         step, micro_step = divmod(item, self.grad_accum_steps)
         source, sequence = (part[micro_step] for part in self._step(step + 1))
-        rows = zip(source.tolist(), sequence.tolist())
-        batch = as_batch([self.sources[s].train.read_sequence(n, self.seq_len) for s, n in rows], self.seq_len)
+        rows = np.empty((self.micro_batch_size, self.seq_len + 1), self._dtype)
+        for row, s, n in zip(rows, source.tolist(), sequence.tolist()):
+            self.sources[s].train.read_sequence(n, row)
+        batch = rows.astype(np.int64)
         return torch.from_numpy(batch), fingerprint(batch)
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -291,19 +297,24 @@ def _weights(length: int) -> np.ndarray:
 
 def train_loader(
     micro_batches: MicroBatches, first_step: int, last_step: int, num_workers: int, pin: bool
-) -> DataLoader:
-    """Iterates over the micro-batches of steps first_step..last_step (inclusive, counted from 1), prefetched in order."""
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """The micro-batches of steps first_step..last_step (inclusive, counted from 1) in order, prefetched by the workers."""
     a = micro_batches.grad_accum_steps
-    return DataLoader(
+    items = range((first_step - 1) * a, last_step * a)
+    if num_workers == 0:  # a DataLoader would take as long as half the reading
+        read = map(micro_batches.__getitem__, items)
+        return ((batch.pin_memory(), mark) for batch, mark in read) if pin else read
+    loader = DataLoader(
         micro_batches,
         batch_size=None,
         collate_fn=_as_it_is,
-        sampler=range((first_step - 1) * a, last_step * a),
+        sampler=items,
         num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=4,
         pin_memory=pin,
         worker_init_fn=_start_worker,
     )
+    return iter(loader)
 
 
 def _as_it_is(item: Any) -> Any:

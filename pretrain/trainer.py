@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import pretrain
 from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
@@ -127,7 +126,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     stop.listen_to_ctrl_c()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     saved_step = run.step
-    micro_batches = iter(make_loader(run))
+    micro_batches = make_loader(run)
     _log_start(run, display)
     if run.step == 0 and not _stop_agreed(run, stop, saver, display):
         _validate(run, display)
@@ -156,7 +155,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     return stop.status
 
 
-def make_loader(run: Run) -> DataLoader:
+def make_loader(run: Run) -> Iterator[tuple[Tensor, int]]:
     """The rank's micro-batches from the next step on to the last."""
     settings, rank, world_size = run.config, run.fabric.global_rank, run.fabric.world_size
     micro_batches = data.MicroBatches(

@@ -106,7 +106,7 @@ def trained(settings: Config) -> None:
 def stepped(out: Path, settings: Config) -> None:
     """The steps of a run, and nothing besides."""
     run = preparation.prepare(settings)
-    micro_batches = iter(trainer.make_loader(run))
+    micro_batches = trainer.make_loader(run)
     results = [trainer.optimizer_step(run, micro_batches) for _ in range(run.config.train.max_steps)]
     losses = all_reduce_sum(torch.stack([r.loss for r in results])) / run.fabric.world_size
     norms = [r.grad_norm.item() for r in results]
