@@ -272,7 +272,7 @@ def show(result: dict[str, Any]) -> int:
         figures = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
         print(f"start at step {int(step):,}: {figures}")
     kept = all(s["share"] <= LIMIT for s in result["stall"].values())
-    print(f"stall of at most {100 * LIMIT}% of the time between saves: {'kept' if kept else 'EXCEEDED'}")
+    print(f"stall of at most {100 * LIMIT:g}% of the time between saves: {'kept' if kept else 'EXCEEDED'}")
     return 0 if kept else 1
 
 
