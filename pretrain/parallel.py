@@ -66,7 +66,7 @@ def launch(
             data_parallel_size=world_size,
             tensor_parallel_size=1,
             process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
-            timeout=ranks.TIMEOUT,
+            timeout=ranks.JOIN_TIMEOUT,
         )
         _alone_is_a_world_of_one()
     else:
@@ -80,11 +80,30 @@ def launch(
         precision="32-true",  # the model's own business
         loggers=loggers,
     )
-    fabric.launch()
+    _join(fabric, world_size)
     if fabric.device.type == "cuda":  # the ranks must choose alike, so by the smallest device
         memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
         chosen = sharding.choose(config, parameters, world_size, local_world_size, memory)
     return fabric, chosen
+
+
+def _join(fabric: Fabric, world_size: int) -> None:
+    """Meet the other ranks.
+
+    Raises:
+        TimeoutError: not all have come.
+    """
+    try:
+        fabric.launch()
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TimeoutError(
+            f"{world_size} ranks were to meet at {where} within {ranks.JOIN_TIMEOUT.total_seconds() / 60:g} minutes, and did "
+            f"not: {str(error).splitlines()[0]}. See in the missing ranks' logs why they ended, or whether they reach that "
+            "address (launch/env.sh)"
+        ) from error
+    if dist.is_initialized():
+        ranks.be_patient(None)
 
 
 def _compile_deterministically() -> None:

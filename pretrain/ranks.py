@@ -5,12 +5,21 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 T = TypeVar("T")
 
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""After so long a start is given up because not all ranks have come."""
 TIMEOUT = timedelta(hours=1)
 """After so long a collective gives up on a rank that does not answer. The watchdog is sooner, and knows which rank it is; what
 is rightly long on one rank, such as compiling, must not end the others."""
+
+
+def be_patient(*groups: dist.ProcessGroup | None) -> None:
+    """Let groups (None: that of all ranks) wait for TIMEOUT, which were made with JOIN_TIMEOUT or the library's limit."""
+    for group in groups:
+        _set_pg_timeout(TIMEOUT, group)
 
 
 def rank() -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from pretrain import ranks
 from pretrain.model import Llama
 from pretrain.sections import ParallelConfig
 
@@ -133,6 +134,7 @@ def shard(model: Llama, mesh: DeviceMesh, sharding: Sharding, compute: torch.dty
         mesh = init_device_mesh(
             device_type, (sharding.replicas, sharding.shard_size), mesh_dim_names=("replicate", "shard")
         )
+        ranks.be_patient(*mesh.get_all_groups())
     # Inputs are of that type already, but for the rotary table, which stays fp32 as on one device.
     policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()

@@ -102,7 +102,8 @@ class Watchdog:
         if listener is not None:
             places["listener"] = listener.fileno()
         agent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none" else 0
-        about = {"rank": ranks.rank(), "world_size": ranks.world_size(), "address": address, "agent": agent}
+        about = {"rank": ranks.rank(), "world_size": ranks.world_size(), "address": address}
+        about |= {"pid": os.getpid(), "agent": agent}
         about |= {"limit_s": self.config.limit_s, "connect_s": self.limit_s, "facts": asdict(facts)}
         # Not a line of the site's packages: it starts in 20 ms. Its own session: signals to the job's group spare it.
         self._process = subprocess.Popen(

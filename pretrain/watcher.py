@@ -209,8 +209,9 @@ def write_report(cause: crash.Cause, ranks: list[Rank], facts: Facts) -> None:
 class Watcher:
     """Watches the process that started it."""
 
-    def __init__(self, about: Message, parent: int):
-        self._rank, self._parent = about["rank"], parent
+    def __init__(self, about: Message):
+        # As the rank says it: who asks for its own parent when that is dead already gets process 1, with all its descendants.
+        self._rank, self._parent = about["rank"], about["pid"]
         self._alone = about["world_size"] == 1
         self._agent, self._agent_seen = about["agent"], time.monotonic()
         self._facts = Facts(**about["facts"])
@@ -222,16 +223,16 @@ class Watcher:
         self._control = Lines(socket.socket(fileno=about["control"]))
         host, port, token = about["address"]
         self._address = (host, port)
-        self._hub = Lines(_connect(host, port, about["connect_s"], parent))
+        self._hub = Lines(_connect(host, port, about["connect_s"], self._parent))
         self._hub_heard = time.monotonic()
         self._calm = False
         self._failed = self._left = self._said = False
-        self._hub.send({"token": token, "rank": self._rank, "host": socket.gethostname(), "pid": parent})
+        self._hub.send({"token": token, "rank": self._rank, "host": socket.gethostname(), "pid": self._parent})
         self._selector = selectors.DefaultSelector()
         for lines in (self._control, self._hub):
             self._selector.register(lines.socket, selectors.EVENT_READ, lines)
         with suppress(OSError, AttributeError):  # where there is none, the next tick sees that it is dead
-            self._selector.register(os.pidfd_open(parent), selectors.EVENT_READ)
+            self._selector.register(os.pidfd_open(self._parent), selectors.EVENT_READ)
 
     def run(self) -> None:
         """Until the run is over."""
@@ -337,7 +338,7 @@ class Watcher:
                 processes.kill([self._parent] if os.getppid() == self._parent else [])
             return
         print(f"watchdog: {line}. This is rank {self._rank}: it exits with {EXIT_STATUS}", file=sys.stderr, flush=True)
-        family = processes.descendants(self._parent)
+        family = processes.descendants(self._parent) if os.getppid() == self._parent else []
         with suppress(OSError):
             self._control.socket.sendall(b"x")
         self._wait_for_death(self._timing.end_s)
@@ -380,7 +381,6 @@ def go_on_unwatched(rank: int, why: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Started by `pretrain.watchdog`."""
-    parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the rank decides what they mean
     about = json.loads(argv[0])
@@ -391,9 +391,9 @@ def main(argv: list[str]) -> int:
         hub = Hub(listener, about["world_size"], about["address"][2], Timing(about["limit_s"]), facts)
         hub.start()
     try:
-        watcher = Watcher(about, parent)
+        watcher = Watcher(about)
     except OSError as error:
-        if os.getppid() == parent:
+        if os.getppid() == about["pid"]:
             go_on_unwatched(about["rank"], str(error))
             socket.socket(fileno=about["control"]).sendall(b"u")
         return 1

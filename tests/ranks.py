@@ -75,6 +75,9 @@ def built(out: Path, shape: dict, settings: dict) -> None:
         "sharding": dataclasses.asdict(sharding),
         "line": str(sharding),
     }
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    groups = [dist.group.WORLD, *(g for mesh in meshes for g in mesh.get_all_groups())] if dist.is_initialized() else []
+    facts["timeouts"] = sorted({str(g._get_backend(torch.device("cpu")).options._timeout) for g in groups})
     weights = whole(model)
     tokens = torch.randint(0, model_config.vocab_size, (12, 17), generator=torch.Generator().manual_seed(3))
     mine = tokens.chunk(fabric.world_size)[fabric.global_rank]

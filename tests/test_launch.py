@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import LONGER, pretrain, records, tiny_config, trajectory, wait_for, write_config
 
-from pretrain import checkpoint, metrics, parallel, preparation, scheduler
+from pretrain import checkpoint, metrics, parallel, preparation, ranks, scheduler
 from pretrain.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -282,3 +283,23 @@ def test_tasks_of_slurm_without_their_numbers_are_refused(monkeypatch: pytest.Mo
     settings: Any = None
     with pytest.raises(ValueError, match=r"16 tasks and WORLD_SIZE is not set"):
         parallel.launch(settings, settings, [])
+
+
+def test_a_rank_that_is_alone_says_so_in_one_line(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other node never came: not an hour of silence, but a line with the address and the numbers."""
+    monkeypatch.setattr(ranks, "JOIN_TIMEOUT", timedelta(seconds=2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
+    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(config_file)])
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain train: error")]
+    assert f"2 ranks were to meet at 127.0.0.1:{port} within" in line
+    assert "1/2 clients joined" in line

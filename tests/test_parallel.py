@@ -128,6 +128,7 @@ def test_more_than_one_rank_is_sharded(worlds: Worlds) -> None:
         facts = worlds.facts(name)
         assert (facts["sharding"]["strategy"], facts["sharding"]["shard_size"]) == (strategy, shard_size)
         assert facts["sharded"] == facts["parameters"] > 20
+        assert facts["timeouts"] == ["1:00:00"], "of all groups, a node's and those across nodes included"
         assert facts["held_bytes"] == pytest.approx(worlds.facts("built-1")["held_bytes"] / shard_size, rel=0.01)
     assert worlds.facts("built-4")["line"] == (
         "strategy hybrid (auto: 4 ranks in groups of 2; only gradients leave a group): 2 replicas of 2 shards; parameters are "

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,31 @@ def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
     hub.join(30)
     assert not hub.is_alive()
     assert not (tmp_path / crash.REPORT).exists()
+
+
+def test_a_watcher_that_comes_after_its_rank_has_died_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent is process 1 then, and everything descends from that."""
+    ended: list[int] = []
+    monkeypatch.setattr(watcher.processes, "kill", ended.extend)
+    monkeypatch.setattr(watcher.signal, "signal", lambda number, handler: None)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    hub, (control, theirs) = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
+    memory, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    memory.truncate(watcher.CELL_BYTES)
+    about = {"rank": 1, "world_size": 2, "address": [*hub.getsockname(), "token"], "pid": dead.pid, "agent": 0}
+    about |= {"limit_s": 1.0, "connect_s": 5.0, "facts": asdict(Facts("nowhere", 1, 2))}
+    about |= {"memory": memory.fileno(), "stacks": stacks.fileno(), "control": theirs.detach()}
+
+    def hang_up() -> None:
+        connection = hub.accept()[0]
+        connection.recv(10_000)
+        connection.close()
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    watcher.main([json.dumps(about)])
+    assert ended == []
+    control.close()
 
 
 def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_told_from_a_lost_host() -> None:
