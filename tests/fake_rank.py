@@ -30,7 +30,7 @@ def main(agent: int, run_dir: Path) -> None:
     places = {"memory": memory, "stacks": stacks, "control": theirs, "listener": listener}
     numbers = {name: place.fileno() for name, place in places.items()}
     about = {"rank": 0, "world_size": 1, "address": ("127.0.0.1", listener.getsockname()[1], "word"), "agent": agent}
-    about |= {"limit_s": 2.0, "connect_s": 60.0, "facts": asdict(Facts(str(run_dir), 1, 1))}
+    about |= {"pid": os.getpid(), "limit_s": 2.0, "connect_s": 60.0, "facts": asdict(Facts(str(run_dir), 1, 1))}
     command = [sys.executable, "-S", "-m", "pretrain.watcher", json.dumps({**about, **numbers})]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.Popen(command, pass_fds=tuple(numbers.values()), env=environment, start_new_session=True)

@@ -22,6 +22,7 @@ from test_readme import free_port
 
 from pretrain import config, crash, pace, preparation, trainer, watchdog, watcher
 from pretrain.crash import Facts, Rank
+from pretrain.hub import Hub, Timing
 from pretrain.pace import Pace
 from pretrain.watcher import EXIT_STATUS
 
@@ -112,7 +113,7 @@ def test_a_stranger_on_the_port_does_no_harm() -> None:
     """A scanner of ports, or another job: it is not heard, and the hub goes on."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    hub = watcher.Hub(listener, 1, "secret", watcher.Timing(5.0), Facts("nowhere", 1, 1))
+    hub = Hub(listener, 1, "secret", Timing(5.0), Facts("nowhere", 1, 1))
     hub.start()
     for word in (
         b"GET / HTTP/1.1\r\n\r\n",
@@ -135,11 +136,11 @@ def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Rank 1's never comes, rank 2's is killed and its rank says that it goes on; rank 3 is gone with its watcher."""
-    monkeypatch.setattr(watcher, "_START_S", 0.0)
-    monkeypatch.setattr(watcher, "_WORD_S", 0.5)
+    monkeypatch.setattr("pretrain.hub._START_S", 0.0)
+    monkeypatch.setattr("pretrain.hub.WORD_S", 0.5)
     listener = socket.create_server(("127.0.0.1", 0))
     address = ("127.0.0.1", listener.getsockname()[1])
-    hub = watcher.Hub(listener, 4, "secret", watcher.Timing(100.0), Facts(str(tmp_path), 1, 1))
+    hub = Hub(listener, 4, "secret", Timing(100.0), Facts(str(tmp_path), 1, 1))
 
     def come(rank: int) -> socket.socket:
         peer = socket.create_connection(address)
