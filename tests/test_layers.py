@@ -1,6 +1,7 @@
 """The house: each module imports only from the layers above its own; the two packages meet at one door."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +103,14 @@ def test_the_door_needs_numpy_and_the_standard_library_alone() -> None:
 
 def test_there_is_no_utils() -> None:
     assert not list(ROOT.glob("*/*util*.py"))
+
+
+def test_what_was_imported_is_not_looked_at_again() -> None:
+    """In a process of its own: nothing is collected within, all of it is frozen, and collecting goes on."""
+    script = (
+        "import gc; from pretrain.imports import importing\n"
+        "with importing():\n    import numpy; inside = gc.isenabled()\n"
+        "print(inside, gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
