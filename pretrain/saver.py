@@ -174,10 +174,10 @@ class Saver:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clear()
-        free = shutil.disk_usage(self._folder).free
-        if free < needed * 1.02 + 2**20:
+        free, needed = shutil.disk_usage(self._folder).free, int(needed * 1.02) + 2**20
+        if free < needed:
             raise OSError(
-                f"{self._folder} has {free / 2**30:.2f} GiB free and a checkpoint takes {needed / 2**30:.2f} GiB; "
+                f"{self._folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
                 "make room, or lower checkpoint.keep_last"
             )
         (staging / "tensors").mkdir(parents=True)

@@ -308,7 +308,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(saver.shutil, "disk_usage", lambda path: nearly_full)
         writer.save(10, model, optimizer, {"step": 10})
-        assert "0.00 GiB free" in str(writer.wait())
+        assert "1.0 MiB free and a checkpoint needs 2.5 MiB" in str(writer.wait())
     assert "step 10: NOT saved, training goes on" in said[-1]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     writer.save(15, model, optimizer, {"step": 15})
