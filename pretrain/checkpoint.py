@@ -18,6 +18,8 @@ import json
 import os
 import pickle
 import re
+import socket
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,8 @@ FORMAT = "cria-checkpoint"
 VERSION = 1
 OTHER_VERSION = "its manifest is of version"
 _COMMITTED = re.compile(r"step-(\d{8,})(\.old)?")
+_PAUSES_S = (1.0, 5.0)
+"""Before a checkpoint that cannot be read is tried again."""
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where a single process is meant
 
@@ -72,10 +76,11 @@ def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
     Raises:
         ValueError: there are checkpoints and none is whole, or the newest is of another version: nothing is begun anew then.
+        OSError: as verify_together; nothing is set aside then.
     """
     folders = ranks.broadcast([folder for _, folder in committed(run_dir)])
     for folder in folders:
-        problem = ranks.first_problem(verify(folder, share=(ranks.rank(), ranks.world_size())))
+        problem = verify_together(folder)
         if problem is None:
             return folder
         if OTHER_VERSION in problem:
@@ -113,10 +118,35 @@ def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
     raise FileNotFoundError(f"{run_dir} has {found}; train it first: pretrain train --run_dir {run_dir} --config ...")
 
 
+def verify_together(folder: Path) -> str | None:
+    """`verify` by all ranks, each its share of the files; the same answer for all.
+
+    Raises:
+        OSError: on all ranks, where one could not read a file, which says nothing about what stands in it.
+    """
+    found, unreadable = None, None
+    for pause_s in (*_PAUSES_S, None):
+        try:
+            found, unreadable = verify(folder, share=(ranks.rank(), ranks.world_size())), None
+            break
+        except OSError as error:
+            unreadable = f"{folder} cannot be read on {socket.gethostname()}: {error}"
+            time.sleep(pause_s or 0)
+    if unreadable := ranks.first_problem(unreadable):
+        raise OSError(
+            f"{unreadable}. Its content may be whole, so it stays where it is; start again without that host, or, where no "
+            "host can read it, move the folder away"
+        )
+    return ranks.first_problem(found)
+
+
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """Compare the files with the manifest. Returns None where all agree, else what is wrong, in a few words.
 
     `share`: (k, n) reads every n-th file from the k-th on; names and sizes are compared for all.
+
+    Raises:
+        OSError: a file is there and cannot be read now: a stale handle, no permission, a failing disk.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -136,8 +166,10 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         for name in sorted(files)[share[0] :: share[1]]:
             if describe(folder / name) != files[name]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"it cannot be read: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read: {error}"
     return None
 
 
@@ -174,14 +206,15 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    dcp.load(tensors, storage_reader=_Reader(folder / "tensors"), no_dist=not dist.is_initialized())
+    reader = _Reader(folder / "tensors")
+    reader.read_metadata()  # what is wrong with it is raised as it is: DCP would take it for a file that is missing
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def tensor_files(folder: Path) -> set[str]:
@@ -193,9 +226,17 @@ class _Reader(dcp.FileSystemReader):
     """DCP's reader, but its index, which is a pickle, may name only what an index is made of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises pickle.UnpicklingError for an index that names anything else."""
+        """Raises pickle.UnpicklingError for an index that names anything else, or leads elsewhere than to its own tensors."""
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _IndexUnpickler(file).load()
+        for entry in metadata.state_dict_metadata.values():
+            if type(entry) is not dcp.metadata.TensorStorageMetadata:  # DCP would unpickle its content, whatever it is
+                raise pickle.UnpicklingError(f"a checkpoint's index has a {type(entry).__name__} among its tensors")
+        for place in metadata.storage_data.values():
+            if place.relative_path != os.path.basename(place.relative_path) or place.transform_descriptors:
+                raise pickle.UnpicklingError(
+                    f"a checkpoint's index leads to {place.relative_path}, not into its folder"
+                )
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -204,8 +245,8 @@ class _Reader(dcp.FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     ALLOWED: ClassVar[dict[str, set[str]]] = {
         "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},

@@ -238,7 +238,7 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
     found = checkpoint.find(run_dir, warn=say)
     if settings.resume is not None:
         found = Path(settings.resume)
-        problem = ranks.first_problem(checkpoint.verify(found, share=(ranks.rank(), ranks.world_size())))
+        problem = checkpoint.verify_together(found)
         if problem is not None:
             raise ValueError(f"--resume {found} is not a whole checkpoint: {problem}")
     if found is None:
@@ -269,7 +269,7 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
 def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> None:
     """Take the weights of a Cria checkpoint or of a Hugging Face folder into the model, sharded as it is."""
     if (source / "manifest.json").is_file():
-        problem = ranks.first_problem(checkpoint.verify(source, share=(ranks.rank(), ranks.world_size())))
+        problem = checkpoint.verify_together(source)
         if problem is not None:
             raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
         _check_shape(source, checkpoint.read_state(source)["model"], expected)

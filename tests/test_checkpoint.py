@@ -1,26 +1,20 @@
 """A checkpoint is whole or it is not one: damage is found, set aside, and the one before is taken."""
 
-import builtins
+import dataclasses
 import errno
-import io
-import itertools
 import json
 import os
 import pickle
 import shutil
-import threading
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import TINY_MODEL
 
 from pretrain import checkpoint, saver
-from pretrain.lock import lock
 from pretrain.model import Llama
 from pretrain.optim import make_optimizer
 from pretrain.sections import CheckpointConfig, ModelConfig, OptimConfig
@@ -209,16 +203,71 @@ def test_a_run_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:
 def test_an_index_that_names_anything_else_is_not_opened(run_dir: Path) -> None:
     """DCP's index is a pickle; a crafted one whose checksum was adjusted still runs nothing."""
     folder = run_dir / "checkpoints" / "step-00000010"
-    (folder / "tensors" / ".metadata").write_bytes(pickle.dumps(Harmful(run_dir / "harmed")))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["tensors/.metadata"] = checkpoint.describe(folder / "tensors" / ".metadata")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.verify(folder) is None
+    replace_index(folder, Harmful(run_dir / "harmed"))
     with pytest.raises(pickle.UnpicklingError, match="has no place there"):
         checkpoint.load_weights(folder)
     assert not (run_dir / "harmed").exists()
     pickle.loads((folder / "tensors" / ".metadata").read_bytes())
     assert (run_dir / "harmed").exists(), "the pickle was harmless anyway"
+
+
+def replace_index(folder: Path, index: object) -> None:
+    """With checksums as they must be: the manifest is no secret."""
+    (folder / "tensors" / ".metadata").write_bytes(pickle.dumps(index))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for path in (folder / "tensors").iterdir():
+        manifest["files"][f"tensors/{path.name}"] = checkpoint.describe(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.verify(folder) is None
+
+
+@pytest.mark.parametrize("way", ["bytes", "elsewhere"])
+def test_an_index_leads_to_tensors_in_its_own_folder_alone(run_dir: Path, way: str) -> None:
+    """What an index calls bytes, DCP unpickles; and a path may lead anywhere."""
+    folder = run_dir / "checkpoints" / "step-00000010"
+    index = pickle.loads((folder / "tensors" / ".metadata").read_bytes())
+    name, (at, place) = "model.model.norm.weight", next(iter(index.storage_data.items()))
+    file = folder / "tensors" / place.relative_path
+    harm = pickle.dumps(Harmful(run_dir / "harmed"))
+    if way == "bytes":
+        index.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
+        index.storage_data = {k: v for k, v in index.storage_data.items() if k.fqn != name}
+        whole = dataclasses.replace(place, offset=file.stat().st_size, length=len(harm))
+        index.storage_data[dcp.metadata.MetadataIndex(name)] = whole
+        file.write_bytes(file.read_bytes() + harm)
+    else:
+        index.storage_data[at] = dataclasses.replace(place, relative_path=f"../../../{file.name}")
+        shutil.copy(file, run_dir / file.name)
+    replace_index(folder, index)
+    model, optimizer = make_state(3)
+    for load in (lambda: checkpoint.load_weights(folder), lambda: checkpoint.load(folder, model, optimizer)):
+        with pytest.raises(
+            pickle.UnpicklingError, match="has no place there" if way == "bytes" else "leads to ../../../"
+        ):
+            load()
+    assert not (run_dir / "harmed").exists()
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_corrupt(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale handle, or one sick host: read again, then refused with the host's name, and nothing is set aside."""
+    folders = sorted((run_dir / "checkpoints").iterdir())
+    read, times = checkpoint.describe, 0
+
+    def stale(path: Path) -> dict:
+        nonlocal times
+        times += 1
+        if times < lasts:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "describe", stale)
+    monkeypatch.setattr(checkpoint, "_PAUSES_S", (0.0, 0.0))
+    lasts = 2
+    assert checkpoint.find(run_dir, pytest.fail) == folders[-1], "it was only a moment"
+    lasts = 1000
+    with pytest.raises(OSError, match=f"cannot be read on {socket.gethostname()}: .*Stale file handle"):
+        checkpoint.find(run_dir, pytest.fail)
+    assert sorted((run_dir / "checkpoints").iterdir()) == folders
 
 
 class Harmful:
@@ -227,204 +276,3 @@ class Harmful:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved is the state at the call, though the weights change before the writing has begun."""
-    begun, go_on = threading.Event(), threading.Event()
-    write = saver.Saver._write_tensors
-
-    def slow_write(self: saver.Saver, *args: object) -> None:
-        begun.set()
-        assert go_on.wait(30)
-        write(self, *args)
-
-    monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
-    model, optimizer = make_state(3)
-    expected = snapshot(model, optimizer)
-    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
-    writer.save(7, model, optimizer, {"step": 7})
-    assert begun.wait(30)
-    assert checkpoint.committed(tmp_path) == []
-    with torch.no_grad():
-        for tensor in checkpoint.tensors_of(model, optimizer).values():
-            tensor.zero_()
-    go_on.set()
-    writer.close()
-    saved = checkpoint.load_tensors(tmp_path / "checkpoints" / "step-00000007")
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[name], expected[name]) for name in expected)
-
-
-def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While training waits for a save, what its thread gets done is told to the watchdog, and nothing else is."""
-    noticed, signs = threading.Event(), []
-    write = saver.Saver._write_tensors
-
-    def slow_write(self: saver.Saver, *args: object) -> None:
-        while not noticed.wait(0.01):
-            assert len(signs) < 6000, "nobody looks"
-            signs.append(self._sign())
-        before = self._signs
-        write(self, *args)
-        signs.append(self._signs - before)
-
-    monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
-    monkeypatch.setattr(saver, "alive", noticed.set)
-    monkeypatch.setattr(saver, "_SYNCED", 1)
-    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
-    model, optimizer = make_state(3)
-    writer.save(7, model, optimizer, {"step": 7})
-    writer.close()
-    assert signs[-1] > 100, "each tensor of a few kilobytes"
-    monkeypatch.setattr(saver, "alive", lambda: pytest.fail("nothing is done"))
-    stuck: Future[str | None] = Future()
-    writer._pending = stuck
-    threading.Timer(1.2, stuck.set_result, ["at last"]).start()
-    assert writer.wait() == "at last"
-
-
-def test_the_savers_thread_uses_the_ranks_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[tuple[int, str]] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda n: chosen.append((n, threading.current_thread().name)))
-    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
-    writer.save(5, *make_state(3), {"step": 5})
-    monkeypatch.undo()
-    writer.close()
-    assert chosen == [(3, "saver_0")]
-
-
-def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    writer = saver.Saver(tmp_path, CheckpointConfig(), said.append)
-    model, optimizer = make_state(3)
-    writer.save(5, model, optimizer, {"step": 5})
-    assert writer.wait() is None
-    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    with monkeypatch.context() as patch:
-        patch.setattr(saver.shutil, "disk_usage", lambda path: nearly_full)
-        writer.save(10, model, optimizer, {"step": 10})
-        assert "1.0 MiB free and a checkpoint needs 2.5 MiB" in str(writer.wait())
-    assert "step 10: NOT saved, training goes on" in said[-1]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    writer.save(15, model, optimizer, {"step": 15})
-    writer.close()
-    assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000015"
-
-
-@pytest.mark.parametrize("failing", ["_write_tensors", "_commit", "_make_room"])
-def test_a_failed_write_commits_nothing_and_the_run_is_told_at_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
-    model, optimizer = make_state(3)
-    writer.save(5, model, optimizer, {"step": 5})
-
-    def fail(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    writer.wait()
-    monkeypatch.setattr(saver.Saver, failing, fail)
-    writer.save(10, model, optimizer, {"step": 10})
-    with pytest.raises(OSError, match=r"not saved: .*No space left"):
-        writer.close()
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000005"
-
-
-class FailingDisk:
-    """Every call that touches the disk is counted, those of open files included; the `fail_at`-th raises."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, fail_at: int, number: int) -> None:
-        self.calls, self.fail_at, self.number, self.failed = 0, fail_at, number, ""
-        for name in ("fsync", "rename", "mkdir", "open"):
-            patch.setattr(os, name, self._counted(name, getattr(os, name)))
-        opened = io.open
-
-        def open_counted(path: object, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if not set(mode) & set("wax+"):
-                return opened(path, mode, *args, **options)
-            self.count("open")
-            return FailingFile(opened(path, mode, *args, **options), self)
-
-        patch.setattr(io, "open", open_counted)
-        patch.setattr(builtins, "open", open_counted)
-
-    def count(self, name: str) -> None:
-        self.calls += 1
-        if self.calls == self.fail_at:
-            self.failed = name
-            raise OSError(self.number, os.strerror(self.number))
-
-    def _counted(self, name: str, call: Callable) -> Callable:
-        def counted(*args: Any, **options: Any) -> Any:
-            self.count(name)
-            return call(*args, **options)
-
-        return counted
-
-
-class FailingFile:
-    """A file whose writes are counted."""
-
-    def __init__(self, file: Any, disk: FailingDisk) -> None:
-        self._file, self._disk = file, disk
-
-    def write(self, content: Any) -> int:
-        self._disk.count("write")
-        return self._file.write(content)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> "FailingFile":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._file.close()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_whichever_call_of_a_save_the_disk_fails_nothing_false_is_committed(tmp_path: Path, number: int) -> None:
-    """The short form of fault 4: one call after the other fails; what a real disk does is in `make faults`."""
-    model = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(model.parameters())
-    said: list[str] = []
-    writer = saver.Saver(tmp_path, CheckpointConfig(keep_last=2), said.append)
-    writer.save(1, model, optimizer, {"step": 1})
-    assert writer.wait() is None
-    failed, before = Counter[str](), tmp_path / "checkpoints" / "step-00000001"
-    for step in itertools.count(2):
-        with pytest.MonkeyPatch.context() as patch:
-            disk = FailingDisk(patch, fail_at=step - 1, number=number)
-            writer.save(step, model, optimizer, {"step": step})
-            problem = writer.wait()
-        folders = [folder for _, folder in checkpoint.committed(tmp_path)]
-        assert all(checkpoint.verify(folder) is None for folder in folders)
-        assert before in folders, "what was there before is gone"
-        before = folders[0]
-        if not disk.failed:
-            assert problem is None
-            break
-        if problem is None:  # the call was for nothing that matters: a folder that is there
-            assert folders[0].name == f"step-{step:08d}"
-            continue
-        failed[disk.failed] += 1
-        assert os.strerror(number) in problem, f"{disk.failed} of call {disk.fail_at}: {problem}"
-        assert f"step {step}: NOT saved, training goes on" in said[-1]
-    writer.close()
-    assert folders[0].name == f"step-{step:08d}", "the next save is good"
-    assert failed.keys() == {"write", "fsync", "rename", "mkdir", "open"}
-    assert failed.total() > 30
-
-
-def test_a_second_job_on_a_run_folder_is_refused_and_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
-    held = lock(tmp_path)
-    with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on .* is writing into"):
-        lock(tmp_path)
-    held.close()
-    lock(tmp_path).close()
