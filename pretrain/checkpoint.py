@@ -22,6 +22,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -266,6 +267,14 @@ def committed(run_dir: Path) -> list[tuple[int, Path]]:
     folders = (run_dir / "checkpoints").glob("step-*")
     found = [(int(match[1]), folder) for folder in folders if (match := _COMMITTED.fullmatch(folder.name))]
     return sorted(found, key=lambda entry: (entry[0], entry[1].suffix != ".old"), reverse=True)
+
+
+def updates(run_dir: Path) -> int:
+    """How often the weights had been updated at the newest checkpoint whose state can be read; 0 without one."""
+    for _, folder in committed(run_dir):
+        with suppress(OSError, ValueError, KeyError):
+            return int(read_state(folder)["updates"])
+    return 0
 
 
 def set_aside(folder: Path, why: str) -> Path:

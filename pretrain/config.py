@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.shard import write_atomically
 from pretrain.sections import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
 
 
@@ -59,8 +60,8 @@ def load(path: Path) -> Config:
 
 
 def write(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    """Write the resolved configuration as YAML, at once or not at all."""
+    write_atomically(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
 
 def check(config: Config) -> None:

@@ -2,29 +2,68 @@
 
 import fcntl
 import os
+import secrets
 import socket
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar
 
 
-def lock(run_dir: Path) -> TextIO:
-    """Lock the folder for this process until the file that is returned is closed, or the process ends however it ends.
+class Lock:
+    """A folder's lock: this process has it until `close`, or until it ends, however it ends."""
+
+    ours: ClassVar[dict[Path, str]] = {}
+    """What this process wrote into the locks that it holds, by folder."""
+
+    def __init__(self, folder: Path):
+        """Raises BlockingIOError where another process has it, and says which; OSError where the file system has no locks."""
+        self._folder = folder.resolve()
+        self._file = open(folder / NAME, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise BlockingIOError(
+                f"another job ({holder}) is writing into {folder}; wait for it, or give this one another run_dir"
+            ) from None
+        except OSError as error:
+            self._file.close()
+            raise OSError(
+                f"{folder} cannot be locked against a second job ({error.strerror}); mount its file system with locks (Lustre: "
+                "flock, NFS: local_lock=none), or take a run_dir on another one"
+            ) from None
+        os.register_at_fork(
+            after_in_child=self._file.close
+        )  # a loader's process must not hold it when this one was killed
+        self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}\n"
+        self._file.truncate(0)
+        self._file.write(self.mark)
+        self._file.flush()
+        self.ours[self._folder] = self.mark
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self.ours.pop(self._folder, None)
+        self._file.close()
+
+
+NAME = ".lock"
+
+
+def check(folder: Path) -> None:
+    """Look whether a lock that this process holds still says so; where it holds none there is nothing to say.
+
+    Some file systems lock within a host only, and a lock's file can be deleted: then two jobs believe that they have it.
 
     Raises:
-        BlockingIOError: another process has it; says which.
+        OSError: another job has written its name there.
     """
-    file = open(run_dir / ".lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise BlockingIOError(
-            f"another job ({holder}) is writing into {run_dir}; wait for it, or give this one another run_dir"
-        ) from None
-    os.register_at_fork(after_in_child=file.close)  # a loader's process must not hold the lock when this one was killed
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+    mark = Lock.ours.get(folder.resolve())
+    if mark is None or not (folder / NAME).exists():  # deleted: no reason to lose a save
+        return
+    found = (folder / NAME).read_text()
+    if found != mark:
+        raise OSError(
+            f"another job ({found.strip() or 'unknown'}) has begun to write into {folder}; end one of the two"
+        )

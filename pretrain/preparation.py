@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import yaml
 from lightning.fabric import Fabric
 from torch import nn
 
-from data_prep.shard import TOKENIZER_DIR, TokenDataset
-from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks
-from pretrain.lock import lock
+from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
+from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks, scheduler
+from pretrain.lock import Lock
 from pretrain.model import Llama, fill, num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
-from pretrain.trainer import Run
+from pretrain.trainer import Begun, Run
 from pretrain.watchdog import Watchdog, alive, at
 
 _SHARED_S = 60.0
@@ -79,12 +79,17 @@ def _build(
         shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    step, skipped_steps = 0, torch.zeros((), device=fabric.device)
+    step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
+    tokens: dict[str, int] = {}
     at("loading the checkpoint")
     if found is not None:
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
         step = state["step"]
         skipped_steps += step - state["updates"]
+        skipped_in_a_row += state.get("skipped_in_a_row", 0)
+        tokens = state["tokens_per_source"]
+        if settings.init_from is not None:
+            fabric.print(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     elif settings.init_from is not None:
         _init_from(Path(settings.init_from), parallel.unwrap(model), settings.model)
     return Run(
@@ -104,7 +109,8 @@ def _build(
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=step,
         skipped_steps=skipped_steps,
-        skipped_in_a_row=torch.zeros_like(skipped_steps),
+        skipped_in_a_row=skipped_in_a_row,
+        begun=Begun(step, tokens),
     )
 
 
@@ -126,8 +132,9 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
     if fabric.is_global_zero:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held = lock(run_dir)
-            mark = (run_dir / ".lock").read_text()
+            held = Lock(run_dir)
+            mark = held.mark
+            scheduler.note_start(run_dir, checkpoint.updates(run_dir))
         except OSError as error:
             problem = str(error)
     problem, mark = ranks.broadcast((problem, mark))
@@ -161,24 +168,25 @@ def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
     """Write config.yaml; where the run goes on with another one, say what changed and keep the one before."""
     path = run_dir / "config.yaml"
     if path.exists():
-        before, now = yaml.safe_load(path.read_text()), asdict(settings)
-        changes = [
+        before, now = yaml.safe_load(path.read_text()) or {}, asdict(settings)
+        changes = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed", now["seed"]) != now["seed"] else []
+        changes += [
             f"{section}.{key}: {before[section].get(key)} -> {value}"
-            for section in ("model", "train", "optim", "validation", "parallel")
+            for section in ("model", "data", "train", "optim", "validation", "parallel")
             for key, value in now[section].items()
             if isinstance(before.get(section), dict) and before[section].get(key) != value
         ]
         if changes:
             kept = checkpoint.set_aside(path, "before")
             say(f"the configuration changed ({'; '.join(changes)}); the one before is kept as {kept.name}")
-    staged = path.with_name(".config.yaml.tmp")
-    config.write(settings, staged)
-    os.replace(staged, path)
+    config.write(replace(settings, resume=None), path)  # who starts from this file goes on, and not back once more
 
 
 def _verify_shards(record: Path, sources: list[data.Source]) -> None:
     """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError):  # none yet, or torn: read all shards
+        known = json.loads(record.read_bytes())
     for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
         key, signature = str(dataset.directory), _signature(dataset)
         if ranks.broadcast(known.get(key)) == signature:
@@ -194,9 +202,7 @@ def _verify_shards(record: Path, sources: list[data.Source]) -> None:
                 raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
         known[key] = signature
         if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
-            staged = record.with_suffix(".tmp")
-            staged.write_text(json.dumps(known, indent=1) + "\n")
-            os.replace(staged, record)
+            write_atomically(record, json.dumps(known, indent=1).encode() + b"\n")
 
 
 def _signature(dataset: TokenDataset) -> str:
@@ -236,7 +242,7 @@ _CONSEQUENCES = {
 def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, Any], say: Any) -> Path | None:
     """What to go on from, the same on all ranks: `resume`, or the newest whole checkpoint of the run's folder, or None."""
     found = checkpoint.find(run_dir, warn=say)
-    if settings.resume is not None:
+    if settings.resume is not None and not _went_back(found, settings.resume):
         found = Path(settings.resume)
         problem = checkpoint.verify_together(found)
         if problem is not None:
@@ -252,6 +258,8 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
     for part, now in facts.items():
         for key, value in now.items():
             was = before[part].get(key)
+            if key == "mixture":  # stages still to come are nobody's past
+                was, value = ([stage for stage in stages if stage[0] <= before["step"]] for stages in (was, value))
             if was == value:
                 continue
             change = f"{found} was trained with {part} {key} = {was} and the configuration says {value}"
@@ -264,6 +272,11 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
                 )
             say(f"allowed: {change}; {_CONSEQUENCES[key]}")
     return found
+
+
+def _went_back(found: Path | None, resume: str) -> bool:
+    """Whether the newest checkpoint comes of a start with the same --resume, and the scheduler repeats that command."""
+    return found is not None and scheduler.restarts() > 0 and checkpoint.read_state(found).get("resume") == resume
 
 
 def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from pretrain import checkpoint, ranks
+from pretrain import checkpoint, lock, ranks
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
@@ -172,6 +172,7 @@ class Saver:
 
     def _make_room(self, staging: Path, needed: int) -> None:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
+        lock.check(self._folder.parent)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clear()
         free, needed = shutil.disk_usage(self._folder).free, int(needed * 1.02) + 2**20
@@ -194,6 +195,7 @@ class Saver:
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any]) -> None:
+        lock.check(self._folder.parent)
         manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
         _write_synced(
             staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(entries.items()))}, indent=1)

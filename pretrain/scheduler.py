@@ -14,13 +14,17 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+from data_prep.shard import write_atomically
 
 REQUEUE = 75
 """Exit status of a run that was stopped, has saved, and is to be started again (EX_TEMPFAIL of sysexits.h)."""
 OUT_OF_TIME = 90
 """What `Stop.asked` gives for the time limit; numbers of signals lie below."""
+RECORD = "restarts.json"
 ORPHANED = 91
 """What `Stop.asked` gives when torchrun's agent has died."""
 KILL_WAIT_S = 30
@@ -126,27 +130,38 @@ def restarts() -> int:
     return sum(int(os.environ.get(name) or 0) for name in counters)
 
 
-def check_restarts(run_dir: Path, newest: int, limit: int) -> None:
+def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
     """Hold a job that is started again and again and gets nowhere; called by all ranks, before they join.
 
-    restarts.json says at which restart there last was a new checkpoint; a start by hand begins anew. newest: step of the
-    newest committed checkpoint, 0 for none; limit: see `train.max_restarts`.
+    restarts.json says at which restart there last was a new checkpoint; a start by hand begins anew (`note_start`).
+    updates: of the weights, as the newest checkpoint has them (steps that are skipped get nowhere); limit: see
+    `train.max_restarts`.
 
     Raises:
-        ValueError: the last `limit` restarts, the same for all ranks, made no checkpoint.
+        ValueError: the last `limit` restarts, the same for all ranks, made no checkpoint with more of them.
     """
-    record, number = run_dir / "restarts.json", restarts()
-    seen = {"step": 0, "restart": 0}
-    if number and record.exists():
-        seen = json.loads(record.read_text())
-    in_vain = number - seen["restart"] if newest <= seen["step"] else 0
+    if not restarts():
+        return
+    seen = {"updates": 0, "restart": 0}
+    with suppress(OSError, ValueError):  # what a lost node left torn says nothing
+        seen |= json.loads((run_dir / RECORD).read_bytes())
+    # Another newest one is progress, an earlier one too: the run was sent back, and went on from there.
+    in_vain = restarts() - seen["restart"] if updates == seen["updates"] else 0
     if in_vain > limit:
         raise ValueError(
-            f"{in_vain - 1} restarts have made no checkpoint after step {newest} (train.max_restarts {limit}), and this one is "
-            "not tried; mend what the logs say, then submit the job anew"
+            f"{in_vain - 1} restarts have saved nothing beyond {updates} updates (train.max_restarts {limit}), and "
+            "this one is not tried; mend what the logs say, then submit the job anew"
         )
-    if in_vain == 0 and os.environ.get("RANK", "0") == "0" and (number or run_dir.exists()):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        staged = record.with_suffix(".tmp")
-        staged.write_text(json.dumps({"step": newest, "restart": number}) + "\n")
-        os.replace(staged, record)
+    if in_vain == 0 and os.environ.get("RANK", "0") == "0":
+        _record(run_dir, updates)
+
+
+def note_start(run_dir: Path, updates: int) -> None:
+    """A start by hand begins to count anew; called by who holds the run's lock, so that a job that is refused changes nothing."""
+    if not restarts():
+        _record(run_dir, updates)
+
+
+def _record(run_dir: Path, updates: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / RECORD, json.dumps({"updates": updates, "restart": restarts()}).encode() + b"\n")

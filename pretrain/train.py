@@ -16,8 +16,7 @@ def main(argv: list[str]) -> int:
             from pretrain import checkpoint, parallel, preparation, ranks, trainer
 
         run_dir = Path(settings.run_dir)
-        newest = max((step for step, _ in checkpoint.committed(run_dir)), default=0)
-        scheduler.check_restarts(run_dir, newest, settings.train.max_restarts)
+        scheduler.check_restarts(run_dir, checkpoint.updates(run_dir), settings.train.max_restarts)
         run = preparation.prepare(settings)
     except (ValueError, OSError) as error:
         fail("pretrain train", error)

@@ -32,6 +32,15 @@ from pretrain.sharding import Sharding, before_micro_step
 from pretrain.watchdog import at, first_step_done
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Where this process took the run up."""
+
+    step: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Taken from each source until then, by its name; the data may have been other ones since."""
+
+
 @dataclass
 class Run:
     """What a run consists of. `step` counts finished optimizer steps; everything else stays as it was prepared."""
@@ -59,6 +68,13 @@ class Run:
     """Steps of the run that were left out because a gradient was not finite; a scalar on the device."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
+    begun: Begun = field(default_factory=Begun)
+
+    def tokens_per_source(self) -> dict[str, int]:
+        """Tokens taken from each source so far, by its name."""
+        then, now = self.mixture.drawn(self.begun.step), self.mixture.drawn(self.step)
+        taken = {s.name: (b - a) * self.config.data.seq_len for s, a, b in zip(self.sources, then, now)}
+        return {name: self.begun.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.begun.tokens, **taken}}
 
 
 @dataclass
@@ -125,6 +141,8 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     at("starting")
     stop.listen_to_ctrl_c()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
+    if run.fabric.world_size == 1:  # of several, who fails is ended with the others
+        run.at_end.callback(saver.wait)  # before the folder is free for another job
     saved_step = run.step
     micro_batches = make_loader(run)
     _log_start(run, display)
@@ -137,7 +155,12 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         display.step(run.step)
         last = run.step == settings.train.max_steps
         if last or run.step % settings.train.log_every == 0:
-            _log_step(run, display, result)
+            try:
+                _log_step(run, display, result)
+            except FloatingPointError:  # on all ranks
+                _save(run, saver)
+                saver.close()
+                raise
         if _due(run.step, settings.validation.every_steps, last):
             _validate(run, display)
         if _due(run.step, settings.checkpoint.every_steps, last):
@@ -151,7 +174,8 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
     run.log.write("stop", run.step, {"reason": stop.why})
-    display.say(f"stopped by {stop.why} after step {run.step}; the same command goes on from there")
+    command = "the same command" + (" without --resume" if settings.resume else "")
+    display.say(f"stopped by {stop.why} after step {run.step}; {command} goes on from there")
     return stop.status
 
 
@@ -245,7 +269,7 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
         "lr": run.optimizer.param_groups[0]["lr"],
         "skipped_steps": int(figures[2]),
         "data_hash": f"{int(data_hash) % 2**63:016x}",
-        "tokens": run.step * tokens_per_step,
+        "tokens": sum(run.tokens_per_source().values()),
         **metrics.train_metrics(
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device
         ),
@@ -287,11 +311,12 @@ def _validate(run: Run, display: Display) -> None:
 def _save(run: Run, saver: Saver) -> None:
     at("save", run.step)
     run.clock.pause()
-    drawn = run.mixture.drawn(run.step)
     state = {
         "step": run.step,
         **run.facts,
-        "tokens_per_source": {source.name: n * run.config.data.seq_len for source, n in zip(run.sources, drawn)},
+        "tokens_per_source": run.tokens_per_source(),
+        "skipped_in_a_row": int(run.skipped_in_a_row),
+        "resume": run.config.resume,
         "world_size": run.fabric.world_size,
         "versions": {"cria": pretrain.__version__, "torch": torch.__version__},
     }

@@ -93,16 +93,21 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkey
 
     start(0, newest=0)
     assert not (tmp_path / "run").exists(), "a start by hand leaves nothing behind where there is no run yet"
+    scheduler.note_start(tmp_path / "run", 0)
     start(1, newest=0)
     start(2, newest=0)
-    with pytest.raises(ValueError, match=r"2 restarts have made no checkpoint after step 0 \(train.max_restarts 2\)"):
+    with pytest.raises(ValueError, match=r"2 restarts have saved nothing beyond 0 updates \(train.max_restarts 2\)"):
         start(3, newest=0)
     start(3, newest=10)
     for restart in (4, 5):
         start(restart, newest=10)
-    with pytest.raises(ValueError, match="after step 10"):
+    with pytest.raises(ValueError, match="beyond 10 updates"):
+        start(6, newest=10)
+    start(0, newest=10)  # by hand, and refused because another job has the folder
+    with pytest.raises(ValueError, match="beyond 10 updates"):
         start(6, newest=10)
     start(0, newest=10)  # by hand
+    scheduler.note_start(tmp_path / "run", 10)
     start(1, newest=10)
     for restart in range(2, 22):
         start(restart, newest=restart * 10)
@@ -123,7 +128,7 @@ def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
         main(command)
     assert refused.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "1 restarts have made no checkpoint after step 0" in line
+    assert "1 restarts have saved nothing beyond 0 updates" in line
 
 
 def agents(config_file: Path, logs: Path) -> list[subprocess.Popen]:

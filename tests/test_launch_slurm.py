@@ -90,7 +90,7 @@ def test_a_job_that_always_crashes_is_not_started_for_ever(
     assert job.until_over() == "FAILED"
     lines = (tmp_path / "job.log").read_text()
     assert [n for n in range(5) if f"restart {n}:" in lines] == [0, 1, 2], job.logs()
-    said = "1 restarts have made no checkpoint after step 0 (train.max_restarts 1)"
+    said = "1 restarts have saved nothing beyond 0 updates (train.max_restarts 1)"
     assert (tmp_path / "logs" / "rank-0.log").read_text().count(said) == 1
 
 

@@ -106,6 +106,10 @@ def test_gradients_that_stay_infinite_end_the_run(
     assert logged[3]["grad_norm"] is None
     assert logged[5]["grad_norm"] > 0
     assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
+    saved = checkpoint.committed(tmp_path / "run")[0][1]
+    state = checkpoint.read_state(saved)
+    assert (saved.name, state["skipped_in_a_row"], state["updates"]) == ("step-00000008", 3, 4), "it ends with a save"
+    assert preparation.prepare(config.load(config_file)).skipped_in_a_row == 3
 
 
 def test_resume_picks_a_checkpoint(datasets: Path, straight: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
 
 from pretrain import checkpoint, saver
-from pretrain.lock import lock
+from pretrain.lock import Lock
 from pretrain.sections import CheckpointConfig
 
 
@@ -216,8 +216,35 @@ def test_whichever_call_of_a_save_the_disk_fails_nothing_false_is_committed(tmp_
 
 
 def test_a_second_job_on_a_run_folder_is_refused_and_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
-    held = lock(tmp_path)
+    held = Lock(tmp_path)
     with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on .* is writing into"):
-        lock(tmp_path)
+        Lock(tmp_path)
     held.close()
-    lock(tmp_path).close()
+    Lock(tmp_path).close()
+
+
+def test_a_second_job_that_no_lock_held_back_loses_nothing_of_the_first(tmp_path: Path) -> None:
+    """Where locks hold within a host only: who was there first saves no more, and says why; what is there stays."""
+    model, optimizer = make_state(3)
+    held, said = Lock(tmp_path), []
+    writer = saver.Saver(tmp_path, CheckpointConfig(), said.append)
+    writer.save(5, model, optimizer, {"step": 5})
+    assert writer.wait() is None
+    (tmp_path / ".lock").write_text("process 7 on another-host, 0123\n")
+    (tmp_path / "checkpoints" / ".staging-step-00000006").mkdir()
+    writer.save(10, model, optimizer, {"step": 10})
+    assert "another job (process 7 on another-host, 0123) has begun to write" in str(writer.wait())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".staging-step-00000006", "step-00000005"]
+    (tmp_path / ".lock").unlink()
+    writer.save(15, model, optimizer, {"step": 15})
+    writer.close()
+    held.close()
+
+
+def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(OSError, match="cannot be locked against a second job"):
+        Lock(tmp_path)

@@ -1,0 +1,75 @@
+"""A second start with other words: --resume that a scheduler repeats, another mixture, stages still to come."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import records, tiny_config, write_config
+
+from pretrain import checkpoint
+from pretrain.__main__ import main
+
+HALF = {"train": {"max_steps": 10}}
+
+
+def train(datasets: Path, run_dir: Path, *words: str, weights: tuple[int, int] = (7, 3), **sections: Any) -> int:
+    """`pretrain train` in this process."""
+    tree = tiny_config(datasets, run_dir, **sections)
+    for source, weight in zip(tree["data"]["sources"], weights):
+        source["weight"] = weight
+    return main(["train", "--config", str(write_config(run_dir.with_suffix(".yaml"), tree)), *words])
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return checkpoint.read_state(checkpoint.latest(run_dir, pytest.fail))
+
+
+def test_a_scheduler_that_repeats_the_command_does_not_go_back_again(
+    datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    assert train(datasets, tmp_path / "run", *back, train={"max_steps": 12}) == 0
+    assert "resumed after step 5" in capsys.readouterr().out
+    monkeypatch.setenv("CRIA_RESTARTS", "1")
+    assert train(datasets, tmp_path / "run", *back, train={"max_steps": 14}) == 0
+    assert "resumed after step 12" in capsys.readouterr().out, "the scheduler's start goes on"
+    monkeypatch.delenv("CRIA_RESTARTS")
+    assert train(datasets, tmp_path / "run", *back, train={"max_steps": 14}) == 0
+    assert "resumed after step 5" in capsys.readouterr().out, "a person's goes back"
+    assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--train.max_steps", "15"]) == 0
+    assert "resumed after step 14" in capsys.readouterr().out, "the run's own configuration goes on"
+
+
+def test_another_mixture_is_refused_allowed_and_counted(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+    before = state(tmp_path / "run")
+    assert before["tokens_per_source"] == {"a": 56 * 32, "b": 24 * 32}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(datasets, tmp_path / "run", weights=(1, 1))
+    said = capsys.readouterr().err
+    assert "the shares of the sources would change" in said
+    assert "--data.allow_change true" in said
+    assert train(datasets, tmp_path / "run", "--data.allow_change", "true", weights=(1, 1)) == 0
+    after = state(tmp_path / "run")
+    assert after["step"] == 20
+    assert after["tokens_per_source"] == {"a": (56 + 40) * 32, "b": (24 + 40) * 32}, (
+        "what was trained on, not what would be"
+    )
+    assert records(tmp_path / "run", "train")[20]["tokens"] == 20 * 8 * 32
+    assert (tmp_path / "run" / "before-config.yaml.1").is_file(), "the configuration of the first half is kept"
+
+
+def test_a_stage_still_to_come_changes_nothing_that_was(datasets: Path, tmp_path: Path) -> None:
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+
+    def stages(first_step: int) -> dict[str, Any]:
+        both = tiny_config(datasets, tmp_path)["data"]
+        return {**both, "stages": [{"first_step": first_step, "weights": {"a": 1, "b": 1}}]}
+
+    with pytest.raises(SystemExit):
+        train(datasets, tmp_path / "run", data=stages(9))
+    assert train(datasets, tmp_path / "run", data=stages(11)) == 0
+    assert state(tmp_path / "run")["tokens_per_source"] == {"a": (56 + 40) * 32, "b": (24 + 40) * 32}
