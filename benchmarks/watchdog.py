@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from conftest import records, tiny_config, write_config
-from faults import finish, fork_ranks, make_data
+from fault_runs import make_data
+from forks import finish, start_training
 from hangs import trial
 from test_readme import free_port
 
@@ -94,7 +95,7 @@ def quiet(data: Path, folder: Path, steps: int) -> dict:
     tree["watchdog"] = {"limit_s": 2.0, "first_step_limit_s": 60.0}
     tree["data"]["verify"] = "sizes"
     began = time.monotonic()
-    statuses = finish(fork_ranks(2, write_config(folder / "c.yaml", tree)), patience_s=600)
+    statuses = finish(start_training(2, config.load(write_config(folder / "c.yaml", tree))), patience_s=600)
     alarms = int((folder / "crash-report.txt").exists())
     reached = max(records(folder, "train"))
     facts = {"limit_s": 2.0, "statuses": statuses, "alarms": alarms, "seconds": round(time.monotonic() - began)}

@@ -99,6 +99,13 @@ def train_metrics(
     }
 
 
+def _finite(value: Any) -> Any:
+    """The same with None for every float that is not finite, at any depth of dictionaries."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Writes records on rank 0: to metrics.jsonl always, and their numbers to Fabric's loggers."""
 
@@ -115,8 +122,7 @@ class MetricsLog:
         if self._file is None:
             return
         line = {"kind": kind, "step": step, "time": time.time(), **record}
-        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON knows no NaN
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")  # JSON knows no NaN
         if kind in ("train", "validation"):
             self._fabric.log_dict(dict(_numbers(kind, record)), step=step)
 

@@ -1,6 +1,7 @@
 """The house: each module imports only from the layers above its own; the two packages meet at one door."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,15 @@ def test_what_was_imported_is_not_looked_at_again() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "True"]
+
+
+SCRIPTS = [
+    *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "tests" / f"{name}.py" for name in ("faults", "hangs", "slurm_runs")),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_that_runs_by_hand_finds_what_it_imports(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(script.parent)
+    runpy.run_path(str(script), run_name="imported")
