@@ -1,13 +1,13 @@
 """The loader: sequences a second from the page cache, against TinyLlama's, and what 1T tokens cost.
 
-    python benchmarks/loader.py [--tinyllama CHECKOUT] [--rounds 7]
+    python benchmarks/loader.py [--tinyllama CHECKOUT] [--rounds 21]
 
 Both read the same tokens (two sources, 7:3) in one process through the very path that training takes, sequences of 2,049
 tokens in micro-batches of 8: ours through `train_loader`, TinyLlama's through its packed_dataset.py and a plain DataLoader,
 as its pretrain/tinyllama.py does. They take turns; the figures are medians. Ours also hashes every sequence.
 
-Then 1,000 sparse shards of a billion tokens each are opened in a process of its own: time and memory to the first micro-batch
-of step 1,000,000. The result goes to benchmarks/results/loader.json.
+Then 62,500 sparse shards of 16M tokens each, about as many as SlimPajama has, are opened in a process of its own: time and
+memory to the first micro-batch of step 1,000,000. The result goes to benchmarks/results/loader.json.
 """
 
 import argparse
@@ -105,8 +105,8 @@ def measure(read: Callable[[int], Iterator[torch.Tensor]], steps: int) -> dict[s
 
 
 def write_sparse(folder: Path, tokens: int) -> None:
-    """Shards of a billion tokens without content, and manifests over them, 7:3."""
-    size = 10**9
+    """Shards of 16M tokens without content, and manifests over them, 7:3."""
+    size = 16 * 10**6
     for name, share in (("a", 0.7), ("b", 0.3)):
         shards = []
         for number in range(round(tokens * share / size)):
@@ -147,7 +147,7 @@ def main() -> int:
     """Measure, print, write; status 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tinyllama", type=Path, help="a checkout of TinyLlama; without it ours is measured alone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--steps", type=int, default=8, help="steps of 1,024 sequences in a round")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--first_batch", nargs=2, help=argparse.SUPPRESS)

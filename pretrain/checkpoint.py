@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
+from pretrain.watchdog import alive
 
 FORMAT = "cria-checkpoint"
 VERSION = 1
@@ -128,7 +129,7 @@ def verify_together(folder: Path) -> str | None:
     found, unreadable = None, None
     for pause_s in (*_PAUSES_S, None):
         try:
-            found, unreadable = verify(folder, share=(ranks.rank(), ranks.world_size())), None
+            found, unreadable = verify(folder, share=(ranks.rank(), ranks.world_size()), sign=alive), None
             break
         except OSError as error:
             unreadable = f"{folder} cannot be read on {socket.gethostname()}: {error}"
@@ -141,10 +142,10 @@ def verify_together(folder: Path) -> str | None:
     return ranks.first_problem(found)
 
 
-def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], None] = lambda: None) -> str | None:
     """Compare the files with the manifest. Returns None where all agree, else what is wrong, in a few words.
 
-    `share`: (k, n) reads every n-th file from the k-th on; names and sizes are compared for all.
+    `share`: (k, n) reads every n-th file from the k-th on; names and sizes are compared for all. `sign` is called meanwhile.
 
     Raises:
         OSError: a file is there and cannot be read now: a stale handle, no permission, a failing disk.
@@ -165,7 +166,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
         for name in sorted(files)[share[0] :: share[1]]:
-            if describe(folder / name) != files[name]:
+            if describe(folder / name, sign) != files[name]:
                 return f"{name} has another checksum"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"it cannot be read: {error}"

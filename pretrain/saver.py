@@ -173,7 +173,9 @@ class Saver:
     def _make_room(self, staging: Path, needed: int) -> None:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
         lock.check(self._folder.parent)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            sync(self._folder.parent)
         self._clear()
         free, needed = shutil.disk_usage(self._folder).free, int(needed * 1.02) + 2**20
         if free < needed:
@@ -186,7 +188,10 @@ class Saver:
     def _clear(self) -> None:
         """Remove what a killed run left half written or half deleted."""
         for left_over in [*self._folder.glob(".staging-*"), *self._folder.glob(".deleting-*")]:
-            shutil.rmtree(left_over)
+            try:
+                shutil.rmtree(left_over)
+            except OSError as error:  # it takes room, and no save's place but one of the same step
+                self._say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # More than one writer thread can lose a full disk's error: save returns and shards are missing.

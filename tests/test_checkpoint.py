@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,7 @@ def test_what_cannot_be_read_now_is_not_taken_for_corrupt(run_dir: Path, monkeyp
     folders = sorted((run_dir / "checkpoints").iterdir())
     read, times = checkpoint.describe, 0
 
-    def stale(path: Path) -> dict:
+    def stale(path: Path, sign: Callable[[], None]) -> dict:
         nonlocal times
         times += 1
         if times < lasts:
