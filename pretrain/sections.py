@@ -250,7 +250,8 @@ class Config:
     logger: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     """Where metrics go besides metrics.jsonl. wandb takes its key from the environment and works offline."""
     resume: str | None = None
-    """A committed checkpoint to go on from (path); none: the newest whole one in run_dir, if there is one."""
+    """A committed checkpoint to go back to (path); none: the newest whole one in run_dir, if there is one. A scheduler's
+    restart of the same command goes on from what has been saved since."""
     init_from: str | None = None
     """Weights to begin a new run with: a checkpoint of Cria's or a Hugging Face folder (path). Only the weights are taken."""
     model: ModelConfig = field(default_factory=ModelConfig)
