@@ -67,7 +67,7 @@ faults: setup
 	OMP_NUM_THREADS=1 python tests/slurm_runs.py --requeues 14 --torchrun 6 --folder $$(mktemp -d)
 
 bench-cpu: setup
-	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --out benchmarks/results/peers_cpu $(PEERS:%=--peers_python %)
+	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --steps 40 --out benchmarks/results/peers_cpu $(PEERS:%=--peers_python %)
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -159,7 +159,7 @@ def loss_keeps(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     """The logits that exist at a time: the product (c), in fp32, their gradient (c); and the weight's gradient once (bytes)."""
     V, c = model.vocab_size, layout.compute_bytes
-    chunk = min(max(256, ops.LOGITS_BYTES["cuda"] // (FP32 * V)), layout.micro_batch_size * seq_len)
+    chunk = min(ops.logits_chunk(V, "cuda"), layout.micro_batch_size * seq_len)
     return chunk * V * (2 * c + FP32) + V * model.hidden_size * c
 
 

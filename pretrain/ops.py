@@ -142,6 +142,11 @@ LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
 
 
+def logits_chunk(vocab_size: int, device_type: str) -> int:
+    """Tokens whose logits exist at a time: a multiple of 128, the rows of a GPU's tiles, and of what its products want."""
+    return max(256, LOGITS_BYTES[device_type] // (4 * vocab_size) // 128 * 128)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean over the counted targets of -log softmax(hidden @ weight.T)[target], in fp32.
 
@@ -167,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-        chunk = max(256, LOGITS_BYTES[hidden.device.type] // (4 * len(weight)))
+        chunk = logits_chunk(len(weight), hidden.device.type)
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = (hidden[part] @ compute.T).float()  # (chunk, V)
@@ -181,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = logits.sub_(log_sum.where(counted, torch.inf)).exp_()
             if z_loss:
                 d_logits *= 1 + 2 * z_loss * log_sum
-            d_logits = d_logits.scatter_add_(1, index, -counted.float()).to(hidden.dtype)
+            d_logits = _minus_one_hot(d_logits, index, counted).to(hidden.dtype)
             d_hidden[part] = d_logits @ compute
             d_weight += d_logits.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_weight)
@@ -193,6 +198,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Both gradients, times that of the sum."""
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None, None
+
+
+def _minus_one_hot(softmax: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+    """softmax: (N, V); index: (N, 1) int64; counted: (N, 1) bool. In place, or where it is compiled within the pass before."""
+    if torch.compiler.is_compiling():
+        hit = torch.arange(softmax.shape[1], device=softmax.device) == index
+        return torch.where(hit & counted, softmax - 1, softmax)
+    return softmax.scatter_add_(1, index, -counted.float())
 
 
 # --- the set that a model computes with ------------------------------------------------------------------------------

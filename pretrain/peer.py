@@ -147,6 +147,11 @@ BUILDERS = {
 
 
 def _maybe_compiled(model: nn.Module, spec: Spec) -> Callable[..., Any]:
+    """As `compile` says: whole (True), each of transformers' layers ("layers"), or not at all."""
+    if spec["options"].get("compile") == "layers":
+        for layer in model.get_submodule("model.layers").children():
+            layer.compile()
+        return model
     return torch.compile(model) if spec["options"].get("compile") else model
 
 

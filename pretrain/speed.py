@@ -175,7 +175,7 @@ def _recomputed_part(model: ModelConfig, tokens: int, layout: Layout, chip: Chip
 def _loss_seconds(model: ModelConfig, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
     """Three products with the head, and about 40 bytes moved a logit: cast, log-sum, exp, cast; d_weight once a chunk."""
     V, D = model.vocab_size, model.hidden_size
-    chunk = max(256, ops.LOGITS_BYTES["cuda"] // (FP32 * V))
+    chunk = ops.logits_chunk(V, "cuda")
     moved = 40 * V * tokens + (2 * FP32 + 2 * layout.compute_bytes) * V * D * tokens / chunk
     return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth)
 
