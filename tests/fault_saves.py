@@ -74,6 +74,8 @@ def save_trials(folder: Path, trials: int, seed: int, worlds: list[int]) -> dict
             before = check_all(run_dir) if checkpoint.committed(run_dir) else (0, 0)
             if _kill_saver(run_dir, number, before, moments):
                 places.update({"kills": 1, f"{number} ranks": 1, **_where(run_dir)})
+            if before == (0, 0) and not checkpoint.committed(run_dir):
+                continue  # it was killed in its first save: there was none to lose
             step, save = check_all(run_dir)
             assert save >= before[1], f"save {save} of step {step} is older than what was there before: {before}"
         except (AssertionError, OSError) as error:

@@ -53,7 +53,10 @@ def test_attention(backend: str, documents: bool, dtype: torch.dtype) -> None:
     operations = backends.choose(ModelConfig(ops=OpsConfig(attention=backend)), situation)
     assert "math" not in operations.choices[0].kernel.lower()
     make_mask = operations.document_mask if documents else None
-    check_all(attention_cases(operations.attention, make_mask, "cuda"), dtype)
+    cases = attention_cases(operations.attention, make_mask, "cuda")
+    if "cudnn" in operations.choices[0].kernel:  # it takes no sequence of one token
+        cases = (case for case in cases if " x 1 x " not in case.name)
+    check_all(cases, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
