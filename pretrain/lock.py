@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import ClassVar
 
+NAME = ".lock"
+
 
 class Lock:
     """A folder's lock: this process has it until `close`, or until it ends, however it ends."""
@@ -33,9 +35,8 @@ class Lock:
                 f"{folder} cannot be locked against a second job ({error.strerror}); mount its file system with locks (Lustre: "
                 "flock, NFS: local_lock=none), or take a run_dir on another one"
             ) from None
-        os.register_at_fork(
-            after_in_child=self._file.close
-        )  # a loader's process must not hold it when this one was killed
+        # A loader's process must not hold it when this one was killed.
+        os.register_at_fork(after_in_child=self._file.close)
         self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}\n"
         self._file.truncate(0)
         self._file.write(self.mark)
@@ -46,9 +47,6 @@ class Lock:
         """Give the folder free."""
         self.ours.pop(self._folder, None)
         self._file.close()
-
-
-NAME = ".lock"
 
 
 def check(folder: Path) -> None:

@@ -9,7 +9,7 @@ import faults
 
 
 def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
-    trials = {"kills": 5, "saves": 16, "damage": 100, "signals": 5, "elastic": 1}
+    trials = {"kills": 5, "saves": 16, "damage": 100, "signals": 5, "elastic": 1, "data": 6, "jobs": 2}
     short = [part for name, number in trials.items() for part in (f"--{name}", str(number))]
     short += ["--ranks", "1", "2", "--seed", "7"]
     places = ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
@@ -23,6 +23,7 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     assert summary["kills"]["places"].keys() >= {"1 ranks", "2 ranks"}
     assert len(summary["signals"]["places"]) == 5
     assert summary["saves"]["places"]["fell into a flush"] > 0
+    assert len(summary["data"]["places"]) == 6, "each kind of spoilt shard"
     assert summary["damage"]["places"]["ranks agree and set it aside"] == 4
 
 

@@ -76,6 +76,7 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(
     assert trajectory(job.run_dir) == two_ranks
 
 
+@pytest.mark.long
 def test_a_job_that_always_crashes_is_not_started_for_ever(
     cluster: slurm.Slurm, datasets: Path, tmp_path: Path
 ) -> None:
