@@ -70,7 +70,7 @@ def ours(folder: Path) -> Callable[[int], Iterator[torch.Tensor]]:
 
     def read(steps: int) -> Iterator[torch.Tensor]:
         nonlocal first
-        loader = data.train_loader(batches, first, first + steps - 1, num_workers=0, pin=False)
+        loader = data.train_loader(batches, first, first + steps - 1, 0, torch.device("cpu"))
         first += steps
         return (batch for batch, _ in loader)
 
@@ -125,7 +125,7 @@ def first_batch(folder: Path, step: int) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
     before, started = _memory_mb("VmRSS"), time.perf_counter()
     batches = micro_batches(folder)
-    batch, _ = next(data.train_loader(batches, step, step, num_workers=0, pin=False))
+    batch, _ = next(data.train_loader(batches, step, step, 0, torch.device("cpu")))
     seconds, peak = time.perf_counter() - started, _memory_mb("VmHWM")
     tokens = sum(source.train.num_tokens for source in batches.sources)
     return {"tokens": tokens, "step": step, "seconds": seconds, "mb": peak - before, "rows": len(batch)}

@@ -30,6 +30,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -167,7 +168,7 @@ class TokenDataset:
 
     Tokens are read with pread, not through a memory map: as fast from the page cache, and a file cut short or a failing
     disk is an exception that names the shard instead of SIGBUS. Files open when first needed, at most `max_open_files`
-    at a time (60,000 shards exceed any limit on descriptors). Pickles and forks freely: no position is shared.
+    at a time (60,000 shards exceed any limit on descriptors). Pickles, forks and serves several threads: no position is shared.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256) -> None:
@@ -185,9 +186,13 @@ class TokenDataset:
         self.dtype = np.result_type(np.uint16, *set(self._dtypes))
         """Holds every token: the type of all shards, where they agree."""
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._opening = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict()}  # a descriptor means nothing in another process
+        return {name: value for name, value in vars(self).items() if name != "_opening"} | {"_open": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _opening=Lock())  # nor does a descriptor mean anything in another process
 
     @cached_property
     def num_tokens(self) -> int:
@@ -268,17 +273,19 @@ class TokenDataset:
         dtype = self._dtypes[number]
         stored = into if into.dtype == dtype else np.empty(len(into), dtype)
         place = self._offsets[number] + start * dtype.itemsize
-        if os.preadv(self._file(number).fd, [stored.data], place) != stored.nbytes:
+        file = self._file(number)  # held, so that no other thread's eviction closes it while it is read
+        if os.preadv(file.fd, [stored.data], place) != stored.nbytes:
             path = self.directory / self._shards[number].path
             raise OSError(f"{path} was cut short while in use: prepare or copy it again")
         if stored is not into:
             into[:] = stored
 
     def _file(self, number: int) -> _OpenFile:
-        file = self._open.get(number)
-        if file is None:
-            file = self._open[number] = _OpenFile(f"{self.directory}/{self._shards[number].path}")
-            if len(self._open) > self.max_open_files:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)  # now the most recently used
-        return file
+        with self._opening:
+            file = self._open.get(number)
+            if file is None:
+                file = self._open[number] = _OpenFile(f"{self.directory}/{self._shards[number].path}")
+                if len(self._open) > self.max_open_files:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)  # now the most recently used
+            return file

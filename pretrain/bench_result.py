@@ -108,7 +108,7 @@ def notes(steps: int, warmup: int) -> list[str]:
     return [
         f"Tokens/s from the median of {steps} steps after {warmup} of warm-up; spread: slowest minus fastest.",
         "M1 = 6 N + 12 L D T FLOPs a token, M3 = 6 N_matmul + 6 L D T (causal); MFU of the chip's dense bf16 peak, where known.",
-        "Data: share of the time that a step waits for its next batch, from the loader's processes or its own reading.",
+        "Data: share of the time that a step waits for its next batch, from the loader's threads or its own reading.",
         "Communication: share of a profiled window of two steps in which a NCCL kernel (CPU: a gloo collective) runs.",
     ]
 

@@ -57,7 +57,7 @@ class Rank:
     unwatched: bool = False
     """Nothing is known of it: its watcher did not come, or is gone while the rank goes on."""
     stacks: str = ""
-    """Stacks of its threads and of its loader's workers."""
+    """Stacks of its threads."""
 
     @property
     def name(self) -> str:
@@ -146,8 +146,7 @@ def waits_for_others(stacks: str) -> bool:
 
     Any thread: the main one may wait for the thread that saves, and that one for other ranks.
     """
-    mine = stacks.partition("\n--- ")[0]  # the rank's own threads stand first, then its loader's workers
-    threads = re.split(r"^(?:Current thread|Thread) .*$", mine, flags=re.MULTILINE)[1:]
+    threads = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)[1:]
     return any(_COLLECTIVE.search(line) for thread in threads for line in thread.strip().splitlines()[:4])
 
 
@@ -166,7 +165,7 @@ _ADVICE = {
         "leaves a host out. The same command goes on from the newest checkpoint."
     ),
     "data": (
-        "The stacks of the loader's workers, below, say what they wait for: most often the file system of the shards on that "
+        "The stacks of the loader's threads, below, say what they wait for: most often the file system of the shards on that "
         "host. pretrain doctor reads from every host. The same command goes on from the newest checkpoint."
     ),
     "stopped": (

@@ -3,7 +3,7 @@
     step k ─> Mixture.sequences(k)   which sequence of which source stands in each of the step's slots: arithmetic alone
                  │  the slots of this rank and micro-step
                  v
-    TokenDataset.sequences ─> (B, T + 1) int64 ─> worker processes prefetch ─> trainer
+    TokenDataset.read_sequence ─> (B, T + 1) int64 ─> threads prefetch ─> trainer
 
 Nothing here has a state. Which sequences make up step k depends on the manifests, the mixture, the seed, the global batch
 size and k, and on nothing else; ranks and micro-steps only divide the slots among themselves. So there is nothing to save,
@@ -11,18 +11,18 @@ and a run that starts at step 1,000,000 starts at once.
 """
 
 import hashlib
-import signal
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shard import TokenDataset
 from pretrain.sections import DataConfig
@@ -234,8 +234,12 @@ def _shares(weights: Mapping[str, float], sources: list[Source]) -> tuple[Fracti
     return tuple(weight / sum(exact, Fraction(0)) for weight in exact)
 
 
+MicroBatch = tuple[torch.Tensor, int]
+"""Tokens, (B, T + 1) int64, and their fingerprint."""
+
+
 @dataclass
-class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
+class MicroBatches:
     """One rank's micro-batches: item m is micro-step m mod grad_accum_steps of step m div grad_accum_steps + 1."""
 
     sources: list[Source]
@@ -256,7 +260,7 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
         """Items that make up a step."""
         return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, item: int) -> MicroBatch:
         """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
         step, micro_step = divmod(item, self.grad_accum_steps)
         source, sequence = (part[micro_step] for part in self._step(step + 1))
@@ -272,12 +276,13 @@ class MicroBatches(Dataset[tuple[torch.Tensor, int]]):
         The last one is kept, since a step's micro-batches are asked for one after the other: the order costs little when a
         whole step is permuted at once, and most of a loader's time when each micro-batch is by itself.
         """
-        if self._kept is None or self._kept[0] != step:
+        kept = self._kept  # which other threads may replace
+        if kept is None or kept[0] != step:
             shape = (self.grad_accum_steps, self.world_size, self.micro_batch_size)
             slots = np.arange(self.mixture.global_batch_size).reshape(shape)[:, self.rank]
             source, _, sequence = self.mixture.sequences(step, slots.ravel())
-            self._kept = (step, source.reshape(slots.shape), sequence.reshape(slots.shape))
-        return self._kept[1:]
+            kept = self._kept = (step, source.reshape(slots.shape), sequence.reshape(slots.shape))
+        return kept[1:]
 
 
 def fingerprint(batch: np.ndarray) -> int:
@@ -296,36 +301,44 @@ def _weights(length: int) -> np.ndarray:
 
 
 def train_loader(
-    micro_batches: MicroBatches, first_step: int, last_step: int, num_workers: int, pin: bool
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """The micro-batches of steps first_step..last_step (inclusive, counted from 1) in order, prefetched by the workers."""
+    micro_batches: MicroBatches, first_step: int, last_step: int, num_workers: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """The micro-batches of steps first_step..last_step (inclusive, counted from 1) in order, in pinned memory for a GPU.
+
+    `num_workers` threads read ahead, four micro-batches each; with 0 the caller reads. Threads, since all they do is wait for
+    the file system, which releases the interpreter: the loader gives 100,000 sequences a second, and a GPU takes 50. Processes
+    would have to be forked from one that has threads and a CUDA context, and hand their batches over in shared memory.
+    """
+
+    def read(item: int) -> MicroBatch:
+        batch, mark = micro_batches[item]
+        return (batch.pin_memory() if device.type == "cuda" else batch), mark
+
     a = micro_batches.grad_accum_steps
     items = range((first_step - 1) * a, last_step * a)
-    if num_workers == 0:  # a DataLoader would take as long as half the reading
-        read = map(micro_batches.__getitem__, items)
-        return ((batch.pin_memory(), mark) for batch, mark in read) if pin else read
-    loader = DataLoader(
-        micro_batches,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        sampler=items,
-        num_workers=num_workers,
-        prefetch_factor=4,
-        pin_memory=pin,
-        worker_init_fn=_start_worker,
-    )
-    return iter(loader)
+    return _read_ahead(read, items, num_workers, device) if num_workers else map(read, items)
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+_AHEAD = 4
 
 
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # Signals reach the whole process group; the trainer answers them, the workers go when it lets them go.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _read_ahead(
+    read: Callable[[int], MicroBatch], items: Iterable[int], threads: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    def begin() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread's own; pinning would otherwise open a context on GPU 0
+
+    items = iter(items)
+    pool = ThreadPoolExecutor(threads, "loader", begin)
+    try:
+        ahead = deque(pool.submit(read, item) for item in islice(items, _AHEAD * threads))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(read, item) for item in islice(items, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def validation_indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:

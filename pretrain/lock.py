@@ -35,7 +35,7 @@ class Lock:
                 f"{folder} cannot be locked against a second job ({error.strerror}); mount its file system with locks (Lustre: "
                 "flock, NFS: local_lock=none), or take a run_dir on another one"
             ) from None
-        # A loader's process must not hold it when this one was killed.
+        # A child must not hold it when this process was killed.
         os.register_at_fork(after_in_child=self._file.close)
         self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}\n"
         self._file.truncate(0)

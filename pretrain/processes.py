@@ -1,4 +1,4 @@
-"""What Linux tells of other processes, and their stacks; elsewhere, where there is no /proc, nothing is known."""
+"""What Linux tells of other processes, and a process's stacks; elsewhere, where there is no /proc, nothing is known."""
 
 import os
 import signal
@@ -44,26 +44,21 @@ def catches(pid: int, number: int) -> bool:
 
 
 def stacks(pid: int, file: int, number: int, patience_s: float) -> str:
-    """The stacks of a process, then of its children, which they write into `file` on signal `number`.
+    """The stacks of a process's threads, which it writes into `file` on signal `number`, within `patience_s`.
 
-    Each gets `patience_s`. A stopped process is let go on, and writes its stack first.
+    A stopped process is let go on, and writes its stack first.
     """
-    texts = []
-    for one in [pid, *descendants(pid)]:
-        if not catches(one, number):
-            continue
-        before = size = os.fstat(file).st_size
-        with suppress(ProcessLookupError):
-            os.kill(one, number)
-            os.kill(one, signal.SIGCONT)
-        until = time.monotonic() + patience_s
-        while time.monotonic() < until:
-            time.sleep(0.02)
-            grown = os.fstat(file).st_size
-            if grown == size > before:
-                break
-            size = grown
-        name = "the rank" if one == pid else "a process of its own, such as a loader's worker"
-        text = os.pread(file, 50_000, before).decode(errors="replace") or "it did not answer\n"
-        texts.append(f"--- process {one}, {name}\n{text}")
-    return "".join(texts)
+    if not catches(pid, number):
+        return ""
+    before = size = os.fstat(file).st_size
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        time.sleep(0.02)
+        grown = os.fstat(file).st_size
+        if grown == size > before:
+            break
+        size = grown
+    return os.pread(file, 50_000, before).decode(errors="replace") or "it did not answer\n"

@@ -185,8 +185,8 @@ def make_loader(run: Run) -> Iterator[tuple[Tensor, int]]:
     micro_batches = data.MicroBatches(
         run.sources, run.mixture, settings.data.seq_len, settings.train.micro_batch_size, rank, world_size
     )
-    pin = run.fabric.device.type == "cuda"
-    return data.train_loader(micro_batches, run.step + 1, settings.train.max_steps, settings.data.num_workers, pin)
+    steps = (run.step + 1, settings.train.max_steps)
+    return data.train_loader(micro_batches, *steps, settings.data.num_workers, run.fabric.device)
 
 
 def _due(step: int, every_steps: int, last: bool) -> bool:

@@ -202,4 +202,5 @@ def wait_for(run_dir: Path, step: int, process: Process | subprocess.Popen) -> N
         if (run_dir / "metrics.jsonl").exists() and step in records(run_dir, "train"):
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached:\n{process.communicate()}")
+    process.kill()  # it may hang
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=60)}")

@@ -76,18 +76,21 @@ def with_group(ranks: int, body: Callable[[int], int | None]) -> Callable[[int],
     return joined
 
 
-def finish(pids: list[int], patience_s: float = 60) -> list[int]:
-    """Wait for all; when one is gone the others get `patience_s` to go by themselves. Returns statuses, -9 for killed."""
+def finish(pids: list[int], patience_s: float = 60, limit_s: float = 600) -> list[int]:
+    """Wait for all; when one is gone the others get `patience_s` to go by themselves. Returns statuses, -9 for killed.
+
+    Nothing is waited for without end: after `limit_s` all are killed.
+    """
     statuses: dict[int, int] = {}
-    deadline = None
+    deadline, first = time.monotonic() + limit_s, True
     while len(statuses) < len(pids):
         for pid in pids:
             if pid not in statuses:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
-                    deadline = deadline or time.monotonic() + patience_s
-        if deadline and time.monotonic() > deadline:
+                    deadline, first = time.monotonic() + patience_s if first else deadline, False
+        if time.monotonic() > deadline:
             kill(list(set(pids) - set(statuses)))
         time.sleep(0.005)
     return [statuses[pid] for pid in pids]

@@ -2,7 +2,7 @@
 
 Two ranks train a tiny model with a short watchdog.limit_s, and one of them gets into trouble:
 
-    stop           SIGSTOP in training                          data       a loader's worker sleeps
+    stop           SIGSTOP in training                          data       a loader's thread sleeps
     lock           C code holds the interpreter's lock          collective one never comes to a collective
     validation     sleeps in validation                         save       the writing of a checkpoint sleeps
     load           sleeps while a checkpoint is loaded          raise      an exception, while the other waits for it

@@ -63,9 +63,6 @@ class Process:
 
 def _run(argv: tuple[str, ...], env: dict[str, str], cwd: str, out: Path, err: Path) -> None:
     os.setsid()  # a terminal's Ctrl-C would reach the whole group
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # as for any process of Python's here; loaders must not use the server
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

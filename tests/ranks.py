@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 import weakref
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,13 @@ def main(worlds: list[tuple[int, int, list]]) -> None:
         )  # after the forks: it has a thread
         for pipe, _ in pipes:
             pipe.send(store.port)
-        for process in ranks:
-            process.join()
+        while any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks):
+                codes = [process.exitcode for process in ranks]
+                for process in ranks:
+                    process.kill()  # it would wait for the one that failed
+                sys.exit(f"world of {size}: exit codes {codes}")
+            wait([process.sentinel for process in ranks if process.is_alive()])
         if any(process.exitcode for process in ranks):
             sys.exit(f"world of {size}: exit codes {[process.exitcode for process in ranks]}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import VOCAB_SIZE, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,7 +190,9 @@ def test_workers_do_not_change_the_order(datasets: Path) -> None:
     batches = data.MicroBatches(sources, data.make_mixture(sources, config, 5, 8), 32, 4, 0, 1)
 
     def read(workers: int, first: int) -> list[bytes]:
-        return [batch.numpy().tobytes() for batch, _ in data.train_loader(batches, first, 9, workers, pin=False)]
+        return [
+            batch.numpy().tobytes() for batch, _ in data.train_loader(batches, first, 9, workers, torch.device("cpu"))
+        ]
 
     straight = read(0, 1)
     assert len(straight) == 18

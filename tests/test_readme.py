@@ -152,7 +152,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
     """In the page's order; a job is only submitted there, and waited for at the end."""
     outputs = {}
     jobs = {}
-    waiting = ThreadPoolExecutor()
+    waiting = ThreadPoolExecutor(1)
     for command in commands():
         if command.startswith("make "):
             continue

@@ -18,7 +18,6 @@ from pretrain.scheduler import REQUEUE
 
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole process group, loader workers included."""
     sections = {
         "train": {"max_steps": 150, "global_batch_size": 4},
         "data": {"num_workers": 2},
@@ -44,9 +43,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_whole_group_saves_though_loaders_get_it_too(
-    datasets: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_to_the_whole_group_saves(datasets: Path, tmp_path: Path, number: signal.Signals) -> None:
     tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2000}, data={"num_workers": 2})
     process = start(write_config(tmp_path / "c.yaml", tree))
     wait_for(tmp_path / "run", 6, process)

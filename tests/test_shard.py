@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections import Counter
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -104,15 +105,38 @@ def _read(dataset: TokenDataset, seq_len: int) -> np.ndarray:
     return dataset.sequences(range(dataset.num_sequences(seq_len)), seq_len)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_the_same(tmp_path: Path, parts: list[np.ndarray], method: str) -> None:
+def test_threads_and_copies_read_the_same(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    """Threads close each other's files all the time where only one may be open."""
     make_dataset(tmp_path, parts)
-    dataset = TokenDataset(tmp_path)
-    expected = _read(dataset, 16)  # leaves files open across the fork
-    with get_context(method).Pool(2) as pool:
-        for got in pool.starmap(_read, [(dataset, 16)] * 2):
+    expected = _read(TokenDataset(tmp_path), 16)
+    dataset = TokenDataset(tmp_path, max_open_files=1)
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: _read(dataset, 16), range(40)):
             np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(_read(pickle.loads(pickle.dumps(dataset)), 16), expected)
+
+
+FORKED = """
+import hashlib, os, sys
+from data_prep.shard import TokenDataset
+dataset = TokenDataset(sys.argv[1])
+read = lambda: hashlib.sha256(dataset.sequences(range(dataset.num_sequences(16)), 16).tobytes()).hexdigest()
+here = read()  # leaves files open across the fork
+inside, outside = os.pipe()
+for _ in range(2):
+    if os.fork() == 0:
+        os.write(outside, read().encode())
+        os._exit(0)
+    assert read() == here
+    os.wait()
+assert os.read(inside, 200).decode() == here * 2
+"""
+
+
+def test_forked_processes_read_the_same(tmp_path: Path, parts: list[np.ndarray]) -> None:
+    """Forked from a process without threads: here, locks that other threads hold would stay held for ever."""
+    make_dataset(tmp_path, parts)
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], check=True, timeout=60)
 
 
 def test_open_files_are_bounded_and_closed(tmp_path: Path) -> None:
