@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import islice
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -98,17 +98,20 @@ class Stage:
 class Mixture:
     """The order of the data: step -> sequences, a pure function.
 
-    Source s gets slots by its share: k steps into a stage it has had round(W_s k G) - round(W_(s-1) k G) of their k G slots,
-    W being the running sum of the shares. So the shares are exact in every step (floor or ceiling for two sources), and in
-    no stage is a source ever more than one sequence from its due. Its j-th slot ever holds sequence p_e(j mod n), e = j div n:
-    epoch e is a permutation p_e of all its n sequences.
+    Source s gets slots by its share. After k steps it has had round(D_1 + ... + D_s) - round(D_1 + ... + D_(s-1)) slots, D being
+    what each is due of all k G, so no source is ever more than one sequence from its due, however often the shares change. A
+    step's own count is within one of its due for two sources, and within two for more of them. Later
+    stages change nothing in the steps before them. So where sources leave the mixture, what these were off by is shared
+    equally by those that stay, and adds to their one sequence.
+
+    A source's j-th slot ever holds sequence p_e(j mod n), e = j div n: epoch e is a permutation p_e of all its n sequences.
     """
 
     def __init__(self, lengths: list[int], stages: list[Stage], keys: list[str], global_batch_size: int):
         """`lengths`: sequences of each source; `keys`: what each source's permutations are derived from, with the seed.
 
         Raises:
-            ValueError: a source is due less than one sequence a step.
+            ValueError: a source is due less than one sequence a step, or at the start of a stage has had more than its due.
         """
         self.lengths = lengths
         self.stages = stages
@@ -121,6 +124,13 @@ class Mixture:
                         f"step {stage.first_step} on; it must be at least 1: raise its weight, or train.global_batch_size "
                         f"from {global_batch_size} to at least {ceil(1 / min(part for part in stage.shares if part))}"
                     )
+        for stage in stages[1:]:
+            first = [b - a for a, b in zip(self.drawn(stage.first_step - 1), self.drawn(stage.first_step))]
+            if min(first) < 0:
+                raise ValueError(
+                    f"source {first.index(min(first))} of the mixture has had more than its due when the weights change at step "
+                    f"{stage.first_step}: change them one step later, or raise train.global_batch_size from {global_batch_size}"
+                )
         self._keys = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
 
     def shares_at(self, step: int) -> tuple[Fraction, ...]:
@@ -129,18 +139,24 @@ class Mixture:
 
     def drawn(self, steps: int) -> list[int]:
         """Sequences taken from each source in the first `steps` steps together."""
-        total = [0] * len(self.lengths)
+        had = [0] * len(self.lengths)
+        due = [Fraction(0)] * len(self.lengths)
         ends = [stage.first_step - 1 for stage in self.stages[1:]]
         for stage, end in zip(self.stages, [*ends, steps]):
-            slots = max(0, min(end, steps) - stage.first_step + 1) * self.global_batch_size
-            due, before = Fraction(0), 0
-            for s, share in enumerate(stage.shares):
-                if share:
-                    due += share
-                    rounded = int(due * slots + Fraction(1, 2))
-                    total[s] += rounded - before
-                    before = rounded
-        return total
+            slots = (min(end, steps) - stage.first_step + 1) * self.global_batch_size
+            if slots <= 0:
+                break
+            taking = [s for s, share in enumerate(stage.shares) if share]
+            owed = [due[s] - had[s] for s in taking]
+            of_those_who_left = sum(owed, Fraction(0)) / len(taking)
+            running, before = Fraction(0), 0
+            for s, debt in zip(taking, owed):
+                due[s] += stage.shares[s] * slots
+                running += stage.shares[s] * slots + debt - of_those_who_left
+                rounded = floor(running + Fraction(1, 2))
+                had[s] += rounded - before
+                before = rounded
+        return had
 
     def sequences(
         self, step: int, slots: slice | np.ndarray = slice(None)

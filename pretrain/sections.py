@@ -106,7 +106,7 @@ class DataConfig:
     allow_change: bool = False
     """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2
-    """Threads a rank that read ahead; with 0 the training thread reads. The order of the data does not depend on it."""
+    """Number of threads a rank that read ahead; with 0 the training thread reads. The order of the data does not depend on it."""
     intra_document: bool = False
     """No attention across the documents of a sequence, and positions counted from each document's start; in validation too.
     Documents end with EOS, which the shards must have."""

@@ -195,5 +195,5 @@ def test_help_explains_every_field_with_its_unit() -> None:
 
 UNITS = (
     r"\((steps|seconds|hours|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
-    r"|processes|restarts|[Cc]heckpoints"
+    r"|processes|threads|restarts|[Cc]heckpoints"
 )
