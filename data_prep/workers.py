@@ -38,10 +38,11 @@ def start_server() -> None:
     """Start the process that workers are forked from, which imports what they need while this one gets ready.
 
     Workers are not forked from this process: pyarrow and the tokenizers have threads, which a fork would leave with
-    locks held. In the server nothing has run but imports.
+    locks held. In the server nothing has run but imports, and there is one thread.
     """
     # The words that gigatoken remembers lie all over some hundred MB: with huge pages it is a fifth faster (on glibc).
     ours = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OPENBLAS_NUM_THREADS": "1"}
+    ours["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # else pyarrow starts one when it is imported
     ours = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(ours)
     try:

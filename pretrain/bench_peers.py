@@ -6,11 +6,13 @@ On a GPU one after the other, ours first and last for the drift. On a CPU in tur
 drifts slows all alike. A peer whose first loss is not ours does not train the same model, and its speed does not count.
 """
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,12 @@ def peers(args: Any, settings: config.Config) -> Result:
             "cria": [],
             **({} if settings.parallel.compile else {"cria (compiled)": ["--parallel.compile", "true"]}),
         }
-        rows = (_one_after_the_other if on_gpu else _in_turns)(bench, ours, wanted)
-    return _compared(rows, args, settings, in_turns=not on_gpu)
+        if not on_gpu:
+            return _compared(_in_turns(bench, ours, wanted), args, settings, in_turns=True)
+        for rows in _one_after_the_other(bench, ours, wanted):
+            result = _compared(copy.deepcopy(rows), args, settings, in_turns=False)
+            result.save(args.out)  # whatever becomes of the rows to come
+        return result
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
@@ -96,13 +102,19 @@ def _labelled(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
-    rows = [{**bench.cria(name, keys).row(), "name": name} for name, keys in ours.items() if bench.asked_for(name)]
+def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> Iterator[list[Row]]:
+    """All rows so far, each time that there is one more. Ours comes first and last, and time for that is kept."""
+    rows: list[Row] = []
+    for name, keys in ours.items():
+        if bench.asked_for(name):
+            rows.append({**bench.cria(name, keys).row(), "name": name})
+            yield rows
     for variant in wanted:
-        child = bench.peer(variant)
+        child = bench.peer(variant, aside_s=SHORTEST_ROW_S)
         rows.append({**(child.row() if isinstance(child, Child) else child), "name": variant.name})
+        yield rows
     again = {"problem": "not timed: no time left"} if bench.out_of_time() else bench.cria("cria (again)", []).row()
-    return [*rows, {**again, "name": "cria (again)"}]
+    yield [*rows, {**again, "name": "cria (again)"}]
 
 
 def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
@@ -141,8 +153,9 @@ class Bench:
         save_file({"batches": bench_step.batches(settings, self.steps).int()}, self.scratch / "batches.safetensors")
         config.write(replace(settings, init_from=str(folder)), self.scratch / "config.yaml")
 
-    def out_of_time(self) -> bool:
-        return self.budget.too_short(SHORTEST_ROW_S)
+    def out_of_time(self, aside_s: float = 0.0) -> bool:
+        """Whether there is less time left than a row needs, beside what is kept for others."""
+        return self.budget.too_short(SHORTEST_ROW_S + aside_s)
 
     def asked_for(self, name: str) -> bool:
         """Whether --rows has the beginning of this name; ours is always wanted."""
@@ -160,8 +173,11 @@ class Bench:
         )
         return Child(command, row, self.budget.left(), in_turns=self.in_turns)
 
-    def peer(self, variant: Variant, micro_batch_size: int | None = None) -> Child | Row:
-        """Start a peer; or the row that says why not. Another micro-batch takes the first sequences of each batch."""
+    def peer(self, variant: Variant, micro_batch_size: int | None = None, aside_s: float = 0.0) -> Child | Row:
+        """Start a peer; or the row that says why not. Another micro-batch takes the first sequences of each batch.
+
+        aside_s: time that is kept for rows to come.
+        """
         if variant.triton and not self.on_gpu:
             return {"problem": "not timed: its kernels are Triton's and need a GPU"}
         packages = [variant.package, *(["liger-kernel"] if variant.triton else [])]
@@ -172,11 +188,13 @@ class Bench:
                 "problem": f"not timed: {' and '.join(missing)} not installed here (pip install {' '.join(missing)}, or an "
                 "environment that has it: --peers_python PATH)"
             }
-        if self.out_of_time():
+        if self.out_of_time(aside_s):
             return {"problem": "not timed: no time left"}
-        return self._start(python, variant, micro_batch_size)
+        left = self.budget.left()
+        timeout_s = None if left is None else left - aside_s
+        return self._start(python, variant, micro_batch_size, timeout_s)
 
-    def _start(self, python: str, variant: Variant, micro_batch_size: int | None) -> Child:
+    def _start(self, python: str, variant: Variant, micro_batch_size: int | None, timeout_s: float | None) -> Child:
         settings, name = self.settings, variant.name.replace(" ", "-").replace("'", "")
         last_step = max(settings.train.max_steps, self.steps + bench_step.PROFILED_STEPS)
         spec = {
@@ -198,7 +216,7 @@ class Bench:
         file.write_text(json.dumps(spec))
         out = self.scratch / f"{name}.json"
         command = [python, "-m", "pretrain.peer", str(file), str(out)]
-        return Child(command, out, self.budget.left(), in_turns=self.in_turns)
+        return Child(command, out, timeout_s, in_turns=self.in_turns)
 
 
 def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: bool) -> Result:

@@ -142,7 +142,7 @@ def pretrain(
     if torchrun:
         start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         command = [sys.executable, "-m", *start, "pretrain", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
     else:
         done = processes.run(words, ranks, **options)
     if check and done.returncode:
@@ -197,7 +197,7 @@ def start(config_file: Path, *overrides: str) -> Process:
 
 
 def wait_for(run_dir: Path, step: int, process: Process | subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "metrics.jsonl").exists() and step in records(run_dir, "train"):
             return

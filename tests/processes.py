@@ -96,7 +96,7 @@ def run(
     """Run `pretrain ARGV` on so many ranks to its end. Where a rank fails the others are killed, as torchrun does."""
     base = dict(os.environ) if env is None else env
     processes = [Process(argv, {**base, **own}, cwd) for own in rank_environments(ranks)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while any(p.poll() is None for p in processes):
         failed = any(p.poll() for p in processes)
         if failed or time.monotonic() > deadline:

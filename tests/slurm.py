@@ -124,7 +124,7 @@ class Slurm:
     def run(self, *command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Run a client of this cluster, such as sbatch."""
         words = [str(word) for word in command]
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120, **options)
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=600, **options)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(words)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
@@ -144,7 +144,7 @@ class Slurm:
         if due and datetime.fromisoformat(shown[1]).timestamp() > time.time() + 5:
             self.run("scontrol", "update", f"jobid={job}", "starttime=now+2", check=False)
 
-    def wait(self, job: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job, or all of an array, is over; gives `state`."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
         self._until(lambda: (states := self.state(job)) and set(states.values()) <= over, seconds)
@@ -167,7 +167,7 @@ class Slurm:
         )
         log.close()
 
-    def _until(self, holds, seconds: float = 60) -> None:
+    def _until(self, holds, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             dead = [daemon.args[0] for daemon in self._daemons if daemon.poll() is not None]

@@ -75,7 +75,7 @@ class Job:
         self.number = self.cluster.run(*command, *script, cwd=ROOT).stdout.strip()
 
     def until(self, what: str, holds: Callable[[], bool], hurry: bool = False) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not holds():
             if hurry:
                 self.cluster.hurry(self.number)

@@ -14,7 +14,7 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     short += ["--ranks", "1", "2", "--seed", "7"]
     places = ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
     done = subprocess.run(
-        [sys.executable, faults.__file__, *short, *places], capture_output=True, text=True, timeout=400
+        [sys.executable, faults.__file__, *short, *places], capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out.json").read_text())

@@ -37,7 +37,8 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path)
-    job.submit(datasets, "--train.stop_margin_s", "30", options=("--time=1", "--signal=USR1@1"))
+    # A start has a minute for its first steps, before it stops for the job's time.
+    job.submit(datasets, "--train.stop_margin_s", "60", options=("--time=2", "--signal=USR1@1"))
     job.until_step(restart=0, steps=10)
     cluster.run("scancel", "--signal=USR1", job.number)
 
@@ -47,7 +48,7 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     cluster.run("scontrol", "update", "nodename=node2", "state=idle")
 
     job.until_step(restart=2, steps=10)
-    job.sleep_until_the_end(margin_s=30)
+    job.sleep_until_the_end(margin_s=60)
     assert job.until_over() == "COMPLETED", job.logs()
     stops = job.stops()
     assert stops[0] == "SIGUSR1", job.logs()
@@ -122,7 +123,7 @@ def run_stub(cluster: slurm.Slurm, folder: Path, scontrol: bool, *options: str) 
         "launch/slurm.sbatch",
     ]
     cluster.run(*command, "--config", "a b.yaml", "--run_dir", "runs/%a", cwd=folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while queued := cluster.run("squeue", "-h", "-o", "%i %T").stdout:
         for line in queued.splitlines():
             cluster.hurry(line.split()[0])

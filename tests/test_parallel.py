@@ -111,7 +111,7 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     jobs = folder / "worlds.pickle"
     jobs.write_bytes(pickle.dumps(plan))
     script = str(Path(__file__).parent / "ranks.py")
-    done = subprocess.run([sys.executable, script, str(jobs)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script, str(jobs)], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-10_000:]
     return Worlds(folder)
 

@@ -105,6 +105,27 @@ def test_workers_make_no_difference(corpus: Path, undisturbed: Path, tmp_path: P
     assert os.environ == before, "what is set for the workers is theirs alone"
 
 
+SERVER = """
+import os
+from multiprocessing import forkserver, get_context
+from data_prep import workers
+if __name__ == "__main__":
+    workers.start_server()
+    process = get_context("forkserver").Process(target=os.getpid)
+    process.start()  # when the server has imported everything
+    process.join()
+    print(len(os.listdir(f"/proc/{forkserver._forkserver._forkserver_pid}/task")))
+"""
+
+
+def test_what_workers_are_forked_from_has_one_thread(tmp_path: Path) -> None:
+    """A fork copies the locks that other threads hold, and no thread that would release them."""
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [sys.executable, str(tmp_path / "server.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    assert done.stdout == "1\n", done.stdout + done.stderr
+
+
 def test_a_rerun_does_what_is_unfinished_and_nothing_else(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = shutil.copytree(undisturbed, tmp_path / "out")
     shards = [out / shard.path for shard in Manifest.load(out).shards]

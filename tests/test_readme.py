@@ -90,7 +90,7 @@ def run(command: list[str], folder: Path) -> str:
     if command[0] == "pretrain" and command[1] not in ("train", "report"):
         done = processes.run(tuple(command[1:]), ranks=1, env=ENVIRONMENT, cwd=folder)
     else:
-        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -112,7 +112,7 @@ def run_on_two_nodes(command: list[str], folder: Path) -> str:
         )
         for _ in range(2)
     ]
-    outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=600)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     return "".join(outputs)
 
