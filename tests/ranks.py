@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import pickle
 import sys
+import time
 import weakref
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,10 @@ def main(worlds: list[tuple[int, int, list]]) -> None:
                 for process in ranks:
                     process.kill()  # it would wait for the one that failed
                 sys.exit(f"world of {size}: exit codes {codes}")
-            wait([process.sentinel for process in ranks if process.is_alive()])
+            time.sleep(0.01)
         if any(process.exitcode for process in ranks):
             sys.exit(f"world of {size}: exit codes {[process.exitcode for process in ranks]}")
+        del store  # before the next forks
 
 
 if __name__ == "__main__":
