@@ -4,7 +4,8 @@
 
 Both read the same tokens (two sources, 7:3) in one process through the very path that training takes, sequences of 2,049
 tokens in micro-batches of 8: ours through `train_loader`, TinyLlama's through its packed_dataset.py and a plain DataLoader,
-as its pretrain/tinyllama.py does. They take turns; the figures are medians. Ours also hashes every sequence.
+as its pretrain/tinyllama.py does. They take turns; the figures are medians. Ours also hashes every sequence. Once more ours with
+2 threads that read ahead, which share one interpreter: what it costs to have the batches ready before they are asked for.
 
 Then 62,500 sparse shards of 16M tokens each, about as many as SlimPajama has, are opened in a process of its own: time and
 memory to the first micro-batch of step 1,000,000. The result goes to benchmarks/results/loader.json.
@@ -64,13 +65,13 @@ def micro_batches(folder: Path) -> data.MicroBatches:
     return data.MicroBatches(sources, mixture, SEQ_LEN, MICRO_BATCH, rank=0, world_size=1)
 
 
-def ours(folder: Path) -> Callable[[int], Iterator[torch.Tensor]]:
+def ours(folder: Path, threads: int = 0) -> Callable[[int], Iterator[torch.Tensor]]:
     """Sequences from training's own loader, from a step on that the last call did not reach."""
     batches, first = micro_batches(folder), 1
 
     def read(steps: int) -> Iterator[torch.Tensor]:
         nonlocal first
-        loader = data.train_loader(batches, first, first + steps - 1, 0, torch.device("cpu"))
+        loader = data.train_loader(batches, first, first + steps - 1, threads, torch.device("cpu"))
         first += steps
         return (batch for batch, _ in loader)
 
@@ -159,7 +160,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_tokens(folder)
-        readers = {"cria": ours(folder)}
+        readers = {"cria": ours(folder), "cria, 2 threads": ours(folder, 2)}
         if args.tinyllama is not None:
             readers["tinyllama"] = theirs(folder, args.tinyllama)
         rates: dict[str, list[dict[str, float]]] = {name: [] for name in readers}
@@ -191,7 +192,7 @@ def machine() -> dict:
 def show(result: dict) -> int:
     """Print the figures beside their targets."""
     for name, rate in result["sequences_per_sec"].items():
-        print(f"{name:10} {rate['wall']:9,.0f} sequences/s, {rate['cpu']:9,.0f} a second of CPU time")
+        print(f"{name:15} {rate['wall']:9,.0f} sequences/s, {rate['cpu']:9,.0f} a second of CPU time")
     if "times_tinyllama" in result:
         print(f"cria is {result['times_tinyllama']:.2f} times TinyLlama's (CPU time)")
     else:

@@ -22,8 +22,10 @@ from pretrain import checkpoint, config
 
 STEPS = 24
 KILLS_A_RUN = 4
-LENGTHS, SHARES = (45, 14), (5.6, 2.4)
-"""Sequences of the two sources, and how many of them a step takes."""
+LENGTHS = (45, 14)
+"""Sequences of the two sources."""
+SHARES, LATER, CHANGE = (5.6, 2.4), (4.0, 4.0), 13
+"""Of each source, how many sequences a step takes; from step CHANGE on the second figures."""
 
 
 def make_data(folder: Path) -> Path:
@@ -38,6 +40,7 @@ def make_settings(data: Path, scratch: Path) -> config.Config:
     """The configuration of all trials; each has its own run_dir."""
     tree = tiny_config(data, scratch / "run", train={"max_steps": STEPS}, validation={"every_steps": 6})
     tree["checkpoint"] = {"every_steps": 3, "keep_last": 2}
+    tree["data"]["stages"] = [{"first_step": CHANGE, "weights": {"a": 1, "b": 1}}]
     return config.load(write_config(scratch / "trial.yaml", tree))
 
 
@@ -141,11 +144,17 @@ def resumes(run_dir: Path) -> Counter[str]:
     """How often the run went on from a checkpoint, in the second or a later epoch of a source, and at an epoch's edge."""
     counts = Counter[str]()
     for step in (line["step"] for line in read_log(run_dir, "start")):
-        drawn = [(round(step * share), round((step + 1) * share), n) for share, n in zip(SHARES, LENGTHS)]
+        drawn = [(*map(round, pair), n) for pair, n in zip(zip(_taken(step), _taken(step + 1)), LENGTHS)]
         counts["resumed"] += step > 0
         counts["resumed in epoch 2 or later"] += any(before >= n for before, _, n in drawn)
         counts["resumed at an epoch's edge"] += step > 0 and any(a // n < b // n for a, b, n in drawn)
     return counts
+
+
+def _taken(steps: int) -> list[float]:
+    """Sequences of each source in the first `steps` steps."""
+    late = max(0, steps - CHANGE + 1)
+    return [(steps - late) * before + late * after for before, after in zip(SHARES, LATER)]
 
 
 def repeat_trials(settings: config.Config, folder: Path, trials: int, worlds: list[int]) -> dict:
