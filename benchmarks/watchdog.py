@@ -95,7 +95,8 @@ def quiet(data: Path, folder: Path, steps: int) -> dict:
     tree["watchdog"] = {"limit_s": 2.0, "first_step_limit_s": 60.0}
     tree["data"]["verify"] = "sizes"
     began = time.monotonic()
-    statuses = finish(start_training(2, config.load(write_config(folder / "c.yaml", tree))), patience_s=600)
+    pids = start_training(2, config.load(write_config(folder / "c.yaml", tree)))
+    statuses = finish(pids, patience_s=600, limit_s=7200)
     alarms = int((folder / "crash-report.txt").exists())
     reached = max(records(folder, "train"))
     facts = {"limit_s": 2.0, "statuses": statuses, "alarms": alarms, "seconds": round(time.monotonic() - began)}

@@ -100,9 +100,9 @@ class Mixture:
 
     Source s gets slots by its share. After k steps it has had round(D_1 + ... + D_s) - round(D_1 + ... + D_(s-1)) slots, D being
     what each is due of all k G, so no source is ever more than one sequence from its due, however often the shares change. A
-    step's own count is within one of its due for two sources, and within two for more of them. Later
-    stages change nothing in the steps before them. So where sources leave the mixture, what these were off by is shared
-    equally by those that stay, and adds to their one sequence.
+    step's own count is within one of its due for two sources, and within two for more of them. Later stages change nothing in
+    the steps before them. So where sources leave the mixture, what these were off by is shared equally by those that stay, and
+    adds to their one sequence.
 
     A source's j-th slot ever holds sequence p_e(j mod n), e = j div n: epoch e is a permutation p_e of all its n sequences.
     """
