@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from conftest import tiny_config, write_config, write_dataset
-from forks import die_in_a_save, finish, gone, kill, start_training, train_to_the_end
+from forks import die_at_a_commit, die_in_a_save, finish, gone, kill, start_training, train_to_the_end
 
 from data_prep.shard import Manifest
 from pretrain import checkpoint, config
 
 STEPS = 24
 KILLS_A_RUN = 4
-LENGTHS = (45, 14)
+LENGTHS = (35, 15)
 """Sequences of the two sources."""
 SHARES, LATER, CHANGE = (5.6, 2.4), (4.0, 4.0), 13
 """Of each source, how many sequences a step takes; from step CHANGE on the second figures."""
+SAVED = 3
+"""Steps between saves."""
 
 
 def make_data(folder: Path) -> Path:
@@ -39,7 +41,7 @@ def make_data(folder: Path) -> Path:
 def make_settings(data: Path, scratch: Path) -> config.Config:
     """The configuration of all trials; each has its own run_dir."""
     tree = tiny_config(data, scratch / "run", train={"max_steps": STEPS}, validation={"every_steps": 6})
-    tree["checkpoint"] = {"every_steps": 3, "keep_last": 2}
+    tree["checkpoint"] = {"every_steps": SAVED, "keep_last": 2}
     tree["data"]["stages"] = [{"first_step": CHANGE, "weights": {"a": 1, "b": 1}}]
     return config.load(write_config(scratch / "trial.yaml", tree))
 
@@ -106,12 +108,20 @@ def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, w
     return {"trials": done, "differ": len(failures), "failures": failures, "runs": turn, "places": dict(places)}
 
 
+PLACES = {"all": "all ranks", "one": "one rank", "save": "a crash point of a save", "edge": "an epoch's edge"}
+
+
 def kill_some(ranks: int, settings: config.Config, kills: int, moments: random.Random, places: Counter[str]) -> int:
-    """Kill a run so many times, or until it is done; counts each kill in `places` and returns how many there were."""
+    """Kill a run so many times, or until it is done; counts each kill in `places` and returns how many there were.
+
+    The last kill is where the next step goes into another epoch, if there is such a place left.
+    """
     folder = Path(settings.run_dir) / "checkpoints"
     for number in range(kills):
         how = moments.choice(["all", "one", "save"])
-        if how == "save":
+        if number == kills - 1 and (edge := _next_edge(folder.parent)):
+            how, statuses = "edge", finish(start_training(ranks, settings, die_at_a_commit(edge)), patience_s=10)
+        elif how == "save":
             point = (moments.randrange(1, 50), moments.random() < 0.5)
             statuses = finish(start_training(ranks, settings, die_in_a_save(*point)), patience_s=10)
         else:
@@ -122,7 +132,7 @@ def kill_some(ranks: int, settings: config.Config, kills: int, moments: random.R
         if -9 not in statuses:
             return number
         places[f"{ranks} ranks"] += 1
-        places[{"all": "all ranks", "one": "one rank", "save": "a crash point of a save"}[how]] += 1
+        places[PLACES[how]] += 1
         places["fell into a save"] += any(folder.glob(".*"))
         for left in (path for _, path in checkpoint.committed(folder.parent)):
             assert checkpoint.verify(left) is None, f"{left} is committed and not whole: {checkpoint.verify(left)}"
@@ -144,11 +154,21 @@ def resumes(run_dir: Path) -> Counter[str]:
     """How often the run went on from a checkpoint, in the second or a later epoch of a source, and at an epoch's edge."""
     counts = Counter[str]()
     for step in (line["step"] for line in read_log(run_dir, "start")):
-        drawn = [(*map(round, pair), n) for pair, n in zip(zip(_taken(step), _taken(step + 1)), LENGTHS)]
         counts["resumed"] += step > 0
-        counts["resumed in epoch 2 or later"] += any(before >= n for before, _, n in drawn)
-        counts["resumed at an epoch's edge"] += step > 0 and any(a // n < b // n for a, b, n in drawn)
+        counts["resumed in epoch 2 or later"] += any(taken >= n for taken, n in zip(_taken(step), LENGTHS))
+        counts["resumed at an epoch's edge"] += _at_an_edge(step)
     return counts
+
+
+def _next_edge(run_dir: Path) -> int | None:
+    """The first step after the newest checkpoint that is saved and at an epoch's edge."""
+    newest = max((step for step, _ in checkpoint.committed(run_dir)), default=0)
+    return next((step for step in range(newest + 1, STEPS) if step % SAVED == 0 and _at_an_edge(step)), None)
+
+
+def _at_an_edge(step: int) -> bool:
+    """Whether the step after this one goes into another epoch of a source."""
+    return step > 0 and any(a // n < b // n for a, b, n in zip(_taken(step), _taken(step + 1), LENGTHS))
 
 
 def _taken(steps: int) -> list[float]:
@@ -178,7 +198,7 @@ def repeat_trials(settings: config.Config, folder: Path, trials: int, worlds: li
 
 
 def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int) -> dict:
-    """Two kills a run, each start on another number of ranks, micro-batch and workers."""
+    """Two kills a run, the second at an epoch's edge, each start on another number of ranks, micro-batch and workers."""
     moments, failures, shapes = random.Random(seed), [], Counter[str]()
     train_to_the_end(1, at(settings, folder / "straight"))
     for trial in range(trials):
@@ -196,6 +216,9 @@ def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int
                 if number == 2:
                     train_to_the_end(ranks, now)
                     break
+                if number == 1 and (edge := _next_edge(run_dir)):
+                    finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=10)
+                    continue
                 pids = start_training(ranks, now)
                 _wait(run_dir, pids[0], moments)
                 kill(pids)

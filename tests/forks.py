@@ -145,3 +145,20 @@ def die_in_a_save(count: int, after: bool) -> Callable[[int], None]:
         shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
 
     return arm
+
+
+def die_at_a_commit(step: int) -> Callable[[int], None]:
+    """Makes rank 0 kill itself as soon as the checkpoint of this step is one."""
+
+    def arm(rank: int) -> None:
+        rename = os.rename
+
+        def renamed(source: os.PathLike, target: os.PathLike) -> None:
+            rename(source, target)
+            if Path(target).name == f"step-{step:08d}":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if rank == 0:
+            os.rename = renamed  # type: ignore[assignment]
+
+    return arm

@@ -21,6 +21,7 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     assert {name: summary[name]["trials"] for name in trials} == trials
     assert sum(summary[name].get("differ", 0) + summary[name].get("missed", 0) for name in trials) == 0
     assert summary["kills"]["places"].keys() >= {"1 ranks", "2 ranks"}
+    assert all(summary[name]["places"]["resumed at an epoch's edge"] > 0 for name in ("kills", "elastic"))
     assert len(summary["signals"]["places"]) == 5
     assert summary["saves"]["places"]["fell into a flush"] > 0
     assert len(summary["data"]["places"]) == 6, "each kind of spoilt shard"
