@@ -179,7 +179,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted = (targets[part] != IGNORE_INDEX)[:, None]
             index = targets[part, None].where(counted, 0)
             log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, index)).where(counted, 0).sum()
+            # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient.
+            total = total + (log_sum - logits.gather(1, index)).where(counted, 0).sum()
             if d_hidden is None or d_weight is None:
                 continue
             # In place, and without a pass for what does not count: exp(logit - inf) is 0.

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from pretrain import checkpoint, lock, ranks
@@ -50,11 +50,8 @@ class Saver:
         self._config = config
         self._say = say if ranks.rank() == 0 else lambda line: None
         self._group = dist.new_group(backend="gloo", timeout=ranks.TIMEOUT) if dist.is_initialized() else None
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        # Not DefaultStager: torch 2.11's throws its buffers away after a copy, and then fails at the next.
+        self._stager = StateDictStager(pin_memory=cuda)
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = futures.ThreadPoolExecutor(1, "saver", initializer=_use_device, initargs=(device,))
         self._pending: futures.Future[str | None] | None = None
@@ -75,8 +72,10 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
-        tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer))
-        assert isinstance(tensors, dict), "staging is asked to be synchronous"
+        cuda = torch.cuda.is_available()
+        tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
         state = {**state, "updates": updates, "save_s": self.longest_s}
         self._pending = self._thread.submit(self._write, step, tensors, state)
