@@ -33,7 +33,7 @@ from loader import machine
 from data_prep.shard import Manifest, ShardWriter, TokenizerInfo
 from pretrain import checkpoint, config, saver
 from pretrain.model import Llama, num_parameters
-from pretrain.optim import clip_gradients, make_optimizer, step_if_finite
+from pretrain.optim import clip_gradients, make_optimizer, step_if_usable
 from pretrain.sections import CheckpointConfig, ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
@@ -69,7 +69,7 @@ def train_step(model: Llama, optimizer: torch.optim.AdamW, sequences: int) -> fl
     started = time.perf_counter()
     batch = torch.randint(0, model.config.vocab_size, (sequences, 257))
     model(batch[:, :-1], batch[:, 1:]).backward()
-    step_if_finite(optimizer, clip_gradients(model, 1.0))
+    step_if_usable(optimizer, clip_gradients(model, 1.0))
     optimizer.zero_grad()
     return time.perf_counter() - started
 

@@ -8,7 +8,8 @@ documentation, and measurements of this model (compiled PyTorch is faster than h
 """
 
 import importlib.util
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -247,10 +248,18 @@ def _refusal(kernel: SDPBackend, s: Situation, shape: ModelConfig) -> str | None
     )
     mask = ops.document_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None
     try:
-        ops.attention(q, k, v, causal=True, mask=mask, kernel=kernel).sum().backward()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ops.attention(q, k, v, causal=True, mask=mask, kernel=kernel).sum().backward()
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return "; ".join(_reasons(str(line.message) for line in said)) or str(error).strip().splitlines()[0]
     return None
+
+
+def _reasons(warned: Iterable[str]) -> list[str]:
+    """Of what PyTorch says when it refuses, why: not its headings, nor that we allowed no other kernel."""
+    lines = [line.partition(" (Triggered")[0].rstrip(".") for line in warned]
+    return [line for line in lines if not line.endswith((":", "has been runtime disabled"))]
 
 
 def choose(config: ModelConfig, situation: Situation) -> Operations:

@@ -138,7 +138,7 @@ def flex_document_mask(document: Tensor) -> Any:
 
 # --- cross-entropy with the output projection ------------------------------------------------------------------------
 
-LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
 
 

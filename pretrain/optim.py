@@ -44,13 +44,14 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:
-    """Update the weights, unless `grad_norm` is not finite. Returns 1.0 if the update was left out, else 0.0, on the device.
+def step_if_usable(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:
+    """Update the weights, unless `grad_norm` is not finite, or 0. Returns, on the device, 1.0 if the update was left out, or 0.0.
 
+    No batch has a gradient of 0: it was lost on its way, as by a compiler's mistake, and AdamW would only decay the weights.
     The decision is taken on the device, by the switch that fused AdamW has for gradient scalers: no synchronisation.
     Since the norm is global, all ranks decide alike.
     """
-    skipped = (~torch.isfinite(grad_norm)).float()
+    skipped = (~(torch.isfinite(grad_norm) & (grad_norm > 0))).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     return skipped

@@ -68,7 +68,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         figures.append(("parameters", f"{about['parameters']:,}"))
     skipped = max((record.get("skipped_steps") or 0 for record in history.train), default=0)
     if skipped:
-        figures.append(("steps skipped, not finite", f"{skipped:,}"))
+        figures.append(("steps skipped, gradient not finite or 0", f"{skipped:,}"))
     return figures
 
 

@@ -8,6 +8,7 @@ on many: there each linear layer casts its weight, here FSDP2 gathers weights th
 is autocast, with an fp32 residual stream, and would gather fp32).
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def launch(
     else:
         strategy = SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
     warnings.filterwarnings("ignore", "The `srun` command is available")  # a start without it is meant
+    for name in ("lightning.fabric", "lightning.pytorch"):  # advice on TF32, which is none for bf16; banners
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=accelerator,
         strategy=strategy,
@@ -107,7 +110,7 @@ def _join(fabric: Fabric, world_size: int) -> None:
 
 
 def _compile_deterministically() -> None:
-    """Have torch.compile choose kernels by rules and never by timing them, where it knows how (torch >= 2.10)."""
+    """Have torch.compile choose kernels by rules and never by timing them, where it knows how."""
     from torch._inductor import config as inductor  # takes its time
 
     if hasattr(inductor, "deterministic"):

@@ -128,7 +128,7 @@ class TrainConfig:
     """Adds z_loss (no unit) x log^2 Z to what is minimised, Z the sum of a token's exp(logits), so that logits do not drift
     (PaLM, arXiv 2204.02311, section 5, uses 1e-4). It acts through the gradient; what is logged stays the cross-entropy."""
     max_skipped_steps: int = 10
-    """Stop when so many steps in a row were left out because a gradient was not finite (steps)."""
+    """Stop when so many steps in a row were left out because the gradient was not finite, or 0 (steps)."""
     deterministic: bool = False
     """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
     max_hours: float = 0.0

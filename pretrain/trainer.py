@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import pretrain
 from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
 from pretrain.model import Llama, num_parameters
-from pretrain.optim import clip_gradients, learning_rate, step_if_finite
+from pretrain.optim import clip_gradients, learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.saver import Saver
 from pretrain.scheduler import Stop
@@ -65,7 +65,7 @@ class Run:
     """Gives the run's folder free."""
     step: int = 0
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Steps of the run that were left out because a gradient was not finite; a scalar on the device."""
+    """Steps of the run that were left out because the gradient was not finite, or 0; a scalar on the device."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
     begun: Begun = field(default_factory=Begun)
@@ -113,7 +113,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> Ste
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps)
-    skipped = step_if_finite(run.optimizer, grad_norm)
+    skipped = step_if_usable(run.optimizer, grad_norm)
     run.skipped_steps += skipped
     run.skipped_in_a_row = (run.skipped_in_a_row + 1) * skipped
     run.optimizer.zero_grad()
@@ -126,7 +126,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     """Train to the last step or until a stop is asked for. Returns the process's exit status: 0, or `stop.status`.
 
     Raises:
-        FloatingPointError: `train.max_skipped_steps` steps in a row had no finite gradient.
+        FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used.
         OSError: the last checkpoint could not be saved.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
@@ -282,9 +282,9 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
     run.clock.reset()
     if figures[3] >= run.config.train.max_skipped_steps:
         raise FloatingPointError(
-            f"the gradient was not finite in the last {int(figures[3])} steps up to step {run.step} (train.max_skipped_steps "
-            f"{run.config.train.max_skipped_steps}); nothing was updated in them. Their documents: pretrain order --config "
-            f"{run.run_dir / 'config.yaml'} --step {run.step}"
+            f"the gradient was {'0' if figures[1] == 0 else 'not finite'} in the last {int(figures[3])} steps up to step "
+            f"{run.step} (train.max_skipped_steps {run.config.train.max_skipped_steps}); nothing was updated in them. Their "
+            f"documents: pretrain order --config {run.run_dir / 'config.yaml'} --step {run.step}"
         )
 
 

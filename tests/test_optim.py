@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.model import Llama
-from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_finite
+from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_usable
 from pretrain.sections import ModelConfig, OptimConfig
 
 SMALL = ModelConfig(
@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(bad: float) -> None:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         if spoil:
             model.model.layers[1].mlp.up_proj.weight.grad[3, 4] = bad
-        skipped = step_if_finite(optimizer, clip_gradients(model, 1.0)).item()
+        skipped = step_if_usable(optimizer, clip_gradients(model, 1.0)).item()
         optimizer.zero_grad()
         return skipped
 

@@ -81,8 +81,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(datasets: Path, tmp_
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 
 
-def test_gradients_that_stay_infinite_end_the_run(
-    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("factor", "what"), [(float("nan"), "not finite"), (0.0, "0")])
+def test_gradients_that_stay_unusable_end_the_run(
+    factor: float, what: str, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some are borne and counted; `max_skipped_steps` in a row are not. What is logged stays JSON."""
     config_file = write_config(
@@ -93,14 +94,17 @@ def test_gradients_that_stay_infinite_end_the_run(
     step_of, bad = run.fabric.backward, {3, 6, 7, 8}
 
     def backward(loss: torch.Tensor) -> None:
-        step_of(loss * (float("nan") if run.step + 1 in bad else 1.0))
+        step_of(loss * (factor if run.step + 1 in bad else 1.0))
 
     monkeypatch.setattr(run.fabric, "backward", backward)
-    with pytest.raises(FloatingPointError, match=r"last 3 steps up to step 8 .*pretrain order --config .* --step 8"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"gradient was {what} in the last 3 steps up to step 8 .*pretrain order --config .* --step 8",
+    ):
         trainer.train(run)
     logged = records(tmp_path / "run", "train")
     assert {step: r["skipped_steps"] for step, r in logged.items()} == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3, 8: 4}
-    assert logged[3]["grad_norm"] is None
+    assert logged[3]["grad_norm"] == (0 if factor == 0 else None)
     assert logged[5]["grad_norm"] > 0
     assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(run.model.parameters(), before))
     saved = checkpoint.committed(tmp_path / "run")[0][1]
