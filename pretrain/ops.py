@@ -51,9 +51,10 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
     x: (B, H, T, d); table: (2, T, d) from `rope_table`, or (2, B, T, d) where positions differ. The result has x's type.
     """
-    cos, sin = table.unsqueeze(-3)  # (1 or B, 1, T, d) each: the same for all heads
+    cos, sin = table.unsqueeze(-2)  # (T, 1, d) or (B, T, 1, d) each: the same for all heads
+    x = x.transpose(1, 2)  # (B, T, H, d), as the product left it and its backward wants the gradient: nothing is moved
     left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype).transpose(1, 2)
 
 
 def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
