@@ -3,12 +3,18 @@
 import difflib
 import os
 import re
+import signal
+import socket
 import sys
+import time
 from typing import Any, NoReturn
 
 import jsonargparse
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PATIENCE_S = 5.0
+"""How long a rank waits for what the first one has to say (seconds)."""
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -38,7 +44,15 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def fail(command: str, message: object) -> NoReturn:
-    """Print one line on standard error and exit with status 2."""
-    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every rank finds the same
-        print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Print one line on standard error and exit with status 2.
+
+    Of several ranks the first speaks for all. The others wait: a launcher ends every rank when one has left, and it would be
+    in the middle of its imports. Who is still there then has found something of his own.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(PATIENCE_S)
+        command = f"rank {rank} on {socket.gethostname()}: {command}"
+    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from conftest import (
     write_dataset,
 )
 
-from pretrain import sections
+from pretrain import cli, sections
 from pretrain.__main__ import main
 
 
@@ -53,6 +54,23 @@ def test_a_refusal_is_a_status_and_no_traceback(datasets: Path, tmp_path: Path) 
         assert done.returncode == 2
         assert not done.stdout
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_first_rank_speaks_for_all(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher ends all ranks when one has left: the others wait for the first, and speak if they are still there."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        said[rank] = refused(capsys, "train", "--config", config_file, "--train.micro_batch_size", "3")
+    assert waited == [cli.PATIENCE_S]
+    assert said["0"].startswith("pretrain train: error: ")
+    assert said["1"] == f"rank 1 on {socket.gethostname()}: {said['0']}"
 
 
 @pytest.mark.parametrize(
