@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain import ops
-from pretrain.ops import REFERENCE, Operations
+from pretrain.ops import REFERENCE, Linear, Operations
 from pretrain.sections import ModelConfig
 
 
@@ -36,17 +36,6 @@ class KVCache:
         self.buffer[0, layer, :, :, self.length : end] = k
         self.buffer[1, layer, :, :, self.length : end] = v
         return self.buffer[0, layer, :, :, :end], self.buffer[1, layer, :, :, :end]
-
-
-class Linear(nn.Linear):
-    """A product without bias, in its input's type whatever the type that the weight is kept in."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -79,9 +68,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, mask: Any = None, cache: KVCache | None = None) -> Tensor:
         """x: (B, T, D); rope: (2, T, d) or (2, B, T, d); mask: of `Operations.document_mask`. Returns (B, T, D)."""
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
+        v = v.contiguous()  # so is it kept for the backward, without q and k around it
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or H_kv, T, d)
         q, k = self.operations.rope(q, k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)

@@ -8,11 +8,11 @@ computes with; `kernels` has the same operations from other libraries, and `back
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,34 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 IGNORE_INDEX = -100
 """A target that does not count (PyTorch's and Hugging Face's convention)."""
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A product without bias, in its input's type whatever the type that the weight is kept in."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def linears(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """Each layer's product with the same x, (..., D) -> (..., out_features) each; by one product where that is for free.
+
+    Keys and values alone are too narrow to fill a GPU, and each product reads x, and writes a gradient of it, once more.
+    Compiled, casting the weights lays them side by side. Where nothing is cast (fp32; weights that FSDP2 has gathered), or
+    nothing compiled, a copy would have to be made and kept for the backward. Layers of another class (float8) have their way.
+    """
+    free = torch.compiler.is_compiling() and all(type(layer) is Linear for layer in layers)
+    if not free or cast(Tensor, layers[0].weight).dtype == x.dtype:
+        return [layer(x) for layer in layers]
+    weights = [cast(Tensor, layer.weight).to(x.dtype) for layer in layers]
+    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 
 
 # --- norm, rotary embedding, SwiGLU ----------------------------------------------------------------------------------
@@ -75,7 +103,8 @@ def swiglu_block(
     elementwise: Callable[[Tensor, Tensor], Tensor] = swiglu,
 ) -> Tensor:
     """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products."""
-    return down_proj(elementwise(gate_proj(x), up_proj(x)))
+    gate, up = linears(x, gate_proj, up_proj)
+    return down_proj(elementwise(gate, up))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Each operation against its definition, written with torch's plainest parts in float64."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -130,3 +131,43 @@ def test_rms_norm_and_swiglu_are_their_formulas() -> None:
     torch.testing.assert_close(ops.rms_norm(x, w, 1e-5), expected)
     assert ops.rms_norm(x.bfloat16(), w, 1e-5).dtype == torch.bfloat16
     torch.testing.assert_close(ops.swiglu(x, x + 1), x * torch.sigmoid(x) * (x + 1))
+
+
+@pytest.mark.parametrize(
+    ("weights", "x", "compiled", "products"),
+    [
+        (torch.float32, torch.bfloat16, True, 1),
+        (torch.float32, torch.bfloat16, False, 3),
+        (torch.bfloat16, torch.bfloat16, True, 3),
+        (torch.float32, torch.float32, True, 3),
+    ],
+)
+def test_products_of_one_input_are_one_where_that_costs_no_copy(
+    weights: torch.dtype, x: torch.dtype, compiled: bool, products: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layers = [ops.Linear(24, width).to(weights) for width in (24, 8, 16)]
+    data = torch.randn(2, 5, 24, generator=generator).to(x)
+    counted = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable:
+        nonlocal counted
+        counted += sum("linear" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    results = []
+    for together in (True, False):
+        function = (lambda x: ops.linears(x, *layers)) if together else (lambda x: [layer(x) for layer in layers])
+        if compiled:
+            torch._dynamo.reset()
+            function = torch.compile(function, backend=count, fullgraph=True)
+        inputs = data.clone().requires_grad_()
+        outputs = function(inputs)
+        sum(y.square().sum() for y in outputs).backward()
+        results.append([*outputs, inputs.grad, *(layer.weight.grad for layer in layers)])
+        for layer in layers:
+            layer.weight.grad = None
+    for ours, plain in zip(*results):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 if x is torch.bfloat16 else 1e-6)
+    assert counted == (products + 3 if compiled else 0)
