@@ -10,7 +10,7 @@ from conftest import tiny_config, write_config
 from torch.nn.attention import SDPBackend
 
 from pretrain import backends, config, preparation, trainer
-from pretrain.backends import Situation, decide, obstacle, sdpa_order
+from pretrain.backends import Situation, _reasons, decide, obstacle, sdpa_order
 from pretrain.sections import ModelConfig, OpsConfig
 
 A100, H100, T4 = (8, 0), (9, 0), (7, 5)
@@ -150,3 +150,16 @@ def test_a_run_says_what_it_took_and_refuses_before_it_writes(
     output = capsys.readouterr().out
     assert "resumed after step 2" in output
     assert "model.ops.attention asks for it" in output
+
+
+def test_of_a_refused_kernel_the_reason_is_kept() -> None:
+    """What PyTorch 2.11 warns of when cuDNN's attention alone is allowed, in deterministic mode."""
+    said = [
+        "Memory efficient kernel not used because: (Triggered internally at a.cpp:986.)",
+        "Memory Efficient attention has been runtime disabled. (Triggered internally at b.h:552.)",
+        "Flash attention kernel not used because: (Triggered internally at a.cpp:988.)",
+        "Flash attention has been runtime disabled. (Triggered internally at b.h:540.)",
+        "cuDNN attention kernel not used because: (Triggered internally at a.cpp:990.)",
+        "cuDNN SDPA is not deterministic. (Triggered internally at a.cpp:718.)",
+    ]
+    assert _reasons(said) == ["cuDNN SDPA is not deterministic"]
