@@ -252,7 +252,8 @@ def _refusal(kernel: SDPBackend, s: Situation, shape: ModelConfig) -> str | None
             warnings.simplefilter("always")
             ops.attention(q, k, v, causal=True, mask=mask, kernel=kernel).sum().backward()
     except RuntimeError as error:
-        return "; ".join(_reasons(str(line.message) for line in said)) or str(error).strip().splitlines()[0]
+        reasons = _reasons(str(line.message) for line in said) if "No available kernel" in str(error) else []
+        return "; ".join(reasons) or str(error).strip().splitlines()[0]
     return None
 
 

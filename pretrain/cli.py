@@ -47,7 +47,7 @@ def fail(command: str, message: object) -> NoReturn:
     """Print one line on standard error and exit with status 2.
 
     Of several ranks the first speaks for all. The others wait: a launcher ends every rank when one has left, and it would be
-    in the middle of its imports. Who is still there then has found something of his own.
+    in the middle of its imports. Who is still there then has found something of his own, or has a log of his own.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:

@@ -157,10 +157,16 @@ def loss_keeps(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 
 
 def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
-    """The logits that exist at a time: the product (c), in fp32, their gradient (c); and the weight's gradient once (bytes)."""
-    V, c = model.vocab_size, layout.compute_bytes
-    chunk = min(ops.logits_chunk(V, "cuda"), layout.micro_batch_size * seq_len)
-    return chunk * V * (2 * c + FP32) + V * model.hidden_size * c
+    """The logits that exist at a time: the product (c), in fp32, their gradient (c); and the weight's gradient once (bytes).
+
+    Compiled, none are in fp32, and of the weight's gradient there is a part from each chunk.
+    """
+    V, D, c = model.vocab_size, model.hidden_size, layout.compute_bytes
+    tokens = layout.micro_batch_size * seq_len
+    chunk = min(ops.logits_chunk(V, "cuda", tokens * D if layout.compile else 0), tokens)
+    if layout.compile:
+        return chunk * V * 2 * c + -(-tokens // chunk) * V * D * c
+    return chunk * V * (2 * c + FP32) + V * D * c
 
 
 def layer_backward(model: ModelConfig, seq_len: int, layout: Layout) -> int:

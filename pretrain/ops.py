@@ -8,6 +8,7 @@ computes with; `kernels` has the same operations from other libraries, and `back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -172,9 +173,14 @@ LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
 
 
-def logits_chunk(vocab_size: int, device_type: str) -> int:
-    """Tokens whose logits exist at a time: a multiple of 128, the rows of a GPU's tiles, and of what its products want."""
-    return max(256, LOGITS_BYTES[device_type] // (4 * vocab_size) // 128 * 128)
+def logits_chunk(vocab_size: int, device_type: str, kept: int = 0) -> int:
+    """Tokens whose logits exist at a time: a multiple of 128, the rows of a GPU's tiles, and of what its products want.
+
+    kept: N D, where a GPU's compiler adds up the weight's gradient, (V, D), at the end and keeps each chunk's part until then:
+    of C tokens at a time the logits and their gradient take 4 V C bytes and the parts 2 V D N / C, least at C^2 = N D / 2.
+    """
+    chunk = max(256, LOGITS_BYTES[device_type] // (4 * vocab_size) // 128 * 128)
+    return max(chunk, -(-math.isqrt(kept // 2) // 128) * 128)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -202,7 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-        chunk = logits_chunk(len(weight), hidden.device.type)
+        keeps_parts = hidden.device.type == "cuda" and torch.compiler.is_compiling()
+        chunk = logits_chunk(len(weight), hidden.device.type, hidden.numel() if keeps_parts else 0)
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = (hidden[part] @ compute.T).float()  # (chunk, V)

@@ -217,7 +217,7 @@ def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int
                     train_to_the_end(ranks, now)
                     break
                 if number == 1 and (edge := _next_edge(run_dir)):
-                    finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=10)
+                    assert -9 in finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=10), "not killed"
                     continue
                 pids = start_training(ranks, now)
                 _wait(run_dir, pids[0], moments)
