@@ -14,6 +14,8 @@ from argparse import ArgumentError
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
+from data_prep import not_installed
+
 
 class Command(NamedTuple):
     """Where a command lives."""
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         getattr(importlib.import_module(home) if home else module, function)(options)
     except (ArgumentError, ValueError, OSError) as error:
         print(f"data-prep: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"data-prep: error: {not_installed(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("data-prep: interrupted; the same command goes on with what is left", file=sys.stderr)

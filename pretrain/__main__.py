@@ -8,6 +8,7 @@ Each command is a module of its own with `main(argv)`; only the one that is aske
 import importlib
 import sys
 
+from data_prep import not_installed
 from pretrain.imports import importing
 
 COMMANDS = {
@@ -33,8 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"pretrain: error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    with importing():
-        command = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        with importing():
+            command = importlib.import_module(COMMANDS[argv[0]][0])
+    except ModuleNotFoundError as error:
+        print(f"pretrain: error: {not_installed(error)}", file=sys.stderr)
+        return 2
     return command.main(argv[1:]) or 0
 
 

@@ -15,11 +15,21 @@ import dataclasses
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from data_prep.shard import write_atomically
-from pretrain.sections import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
+from pretrain.sections import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OpsConfig,
+    OptimConfig,
+    ParallelConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 
 def parse(
@@ -37,10 +47,12 @@ def parse(
 
     from pretrain.cli import Parser
 
-    parser = Parser(prog=prog, description=purpose)
+    read_yaml = jsonargparse.get_loader("yaml")
+    jsonargparse.set_loader("cria", lambda text: _spread_ops(read_yaml(text)), (yaml.YAMLError,))
+    parser = Parser(prog=prog, description=purpose, parser_mode="cria")
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args(_spread_ops_option(argv))
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type) and not isinstance(parsed[section.name], jsonargparse.Namespace):
             parser.error(f"{section.name} is {parsed[section.name]!r}; it must hold keys, or be left out")
@@ -52,6 +64,28 @@ def parse(
     config = Config(**values)
     check(config)
     return config
+
+
+def _spread_ops(loaded: Any) -> Any:
+    """`model: {ops: torch}` of a YAML file as the keys that it stands for (`OpsConfig.by`)."""
+    model = loaded.get("model") if isinstance(loaded, dict) else None
+    if isinstance(model, dict) and isinstance(model.get("ops"), str):
+        model["ops"] = OpsConfig.by(model["ops"])
+    return loaded
+
+
+def _spread_ops_option(argv: list[str]) -> list[str]:
+    """`--model.ops torch`, or `--model.ops=torch`, as the options that it stands for."""
+    spread: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, _, backend = word.partition("=")
+        if name == "--model.ops":
+            settings = OpsConfig.by(backend or next(words, "nothing"))
+            spread += [f"--model.ops.{operation}={by}" for operation, by in settings.items()]
+        else:
+            spread.append(word)
+    return spread
 
 
 def load(path: Path) -> Config:

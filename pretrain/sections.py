@@ -4,7 +4,7 @@ Functions elsewhere take their own section and never the whole tree. `pretrain.c
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,7 @@ class OpsConfig:
     """Which library computes each operation. auto takes the fastest that is installed and fits chip, type and compilation.
 
     What was taken stands in the log and in RUN_DIR/operations.json. What is asked for by name and cannot be had is an error.
+    `model.ops: torch` is short for torch in each that has it, and auto in the others.
     """
 
     attention: Literal["auto", "torch", "flash_attn", "xformers"] = "auto"
@@ -24,6 +25,19 @@ class OpsConfig:
     """Root-mean-square norms."""
     cross_entropy: Literal["auto", "torch", "flash_attn", "liger"] = "auto"
     """Output projection and loss. torch and liger never hold all logits; flash_attn does."""
+
+    @classmethod
+    def by(cls, backend: str) -> dict[str, str]:
+        """The settings that `model.ops: backend` stands for: `backend` for each operation that it has, auto for the others.
+
+        Raises:
+            ValueError: no operation has it.
+        """
+        known = {name: get_args(hint) for name, hint in get_type_hints(cls).items()}
+        if not any(backend in backends for backends in known.values()):
+            names = ", ".join(dict.fromkeys(name for backends in known.values() for name in backends))
+            raise ValueError(f"model.ops is {backend}; one word for all operations is one of {names}")
+        return {name: backend if backend in backends else "auto" for name, backends in known.items()}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import yaml
 from pretrain import config, plan
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate
+from pretrain.sections import OpsConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -66,6 +67,31 @@ def test_command_line_over_yaml_over_defaults() -> None:
     assert settings.train.max_steps == 77
     assert settings.model.hidden_size == yaml.safe_load(Path(demo).read_text())["model"]["hidden_size"]
     assert settings.optim.beta2 == config.OptimConfig().beta2
+
+
+def test_one_word_says_who_computes_all_operations(tmp_path: Path) -> None:
+    """A library that has only some of them leaves the others to auto; a file, an option, and a later option for one."""
+    demo = ["--config", str(ROOT / "configs" / "demo.yaml")]
+    file = tmp_path / "config.yaml"
+    everything = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    assert config.parse([*demo, "--model.ops", "auto"]).model.ops == OpsConfig()
+    assert set(dataclasses.astuple(config.parse([*demo, "--model.ops=torch"]).model.ops)) == {"torch"}
+    for backend, expected in {
+        "auto": OpsConfig(),
+        "liger": OpsConfig(swiglu="liger", rope="liger", rms_norm="liger", cross_entropy="liger"),
+        "flash_attn": OpsConfig(attention="flash_attn", rope="flash_attn", cross_entropy="flash_attn"),
+    }.items():
+        everything["model"]["ops"] = backend
+        file.write_text(yaml.safe_dump(everything))
+        assert config.load(file).model.ops == expected
+        assert config.parse([*demo, "--model.ops", backend]).model.ops == expected
+    but_one = config.parse(["--config", str(file), "--model.ops", "liger", "--model.ops.rope", "torch"])
+    assert but_one.model.ops == OpsConfig(swiglu="liger", rope="torch", rms_norm="liger", cross_entropy="liger")
+    everything["model"]["ops"] = "trch"
+    file.write_text(yaml.safe_dump(everything))
+    for wrong in (["--config", str(file)], [*demo, "--model.ops=trch"]):
+        with pytest.raises(ValueError, match=r"model.ops is trch; .* one of auto, torch, flash_attn, xformers, liger"):
+            config.parse(wrong)
 
 
 def test_tinyllama_is_the_whole_recipe() -> None:

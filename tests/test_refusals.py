@@ -6,6 +6,8 @@ import itertools
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from conftest import (
 
 from pretrain import cli, sections
 from pretrain.__main__ import main
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_begun_anew(
@@ -215,3 +219,15 @@ UNITS = (
     r"\((steps|seconds|hours|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
     r"|processes|threads|restarts|[Cc]heckpoints"
 )
+
+
+@pytest.mark.parametrize(("command", "module"), [("pretrain", "pretrain"), ("data-prep", "data_prep")])
+def test_without_its_packages_a_command_says_what_installs_them(command: str, module: str, tmp_path: Path) -> None:
+    """A Python that has none, as in a fresh clone."""
+    bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "]
+    bare[-1] += (
+        f"from {module}.__main__ import main; sys.exit(main(['{'train' if command == 'pretrain' else 'stats'}']))"
+    )
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"{command}: error: \w+ is not installed here; .*`make setup`.*\n", done.stderr)
