@@ -180,8 +180,8 @@ class Manifest:
         write_atomically(Path(directory) / MANIFEST_NAME, text.encode())
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Manifest:
-        """Read and check DIRECTORY/manifest.json and the size of every shard.
+    def load(cls, directory: str | os.PathLike[str], check_files: bool = True) -> Manifest:
+        """Read and check DIRECTORY/manifest.json and, unless another process of the same job does, the size of every shard.
 
         Raises FileNotFoundError without a manifest or a shard; ValueError for a manifest of another version, damaged,
         inconsistent or leading out of the folder, and for a shard too short for its tokens (reading on would end in
@@ -190,13 +190,13 @@ class Manifest:
         collected = gc.isenabled()
         gc.disable()  # none of some 60,000 shards is garbage, and looking for it would take a third of the time
         try:
-            return cls._load(Path(directory))
+            return cls._load(Path(directory), check_files)
         finally:
             if collected:
                 gc.enable()
 
     @classmethod
-    def _load(cls, directory: Path) -> Manifest:
+    def _load(cls, directory: Path, check_files: bool) -> Manifest:
         path = directory / MANIFEST_NAME
         try:
             raw = json.loads(path.read_bytes())
@@ -207,7 +207,8 @@ class Manifest:
             raise ValueError(f"{path} is not JSON ({error}): the file is damaged; prepare the dataset again") from None
         try:
             manifest = cls._from_json(raw)
-            manifest._check_files(directory)
+            if check_files:
+                manifest._check_files(directory)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a manifest that this version can read: {error}") from None
         except ValueError as error:

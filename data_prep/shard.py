@@ -171,10 +171,10 @@ class TokenDataset:
     at a time (60,000 shards exceed any limit on descriptors). Pickles, forks and serves several threads: no position is shared.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256) -> None:
-        """Open the dataset in `directory`; raises as Manifest.load does."""
+    def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256, check_files: bool = True) -> None:
+        """Open the dataset in `directory`; checks and raises as Manifest.load does."""
         self.directory = Path(directory)
-        self.manifest = Manifest.load(directory)
+        self.manifest = Manifest.load(directory, check_files)
         self.max_open_files = max_open_files
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens

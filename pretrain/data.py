@@ -11,6 +11,7 @@ and a run that starts at step 1,000,000 starts at once.
 """
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ class Source:
 def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
     """Open every source's manifests and check that they fit together and fit the model.
 
+    The first rank of a node asks for the sizes of all files, the others take its word: it is the same folder to them.
+
     Raises:
         FileNotFoundError: a folder has no manifest.
         ValueError: another tokenizer than the first source's, a vocabulary larger than the model's, another policy on
@@ -57,7 +60,7 @@ def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
 
 
 def _open(directory: str, seq_len: int, vocab_size: int) -> TokenDataset:
-    dataset = TokenDataset(Path(directory))
+    dataset = TokenDataset(Path(directory), check_files=os.environ.get("LOCAL_RANK", "0") == "0")
     tokenizer = dataset.manifest.tokenizer
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The order of the data: exact shares, coverage, disjointness, and nothing but its five arguments."""
 
+import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -257,6 +258,24 @@ def test_workers_do_not_change_the_order(datasets: Path) -> None:
     assert len(straight) == 18
     assert read(2, 1) == straight
     assert read(2, 6) == straight[10:]
+
+
+def test_one_rank_of_a_node_asks_for_the_sizes_of_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it finds wrong ends the job; a file that is cut short later is an error for whoever reads it."""
+    source = SourceConfig("a", str(write_dataset(tmp_path / "d", 3_000, 3)))
+    shard = tmp_path / "d" / TokenDataset(tmp_path / "d").manifest.shards[0].path
+    os.truncate(shard, shard.stat().st_size - 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="cut short"):
+        data.open_sources(DataConfig(seq_len=32, sources=[source]), VOCAB_SIZE)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    asked: list[object] = []
+    with monkeypatch.context() as counted:
+        counted.setattr(os, "lstat", asked.append)
+        (opened,) = data.open_sources(DataConfig(seq_len=32, sources=[source]), VOCAB_SIZE)
+    assert not asked
+    with pytest.raises(OSError, match="cut short"):
+        opened.train.sequences(np.arange(opened.train.num_sequences(32)), 32)
 
 
 def test_validation_counts_each_sequence_once_on_any_number_of_ranks(datasets: Path) -> None:

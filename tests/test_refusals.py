@@ -3,11 +3,14 @@
 import ast
 import inspect
 import itertools
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,23 @@ def test_the_first_rank_speaks_for_all(
     assert waited == [cli.PATIENCE_S]
     assert said["0"].startswith("pretrain train: error: ")
     assert said["1"] == f"rank 1 on {socket.gethostname()}: {said['0']}"
+
+
+def test_a_rank_that_waits_for_the_first_leaves_in_silence_when_the_launcher_ends_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pretrain", "bench", "--config", str(tmp_path / "nowhere.yaml")]
+    environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    waiting = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    status = Path(f"/proc/{waiting.pid}/status")
+    while waiting.poll() is None and not _catches(status, signal.SIGTERM):
+        time.sleep(0.01)
+    waiting.terminate()
+    output, _ = waiting.communicate(timeout=60)
+    assert (waiting.returncode, output) == (2, "")
+
+
+def _catches(status: Path, number: signal.Signals) -> bool:
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)  # type: ignore[index]
+    return bool(caught >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(
