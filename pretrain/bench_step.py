@@ -123,6 +123,7 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         "world_size": world_size,
         "device": parallel.device_name(device),
         "flops_per_token": run.flops_per_token,
+        "backends": {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices},
     }
 
 

@@ -6,19 +6,17 @@ One setting after the other, the best kept: not every combination. Each is a `pr
 one that runs out of memory is a row of the table and touches no other.
 """
 
-import dataclasses
-import importlib.util
 import tempfile
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain import bench_result, config
+from pretrain import backends, bench_result, config
 from pretrain.bench_result import Result, Row
 from pretrain.bench_rows import Budget, Child, bench_command
+from pretrain.sections import OpsConfig
 
 SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
 """A row is not begun with less time left (seconds)."""
@@ -30,6 +28,11 @@ GAIN = 1.01
 RECOMPUTE = ("none", "elementwise", "mlp")
 """What `parallel.recompute` knows, from the least to the most."""
 
+AS_CONFIGURED = "as configured"
+
+ANY_GPU = (8, 0)
+"""A compute capability that every library can do with: what it refuses then, it refuses for the configuration's sake."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -38,7 +41,7 @@ class Point:
     micro_batch_size: int
     compile: bool
     operations: str
-    """A key of `Sweep.operations`."""
+    """A library that computes what it can of them, or `AS_CONFIGURED`."""
     checkpointing: int
     recompute: str = "none"
 
@@ -46,7 +49,7 @@ class Point:
     def name(self) -> str:
         """How the row is called."""
         kind = "compiled" if self.compile else "eager"
-        extras = [f"operations {self.operations}"] if self.operations != "as configured" else []
+        extras = [f"operations {self.operations}"] if self.operations != AS_CONFIGURED else []
         extras += [f"checkpointing every {self.checkpointing}"] if self.checkpointing else []
         extras += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         return ", ".join([f"micro-batch {self.micro_batch_size} {kind}", *extras])
@@ -75,31 +78,26 @@ class Sweep:
     def __init__(self, args: Any, settings: config.Config, keys: list[str], scratch: Path):
         self._args, self._settings, self._keys, self._scratch = args, settings, keys, scratch
         self._budget = Budget(args.budget_s)
-        self.operations = {"as configured": [], **_operations(settings)}
         self.tried: dict[Point, Row] = {}
 
     def best(self) -> Point | None:
         """Go along one setting after the other; None where nothing fits."""
         settings = self._settings
-        checkpointing = getattr(settings.parallel, "activation_checkpointing", None)
-        recompute = getattr(settings.parallel, "recompute", None)
+        checkpointing, recompute = settings.parallel.activation_checkpointing, settings.parallel.recompute
         start = Point(
-            settings.train.micro_batch_size,
-            settings.parallel.compile,
-            "as configured",
-            checkpointing or 0,
-            recompute or "none",
+            settings.train.micro_batch_size, settings.parallel.compile, AS_CONFIGURED, checkpointing, recompute
         )
         best = self._best_micro_batch(start)
         best = self._faster(best, replace(best, compile=not best.compile))
-        for operations in self.operations:
-            best = self._faster(best, replace(best, operations=operations))
-        for part in RECOMPUTE if recompute is not None else ():
+        for library in _libraries(settings):
+            other = replace(best, operations=library)
+            if self._computes_otherwise(other, self.tried[best]):
+                best = self._faster(best, other)
+        for part in RECOMPUTE:
             if part != recompute:
                 best = self._faster(best, self._best_micro_batch(replace(best, recompute=part)))
-        if checkpointing is not None:
-            other = replace(best, checkpointing=0 if checkpointing else 1, recompute="none")
-            best = self._faster(best, self._best_micro_batch(other))
+        other = replace(best, checkpointing=0 if checkpointing else 1, recompute="none")
+        best = self._faster(best, self._best_micro_batch(other))
         return best if self._speed(best) > 0 else None
 
     def _best_micro_batch(self, point: Point) -> Point:
@@ -128,12 +126,31 @@ class Sweep:
     def keys(self, point: Point) -> list[str]:
         """The keys of the configuration that set it."""
         keys = ["--train.micro_batch_size", str(point.micro_batch_size)]
-        keys += ["--parallel.compile", str(point.compile).lower(), *self.operations[point.operations]]
-        if hasattr(self._settings.parallel, "activation_checkpointing"):
-            keys += ["--parallel.activation_checkpointing", str(point.checkpointing)]
-        if hasattr(self._settings.parallel, "recompute"):
-            keys += ["--parallel.recompute", point.recompute]
-        return keys
+        keys += ["--parallel.compile", str(point.compile).lower()]
+        keys += [part for name in self._taken(point) for part in (f"--model.ops.{name}", point.operations)]
+        keys += ["--parallel.activation_checkpointing", str(point.checkpointing)]
+        return [*keys, "--parallel.recompute", point.recompute]
+
+    def _taken(self, point: Point) -> list[str]:
+        """The operations that the point's library computes: all that it has and the configuration allows it."""
+        library, parallel = point.operations, self._settings.parallel
+        if library == AS_CONFIGURED:
+            return []
+        situation = backends.Situation(
+            ANY_GPU,
+            torch.float32 if parallel.precision == "fp32" else torch.bfloat16,
+            self._settings.model.head_dim,
+            point.compile,
+            self._settings.data.intra_document,
+            parallel.precision == "fp8",
+        )
+        having = [name for name, backend in OpsConfig.by(library).items() if backend == library]
+        return [name for name in having if backends.obstacle(name, library, situation) is None]
+
+    def _computes_otherwise(self, point: Point, row: Row) -> bool:
+        """Whether the point computes anything by another library than `row` did."""
+        before = row.get("backends", {})
+        return any(before.get(name) != point.operations for name in self._taken(point))
 
     def _time(self, point: Point) -> Row:
         wanted = self._args.rows
@@ -153,20 +170,8 @@ class Sweep:
         return Child(bench_command(options, args.ranks), out, self._budget.left()).row()
 
 
-def _operations(settings: config.Config) -> dict[str, list[str]]:
-    """For each library that computes operations and is installed: the keys that take it wherever it has one."""
-    section = getattr(settings.model, "ops", None)
-    if section is None:
-        return {}
-    hints = typing.get_type_hints(type(section))
-    choices = {f.name: set(typing.get_args(hints[f.name])) for f in dataclasses.fields(section)}
-    libraries = {"torch": "torch"}
-    if settings.parallel.accelerator != "cpu" and torch.cuda.is_available():
-        libraries |= {"liger": "liger_kernel", "flash_attn": "flash_attn"}
-    return {
-        library: [
-            part for name, known in choices.items() if library in known for part in (f"--model.ops.{name}", library)
-        ]
-        for library, module in libraries.items()
-        if importlib.util.find_spec(module) is not None
-    }
+def _libraries(settings: config.Config) -> list[str]:
+    """Those that are installed; on a CPU there is PyTorch alone."""
+    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+    others = [name for name in ("liger", "flash_attn", "xformers") if backends.installed(name)] if on_gpu else []
+    return ["torch", *others]

@@ -236,9 +236,11 @@ def _again(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return recomputed
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Llama:
     """The model inside Fabric's wrapper."""
-    return getattr(model, "module", model)
+    inside = getattr(model, "module", model)
+    assert isinstance(inside, Llama)
+    return inside
 
 
 def leave() -> None:

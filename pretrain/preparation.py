@@ -22,7 +22,7 @@ from torch import nn
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
 from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks, scheduler
 from pretrain.lock import Lock
-from pretrain.model import Llama, fill, num_parameters
+from pretrain.model import fill, num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
 from pretrain.trainer import Begun, Run
@@ -290,7 +290,6 @@ def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> 
         return
     shape, weights = hf.load(source)
     _check_shape(source, shape.shape(), expected)
-    assert isinstance(model, Llama)
     for name, parameter in model.named_parameters():
         fill(parameter, weights[name].float())
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import pretrain
 from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
-from pretrain.model import Llama, num_parameters
+from pretrain.model import num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.saver import Saver
@@ -211,9 +211,7 @@ def _log_start(run: Run, display: Display) -> None:
     parameters, _ = num_parameters(settings.model)
     tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
     device = parallel.device_name(run.fabric.device)
-    model = parallel.unwrap(run.model)
-    assert isinstance(model, Llama)
-    operations = model.operations.choices
+    operations = parallel.unwrap(run.model).operations.choices
     record = {
         "world_size": run.fabric.world_size,
         "device": device,

@@ -187,7 +187,11 @@ def test_a_sweep_under_torchrun_is_refused(settings: Path, monkeypatch: pytest.M
 
 
 def search(
-    settings: Path, tmp_path: Path, speed: "dict | None" = None, fits: int = 16
+    settings: Path,
+    tmp_path: Path,
+    speed: "dict | None" = None,
+    fits: int = 16,
+    backends: "dict[str, str] | None" = None,
 ) -> tuple[bench_sweep.Sweep, Point | None]:
     """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it."""
 
@@ -202,7 +206,7 @@ def search(
             tokens *= 0.8 if point.checkpointing else 1.0
             tokens *= {"none": 1.0, "elementwise": 0.99, "mlp": 0.85}[point.recompute]
             tokens *= (speed or {}).get(point.operations, 1.0)
-            return {"problem": None, "tokens_per_sec_per_gpu": tokens}
+            return {"problem": None, "tokens_per_sec_per_gpu": tokens, "backends": backends or {}}
 
     args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
     machine = Machine(args, config.load(settings), [], tmp_path)
@@ -211,6 +215,7 @@ def search(
 
 def test_the_sweep_finds_the_best_that_fits(settings: Path, tmp_path: Path) -> None:
     machine, best = search(settings, tmp_path, {"torch": 1.1})
+    assert {point.operations for point in machine.tried} == {"as configured", "torch"}
     assert best is not None
     assert (best.micro_batch_size, best.compile, best.operations, best.checkpointing) == (16, True, "torch", 0)
     assert any(row["problem"] for row in machine.tried.values())  # 32 was tried
@@ -220,6 +225,22 @@ def test_the_sweep_finds_the_best_that_fits(settings: Path, tmp_path: Path) -> N
     assert keys[keys.index("--parallel.compile") + 1] == "true"
     assert keys[keys.index("--model.ops.attention") + 1] == "torch"
     config.parse(["--config", str(settings), "--train.global_batch_size", "16", *keys])  # they are keys
+
+
+def test_the_sweep_times_no_library_twice(settings: Path, tmp_path: Path) -> None:
+    """What auto takes already is no other point; and nothing is asked of a library that it refuses in any case."""
+    everything = dict.fromkeys(("attention", "swiglu", "rope", "rms_norm", "cross_entropy"), "torch")
+    machine, _ = search(settings, tmp_path, {"torch": 1.1}, backends=everything)
+    assert {point.operations for point in machine.tried} == {"as configured"}
+    machine, _ = search(settings, tmp_path, {"torch": 1.1}, backends={**everything, "rope": "liger"})
+    assert {point.operations for point in machine.tried} == {"as configured", "torch"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_sweep.backends, "installed", lambda backend: "0.8.5")
+        eager = machine.keys(Point(8, False, "liger", 0))
+        compiled = machine.keys(Point(8, True, "liger", 0))
+    assert "--model.ops.cross_entropy" in eager
+    assert "--model.ops.cross_entropy" not in compiled, "it would break the graph"
+    assert set(eager) - set(compiled) == {"--model.ops.cross_entropy", "false"}
 
 
 def test_the_sweep_goes_down_until_it_fits(settings: Path, tmp_path: Path) -> None:
