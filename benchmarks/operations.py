@@ -65,8 +65,8 @@ def main() -> int:
                 print(f"{precision}  {field} {library}: not tried: {problem}")
                 continue
             settings = dataclasses.replace(OpsConfig(**{f: "torch" for f, _ in _choices()}), **{field: library})
-            operations = backends.choose(dataclasses.replace(SHAPE, ops=settings), situation)
             try:
+                operations = backends.choose(dataclasses.replace(SHAPE, ops=settings), situation)
                 off = _errors(gradients(operations, dtype, device), exact)
             except Exception as error:  # one library's failure must not hide the others'
                 wrong, tried = wrong + 1, tried + 1

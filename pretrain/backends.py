@@ -8,10 +8,11 @@ documentation, and measurements of this model (compiled PyTorch is faster than h
 """
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -65,6 +66,24 @@ def installed(backend: str) -> str | None:
         return "0+unknown"
 
 
+@lru_cache
+def unloadable(backend: str) -> str | None:
+    """Why a library that is installed cannot be used all the same: it was compiled for another PyTorch or CUDA."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it says so too, in six lines
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except (ImportError, OSError) as error:
+        problem = str(error).splitlines()[0]
+    else:
+        if getattr(module, "_has_cpp_library", True):  # xformers can be imported without
+            return None
+        problem = "its compiled part cannot be loaded"
+    return (
+        f"{PACKAGES[backend]} {installed(backend)} was not compiled for PyTorch {torch.__version__} ({problem}): "
+        + INSTALL[backend]
+    )
+
+
 def obstacle(operation: str, backend: str, situation: Situation) -> str | None:
     """Why `backend` cannot do `operation` here, with the remedy; None where it can."""
     if backend == "torch":
@@ -77,7 +96,7 @@ def obstacle(operation: str, backend: str, situation: Situation) -> str | None:
     if situation.capability < (8, 0):
         return f"it needs compute capability 8.0 or later, and this GPU has {'.'.join(map(str, situation.capability))}"
     rule = _RULES.get((operation, backend))
-    return rule(situation, found) if rule is not None else None
+    return (rule(situation, found) if rule is not None else None) or unloadable(backend)
 
 
 def _flash_attention(s: Situation, found: str) -> str | None:
@@ -106,9 +125,9 @@ def _xformers_swiglu(s: Situation, found: str) -> str | None:
     return "it multiplies by itself, not in float8: set parallel.precision to bf16" if s.float8 else None
 
 
-def _liger_cross_entropy(s: Situation, found: str) -> str | None:
+def _cross_entropy(s: Situation, found: str) -> str | None:
     return (
-        "it waits for the device, which breaks a compiled graph: use torch, or parallel.compile false"
+        "its wrapper asks the device, or for an address, which breaks a compiled graph: use torch, or parallel.compile false"
         if s.compiled
         else None
     )
@@ -119,7 +138,8 @@ _RULES: dict[tuple[str, str], Callable[[Situation, str], str | None]] = {
     ("attention", "xformers"): _documents_on_the_host,
     ("rope", "flash_attn"): _flash_rope,
     ("swiglu", "xformers"): _xformers_swiglu,
-    ("cross_entropy", "liger"): _liger_cross_entropy,
+    ("cross_entropy", "flash_attn"): _cross_entropy,
+    ("cross_entropy", "liger"): _cross_entropy,
 }
 
 
@@ -194,10 +214,10 @@ _MADE: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
 
 
 def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) -> Operations:
-    """The functions for `choices`; on a GPU PyTorch's attention is bound to the one kernel that was seen to work there.
+    """The functions for `choices`; on a GPU, with an attention that was seen to work there.
 
     Raises:
-        ValueError: no fused attention of PyTorch's works on this GPU.
+        ValueError: the attention that was asked for, or each of PyTorch's fused ones, fails on this GPU.
     """
     functions: dict[str, Callable[..., Any]] = {}
     named = []
@@ -206,11 +226,17 @@ def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) 
         if choice.operation == "attention" and choice.backend == "torch":
             bound, choice = _torch_attention(choice, situation, shape)
             functions |= bound
+        elif choice.operation == "attention":
+            if choice.backend == "xformers":
+                functions["attention"] = partial(kernels.xformers_attention, causal_mask=kernels.xformers_causal_mask())
+            if problem := _refusal(functions["attention"], functions["document_mask"], situation, shape):
+                raise ValueError(f"model.ops.attention is {choice.backend}: {problem}; use torch")
         named.append(choice)
     return Operations(**functions, choices=tuple(named))  # type: ignore[arg-type]
 
 
 def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[dict[str, Callable[..., Any]], Choice]:
+    """Bound to the one kernel, the fastest that was seen to work here."""
     if s.capability is None:
         return {}, replace(choice, kernel="SDPA of the CPU" + (", block-diagonal mask" if s.documents else ""))
     if s.documents and s.compiled:
@@ -219,11 +245,12 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
         )
     refused: list[str] = []
     for kernel in sdpa_order(s):
-        problem = _refusal(kernel, s, shape)
+        attention = partial(ops.attention, kernel=kernel)
+        problem = _refusal(attention, ops.document_mask, s, shape)
         if problem is None:
             name = f"SDPA {kernel.name.removesuffix('_ATTENTION').lower()}"
             why = choice.why + "".join(f"; {text}" for text in refused)
-            return {"attention": partial(ops.attention, kernel=kernel)}, replace(choice, kernel=name, why=why)
+            return {"attention": attention}, replace(choice, kernel=name, why=why)
         refused.append(f"not {kernel.name.removesuffix('_ATTENTION').lower()}: {problem}")
     raise ValueError(
         f"PyTorch has no fused attention for heads of {s.head_dim} features in {_name(s.dtype)} on this GPU: {'; '.join(refused)}"
@@ -239,21 +266,29 @@ def sdpa_order(s: Situation) -> tuple[SDPBackend, ...]:
     return (cudnn, flash, efficient) if s.capability >= (9, 0) else (flash, efficient)
 
 
-def _refusal(kernel: SDPBackend, s: Situation, shape: ModelConfig) -> str | None:
-    """Try a kernel forward and backward on the current GPU; what it says where it does not work."""
+def _refusal(
+    attention: Callable[..., torch.Tensor], make_mask: Callable[..., Any], s: Situation, shape: ModelConfig
+) -> str | None:
+    """Try it forward and backward on the current GPU; what it says where it does not work."""
     T = 128
     q, k, v = (
         torch.randn(1, heads, T, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True)
         for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     )
-    mask = ops.document_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None
+    mask = make_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            ops.attention(q, k, v, causal=True, mask=mask, kernel=kernel).sum().backward()
+            attention(q, k, v, causal=True, mask=mask).sum().backward()
     except RuntimeError as error:
-        reasons = _reasons(str(line.message) for line in said) if "No available kernel" in str(error) else []
-        return "; ".join(reasons) or str(error).strip().splitlines()[0]
+        first, *more = str(error).strip().splitlines() or [repr(error)]
+        if "No available kernel" in first:
+            more = _reasons(str(line.message) for line in said)
+        elif isinstance(error, NotImplementedError):  # of xformers: what it got, then why each of its kernels cannot
+            more = [line.strip() for line in more if line.startswith("    ") and " : " not in line]
+        else:
+            more = []
+        return "; ".join(dict.fromkeys(more)) or first
     return None
 
 

@@ -57,18 +57,26 @@ def flash_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss:
 # --- xformers: attention by FlashAttention or CUTLASS; the fused SwiGLU of its versions before 0.0.34 -----------------
 
 
-def xformers_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = None) -> Tensor:
-    """`ops.attention`; mask: of `xformers_document_mask`."""
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+def xformers_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = None, causal_mask: Any = None
+) -> Tensor:
+    """`ops.attention`; mask: of `xformers_document_mask`; causal_mask: of `xformers_causal_mask`."""
+    from xformers.ops import memory_efficient_attention
 
     if k.shape[1] != q.shape[1]:  # its layout for shared heads has no backward
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, d)
     if mask is None:
-        bias = LowerTriangularMask() if causal else None
-        return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+        return memory_efficient_attention(q, k, v, attn_bias=causal_mask if causal else None).transpose(1, 2)
     flat = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, B * T, H, d)
     return memory_efficient_attention(*flat, attn_bias=mask).view(q.shape).transpose(1, 2)
+
+
+def xformers_causal_mask() -> Any:
+    """Made beforehand: a compiler cannot follow how."""
+    from xformers.ops import LowerTriangularMask
+
+    return LowerTriangularMask()
 
 
 def xformers_document_mask(document: Tensor) -> Any:

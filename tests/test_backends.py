@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,23 @@ A100, H100, T4 = (8, 0), (9, 0), (7, 5)
 EVERYTHING = {"flash_attn": "2.8.3", "xformers": "0.0.33.post2", "liger": "0.8.5", "torchao": "0.18.0"}
 
 
+XFORMERS_SAYS = """No operator found for `memory_efficient_attention_backward` with inputs:
+     query       : shape=(1, 128, 32, 264) (torch.bfloat16)
+     p           : 0.0
+`fa3B@0.0.0` is not supported because:
+    requires device with capability > (9, 0) but your GPU has capability (8, 0) (too old)
+    max(query.shape[-1], value.shape[-1]) > 256
+`fa2B@2.8.3` is not supported because:
+    max(query.shape[-1], value.shape[-1]) > 256"""
+"""How a refusal of its reads."""
+
+
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """What counts as installed; a test takes out of it, or changes it."""
     found: dict[str, str | None] = dict(EVERYTHING)
     monkeypatch.setattr(backends, "installed", found.get)
+    monkeypatch.setattr(backends, "unloadable", lambda backend: None)
     return found
 
 
@@ -81,6 +95,7 @@ def test_a_gpu_never_gets_attention_that_holds_all_scores() -> None:
         ("swiglu", "xformers", on(A100), "0.0.34", "no fused SwiGLU any more; the last that has is 0.0.33.post2"),
         ("swiglu", "xformers", on(A100, float8=True), "0.0.33.post2", "not in float8"),
         ("cross_entropy", "liger", on(A100, compiled=True), "0.8.5", "parallel.compile false"),
+        ("cross_entropy", "flash_attn", on(A100, compiled=True), "2.8.3", "parallel.compile false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_an_error_with_the_remedy(
@@ -89,6 +104,67 @@ def test_what_cannot_be_had_is_an_error_with_the_remedy(
     versions[backend] = version
     with pytest.raises(ValueError, match=f"model.ops.{operation} is {backend}: .*{problem}"):
         chosen(situation, **{operation: backend})
+
+
+LIBRARIES = {
+    "flash_attn": "import torch\nimport flash_attn_2_cuda",
+    "xformers": "_has_cpp_library = False",
+    "liger_kernel": "",
+}
+"""Modules as they are where flash-attn and xformers were compiled for another PyTorch."""
+
+
+@pytest.fixture
+def compiled_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = {name: sys.modules.pop(name, None) for name in LIBRARIES}
+    for name, text in LIBRARIES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "flash_attn_2_cuda.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda\\nand so on')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backends, "unloadable", backends.unloadable.__wrapped__)
+    monkeypatch.setattr(backends, "version", lambda package: "9.9")
+    yield
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        sys.modules.update({name: module} if module else {})
+
+
+def test_what_was_compiled_for_another_pytorch_is_refused(compiled_for_another: None) -> None:
+    for backend, problem in (("flash_attn", "undefined symbol: _ZN3c104cuda"), ("xformers", "cannot be loaded")):
+        said = obstacle("attention", backend, on(A100))
+        assert said is not None
+        assert f"9.9 was not compiled for PyTorch {torch.__version__}" in said
+        assert problem in said
+        assert "pip install" in said
+        assert "\n" not in said
+    assert obstacle("rms_norm", "liger", on(A100)) is None
+    (attention, *_) = decide(OpsConfig(), on(A100, documents=True))
+    assert attention.backend == "torch"
+    assert "not flash_attn: flash-attn 9.9 was not compiled" in attention.why
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA"),
+            "CUDA error: no .*",
+        ),
+        (NotImplementedError(XFORMERS_SAYS), "requires device with capability > .*; max\\(.*\\) > 256"),
+    ],
+)
+def test_an_attention_that_fails_on_this_gpu_is_refused_before_the_first_step(
+    versions: dict, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        raise error
+
+    on_cpu = {"device": "cpu", "requires_grad": True}
+    randn = torch.randn
+    monkeypatch.setattr(backends.torch, "randn", lambda *shape, **_: randn(*shape, **on_cpu))
+    monkeypatch.setitem(backends._MADE, ("attention", "flash_attn"), {"attention": fails, "document_mask": fails})
+    with pytest.raises(ValueError, match=f"model.ops.attention is flash_attn: {expected}; use torch$"):
+        backends.choose(ModelConfig(ops=OpsConfig(attention="flash_attn")), on(A100))
 
 
 def test_what_can_be_had_is_taken_as_asked(versions: dict) -> None:
