@@ -54,6 +54,8 @@ class Situation:
     """Whether attention stays within documents, and positions start anew in each."""
     float8: bool = False
     """Whether the linear layers compute in float8."""
+    deterministic: bool = False
+    """Whether every run is to give the same bits."""
 
 
 def installed(backend: str) -> str | None:
@@ -113,6 +115,12 @@ def _documents_on_the_host(s: Situation, found: str) -> str | None:
     return None
 
 
+def _xformers_attention(s: Situation, found: str) -> str | None:
+    if s.deterministic and s.compiled:
+        return "its deterministic kernel cannot be compiled: use torch, or parallel.compile false"
+    return _documents_on_the_host(s, found)
+
+
 def _flash_rope(s: Situation, found: str) -> str | None:
     return "its table has one position for all sequences: not with data.intra_document" if s.documents else None
 
@@ -135,7 +143,7 @@ def _cross_entropy(s: Situation, found: str) -> str | None:
 
 _RULES: dict[tuple[str, str], Callable[[Situation, str], str | None]] = {
     ("attention", "flash_attn"): _flash_attention,
-    ("attention", "xformers"): _documents_on_the_host,
+    ("attention", "xformers"): _xformers_attention,
     ("rope", "flash_attn"): _flash_rope,
     ("swiglu", "xformers"): _xformers_swiglu,
     ("cross_entropy", "flash_attn"): _cross_entropy,
@@ -280,6 +288,7 @@ def _refusal(
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             attention(q, k, v, causal=True, mask=mask).sum().backward()
+            torch.cuda.synchronize()  # a kernel's failure is heard of late
     except RuntimeError as error:
         first, *more = str(error).strip().splitlines() or [repr(error)]
         if "No available kernel" in first:

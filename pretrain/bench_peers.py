@@ -53,17 +53,17 @@ class Variant:
 LIGER = {"liger": {"fused_linear_cross_entropy": True}}
 
 VARIANTS = (
-    Variant("transformers (eager)", "transformers", "transformers", default=True),
+    Variant("litgpt (compiled)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128}, default=True),
+    Variant("torchtitan (compiled)", "torchtitan", "torchtitan", {"compile": True}),
     Variant("transformers (compiled)", "transformers", "transformers", {"compile": True}),
+    Variant("transformers (Liger)", "transformers", "transformers", LIGER, triton=True),
+    Variant("stand-in for TinyLlama's code", "tinyllama", "transformers", default=True, triton=True),
     # Traced whole, it cannot leave out the causal mask, and SDPA cannot take its fastest way.
     Variant("transformers (compiled by layer)", "transformers", "transformers", {"compile": "layers"}),
-    Variant("transformers (Liger)", "transformers", "transformers", LIGER, triton=True),
-    Variant("litgpt (compiled)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128}, default=True),
     Variant("litgpt (compiled; loss in one piece)", "litgpt", "litgpt", {"compile": True, "chunk_size": 0}),
-    Variant("litgpt (eager; loss in one piece)", "litgpt", "litgpt", {"chunk_size": 0}, cpu_only=True),
-    Variant("torchtitan (compiled)", "torchtitan", "torchtitan", {"compile": True}),
+    Variant("transformers (eager)", "transformers", "transformers", default=True),
     Variant("torchtitan (eager)", "torchtitan", "torchtitan", default=True),
-    Variant("stand-in for TinyLlama's code", "tinyllama", "transformers", default=True, triton=True),
+    Variant("litgpt (eager; loss in one piece)", "litgpt", "litgpt", {"chunk_size": 0}, cpu_only=True),
 )
 """The most telling first: a budget may end before the last."""
 

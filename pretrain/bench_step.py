@@ -84,7 +84,10 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     micro_batches = trainer.make_loader(run)
     timer = bench_timing.Timer(device, timing.in_turns)
     losses = []
-    for _ in timer.steps(timing.warmup, timed=False):
+    for step in timer.steps(timing.warmup, timed=False):
+        if step == timing.warmup - 1:  # behind the compilation
+            run.clock.pause()
+            run.clock.reset()
         losses.append(trainer.optimizer_step(run, micro_batches).loss)
     run.clock.pause()
     _say_how_long(run, timing)
@@ -129,11 +132,11 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
 
 def _say_how_long(run: trainer.Run, timing: Timing) -> None:
     """A step of millions of tokens on one GPU takes half a minute; nobody should have to guess."""
-    seconds = run.clock.train_s / run.clock.steps  # with the compilation
+    seconds = run.clock.train_s / run.clock.steps
     if seconds * timing.steps > 60:
         run.fabric.print(
-            f"the first {timing.warmup} steps took {seconds:.1f} s each, {run.grad_accum_steps} micro-steps; {timing.steps} more "
-            "follow. For a quick look: --grad_accum_steps 1"
+            f"a step of {run.grad_accum_steps} micro-steps takes {seconds:.1f} s; {timing.steps} more follow. For a quick look: "
+            "--grad_accum_steps 1"
         )
 
 

@@ -143,6 +143,7 @@ class Sweep:
             point.compile,
             self._settings.data.intra_document,
             parallel.precision == "fp8",
+            self._settings.train.deterministic,
         )
         having = [name for name, backend in OpsConfig.by(library).items() if backend == library]
         return [name for name in having if backends.obstacle(name, library, situation) is None]

@@ -187,6 +187,7 @@ def choose_operations(
         compiled=parallel.compile,
         documents=intra_document,
         float8=parallel.precision == "fp8",
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return backends.choose(config, situation)
 

@@ -7,6 +7,7 @@ Random token ids, the configuration's width, micro-batch, precision and compile;
 what the model says. On a GPU time and peak memory are measured; on a CPU time only.
 """
 
+import gc
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -138,6 +139,7 @@ def _measure(fabric: Fabric, settings: config.Config, alone: config.ParallelConf
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated(fabric.device) if cuda else 0
     del run
+    gc.collect()  # a compiled model refers to itself
     if cuda:
         torch.cuda.empty_cache()
     return median(seconds[WARM_UP:]), float(peak)

@@ -45,14 +45,14 @@ class Saver:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None]):
         """`say` is told, on rank 0, what was saved and what could not be; it may be called from another thread."""
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_initialized()  # by this run: a GPU that it leaves alone is none of its business
         self._folder = run_dir / "checkpoints"
         self._config = config
         self._say = say if ranks.rank() == 0 else lambda line: None
         self._group = dist.new_group(backend="gloo", timeout=ranks.TIMEOUT) if dist.is_initialized() else None
         # Not DefaultStager: torch 2.11's throws its buffers away after a copy, and then fails at the next.
         self._stager = StateDictStager(pin_memory=cuda)
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        device = torch.cuda.current_device() if cuda else None
         self._thread = futures.ThreadPoolExecutor(1, "saver", initializer=_use_device, initargs=(device,))
         self._pending: futures.Future[str | None] | None = None
         self._signs = 0
@@ -72,7 +72,7 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
-        cuda = torch.cuda.is_available()
+        cuda = next(model.parameters()).is_cuda
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
         if cuda:
             torch.cuda.synchronize()  # the copies are done

@@ -94,6 +94,7 @@ def test_a_gpu_never_gets_attention_that_holds_all_scores() -> None:
         ("rope", "flash_attn", on(A100, documents=True), "2.8.3", "not with data.intra_document"),
         ("swiglu", "xformers", on(A100), "0.0.34", "no fused SwiGLU any more; the last that has is 0.0.33.post2"),
         ("swiglu", "xformers", on(A100, float8=True), "0.0.33.post2", "not in float8"),
+        ("attention", "xformers", on(A100, compiled=True, deterministic=True), "0.0.35", "parallel.compile false"),
         ("cross_entropy", "liger", on(A100, compiled=True), "0.8.5", "parallel.compile false"),
         ("cross_entropy", "flash_attn", on(A100, compiled=True), "2.8.3", "parallel.compile false"),
     ],

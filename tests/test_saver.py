@@ -81,6 +81,8 @@ def test_the_savers_thread_uses_the_ranks_device(tmp_path: Path, monkeypatch: py
     chosen: list[tuple[int, str]] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    stager = saver.StateDictStager  # type: ignore[attr-defined]
+    monkeypatch.setattr(saver, "StateDictStager", lambda pin_memory: stager())
     monkeypatch.setattr(torch.cuda, "set_device", lambda n: chosen.append((n, threading.current_thread().name)))
     writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
     writer.save(5, *make_state(3), {"step": 5})
