@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_folder import HEADS, TINY, make_model, shape, weights_of, write_run, write_tokenizer
+from hf_folder import HEADS, TINY, make_model, shape, weights_of, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pretrain import config, export, hf
+from pretrain import hf
 from pretrain.folder import MARK, staged
 from pretrain.sections import ModelConfig
 
@@ -324,81 +324,3 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, tokenizer: Path
         staged(tmp_path / "o", {}) as s,
     ):
         hf.write(s, TINY, halves, tokenizer)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_exports_the_newest_or_the_named_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved = write_run(tmp_path / "run", TINY)
-    export.main([str(tmp_path / "run"), "--out", str(tmp_path / "new"), "--check"])
-    assert "step 10, " in (said := capsys.readouterr().out)
-    assert "transformers agrees" in said
-    export.main([str(tmp_path / "run"), "--out", str(tmp_path / "old"), "--step", "9", "--dtype", "bfloat16"])
-    for name, step, dtype in (("new", 10, torch.float32), ("old", 9, torch.bfloat16)):
-        read_config, weights = hf.load(tmp_path / name)
-        assert read_config == config.load(tmp_path / "run" / "config.yaml").model == TINY
-        for key, tensor in weights_of(saved[step]).items():
-            assert hf.same_bits(weights[key], tensor.to(dtype)), key
-
-
-def test_check_refuses_what_transformers_computes_otherwise(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "out", TINY, tokenizer)
-    assert export.compare_with_transformers(tmp_path / "out") < 1e-5
-    wrong = make_model(TINY)
-    wrong.model.rope = wrong.model.rope.roll(1, dims=1)
-    monkeypatch.setattr(hf, "load_model", lambda *_: wrong)
-    with pytest.raises(ValueError, match="logits differ"):
-        export.compare_with_transformers(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["{run}", "--out", "{new}", "--step", "8"], "no checkpoint of step 8; it keeps: 9, 10"),
-        (["{run}/checkpoints", "--out", "{new}"], "no config.yaml"),
-        (["{run}", "--out", "{run}"], "Cria did not put there"),
-        (["{run}", "--out", "{new}", "--dtype", "int8"], "bfloat16"),
-        (["{run}"], "out"),
-        (["{run}", "--out", "{new}", "--steps", "9"], "did you mean step?"),
-    ],
-)
-def test_mistakes_are_one_line_and_status_2(
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-    run: Path,
-    arguments: list[str],
-    named: str,
-) -> None:
-    new = tmp_path_factory.mktemp("new") / "out"
-    with pytest.raises(SystemExit) as stopped:
-        export.main([argument.format(run=run, new=new) for argument in arguments])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert named in said
-    assert said.count("\n") == 1
-    assert not new.exists()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    write_run(folder, TINY)
-    return folder
-
-
-def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "run", TINY, steps=(3,))
-    tensors = sorted((tmp_path / "run" / "checkpoints" / "step-00000003" / "tensors").glob("*.distcp"))
-    content = bytearray(tensors[0].read_bytes())
-    content[len(content) // 2] ^= 1
-    tensors[0].write_bytes(content)
-    for arguments in ([], ["--step", "3"]):
-        with pytest.raises(SystemExit):
-            export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), *arguments])
-        assert "step-00000003 is corrupt" in (said := capsys.readouterr().err) or "none is whole" in said
-    assert not (tmp_path / "out").exists()
