@@ -7,12 +7,14 @@ device: fp32 weights, bf16 autocast where asked for, fused AdamW, clipping witho
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +93,9 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
 
 def torchtitan(spec: Spec) -> tuple[nn.Module, Loss]:
     """The Llama 3 of torchtitan 0.2, without Llama 3's scaling of RoPE; compiled as it does, each layer and the loss."""
+    # Its package imports its reading of data too, which is not used.
+    if importlib.util.find_spec("datasets") is None:
+        sys.modules |= {name: MagicMock() for name in ("datasets", "datasets.distributed")}
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs
     from torchtitan.models.llama3.model.args import RoPEScalingArgs
