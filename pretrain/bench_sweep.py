@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pretrain import backends, bench_result, config
+from pretrain import backends, bench_result, config, parallel
 from pretrain.bench_result import Result, Row
 from pretrain.bench_rows import Budget, Child, bench_command
 from pretrain.sections import OpsConfig
@@ -133,17 +133,15 @@ class Sweep:
 
     def _taken(self, point: Point) -> list[str]:
         """The operations that the point's library computes: all that it has and the configuration allows it."""
-        library, parallel = point.operations, self._settings.parallel
+        library, settings = point.operations, self._settings
         if library == AS_CONFIGURED:
             return []
-        situation = backends.Situation(
+        situation = parallel.situation(
             ANY_GPU,
-            torch.float32 if parallel.precision == "fp32" else torch.bfloat16,
-            self._settings.model.head_dim,
-            point.compile,
-            self._settings.data.intra_document,
-            parallel.precision == "fp8",
-            self._settings.train.deterministic,
+            settings.model,
+            replace(settings.parallel, compile=point.compile),
+            settings.data.intra_document,
+            settings.train.deterministic,
         )
         having = [name for name, backend in OpsConfig.by(library).items() if backend == library]
         return [name for name in having if backends.obstacle(name, library, situation) is None]

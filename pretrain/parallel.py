@@ -180,16 +180,28 @@ def choose_operations(
     Raises:
         ValueError: an operation was asked for that cannot be had here.
     """
-    situation = backends.Situation(
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return backends.choose(config, situation(capability, config, parallel, intra_document, deterministic))
+
+
+def situation(
+    capability: tuple[int, int] | None,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    intra_document: bool,
+    deterministic: bool,
+) -> backends.Situation:
+    """What the choice of operations depends on, for a model of this shape on a device of this capability (None: CPU)."""
+    return backends.Situation(
+        capability=capability,
         dtype=_compute_dtype(parallel),
         head_dim=config.head_dim,
         compiled=parallel.compile,
         documents=intra_document,
         float8=parallel.precision == "fp8",
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
     )
-    return backends.choose(config, situation)
 
 
 def _compute_dtype(config: ParallelConfig) -> torch.dtype:
