@@ -14,8 +14,6 @@ from argparse import ArgumentError
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from data_prep import not_installed
-
 
 class Command(NamedTuple):
     """Where a command lives."""
@@ -26,6 +24,8 @@ class Command(NamedTuple):
     run: str = "run"
     """The function that does it, "MODULE:FUNCTION" when it lives elsewhere than its options."""
 
+
+INSTALL = "in Cria's folder `make setup` installs all it needs, in .venv"
 
 _PREPARE = "data_prep.prepare:run"
 
@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data-prep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"data-prep: error: {not_installed(error)}", file=sys.stderr)
+        if (error.name or "data_prep").startswith("data_prep"):
+            raise
+        print(f"data-prep: error: {error.name} is not installed here; {INSTALL}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("data-prep: interrupted; the same command goes on with what is left", file=sys.stderr)

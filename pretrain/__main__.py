@@ -8,8 +8,9 @@ Each command is a module of its own with `main(argv)`; only the one that is aske
 import importlib
 import sys
 
-from data_prep import not_installed
 from pretrain.imports import importing
+
+INSTALL = "in Cria's folder `make setup` installs all it needs, in .venv"
 
 COMMANDS = {
     "plan": ("pretrain.plan", "what a run needs before it starts: memory, days, disk; the fastest setting that fits"),
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         with importing():
             command = importlib.import_module(COMMANDS[argv[0]][0])
     except ModuleNotFoundError as error:
-        print(f"pretrain: error: {not_installed(error)}", file=sys.stderr)
+        if (error.name or "pretrain").startswith(("pretrain", "data_prep")):
+            raise
+        print(f"pretrain: error: {error.name} is not installed here; {INSTALL}", file=sys.stderr)
         return 2
     return command.main(argv[1:]) or 0
 
