@@ -7,9 +7,9 @@
         state.json       what else the run needs: step, fingerprints of the data, versions
         manifest.json    size and sha256 of every other file, written last
 
-A folder without the right name and a manifest is not a checkpoint; step-00005000.old is one that a new step-00005000 is
-about to replace, so that at every moment there is one of the two. What does not match its manifest is set aside under
-another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum, by
+A folder of another name is not a checkpoint, and one without a manifest is a corrupt one; step-00005000.old is one that a new
+step-00005000 is about to replace, so that at every moment there is one of the two. What does not match its manifest is set aside
+under another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum, by
 an unpickler that knows what an index is made of.
 """
 
@@ -71,13 +71,15 @@ def _optimizer_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[st
     return state
 
 
-def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Path | None:
     """The newest checkpoint that is whole, or None where none was ever committed; called by all ranks, the same for all.
 
-    The ranks share the work of reading every file. Corrupt checkpoints are named to `warn` and set aside, by rank 0.
+    The ranks share the work of reading every file. Corrupt checkpoints are named to `warn` and set aside, by rank 0. Not
+    `needed`: None, too, where none of them is whole; another one is at hand.
 
     Raises:
-        ValueError: there are checkpoints and none is whole, or the newest is of another version: nothing is begun anew then.
+        ValueError: there are checkpoints, or were before they were set aside, and none is whole, or the newest is of another
+            version: nothing is begun anew then.
         OSError: as verify_together; nothing is set aside then.
     """
     folders = ranks.broadcast([folder for _, folder in committed(run_dir)])
@@ -95,11 +97,11 @@ def find(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
                 f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken"
             )
         ranks.barrier()
-    if folders:
-        names = ", ".join(folder.name for folder in folders)
+    lost = ranks.broadcast(sorted(folder.name for folder in (run_dir / "checkpoints").glob("corrupt-*")))
+    if lost and needed:
         raise ValueError(
-            f"{run_dir} has no whole checkpoint left; {names} are corrupt and were set aside in its checkpoints/. Bring one "
-            "back, name one with --resume, or begin anew in another run_dir"
+            f"{run_dir} has no whole checkpoint left; in its checkpoints/ were set aside: {', '.join(lost)}. Bring one back, "
+            "name one with --resume, or begin anew in another run_dir"
         )
     return None
 

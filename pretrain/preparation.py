@@ -241,7 +241,7 @@ _CONSEQUENCES = {
 
 def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, Any], say: Any) -> Path | None:
     """What to go on from, the same on all ranks: `resume`, or the newest whole checkpoint of the run's folder, or None."""
-    found = checkpoint.find(run_dir, warn=say)
+    found = checkpoint.find(run_dir, warn=say, needed=settings.resume is None)
     if settings.resume is not None and not _went_back(found, settings.resume):
         found = Path(settings.resume)
         problem = checkpoint.verify_together(found)

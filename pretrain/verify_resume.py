@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +42,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="The run's configuration (path).")
     parser.add_argument("--steps", type=int, default=40, help="Length of each run (steps).")
     parser.add_argument("--kills", type=int, default=3, help="SIGKILLs in a disturbed run.")
-    parser.add_argument("--ranks", type=list[int], default=[1], help="Numbers of ranks; the first is the reference.")
+    parser.add_argument(
+        "--ranks",
+        type=list[int] | None,
+        default=None,
+        help="Numbers of ranks; the first is the reference. None: 1 and 2, where the batch divides by 2 and a GPU run has two.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Fixes the moments of the kills (whole number).")
     parser.add_argument(
         "--out", type=Path, default=None, help="Folder for the runs (path); none: beside the run's own."
@@ -50,17 +56,18 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         settings = config.parse(["--config", str(args.config), *args.overrides])
-        if args.steps < 4 or not args.ranks:
+        numbers = _numbers_of_ranks(settings) if args.ranks is None else args.ranks
+        if args.steps < 4 or not numbers:
             raise ValueError(
-                f"--steps is {args.steps} and --ranks {args.ranks}; at least 4 steps and one number are needed"
+                f"--steps is {args.steps} and --ranks {numbers}; at least 4 steps and one number are needed"
             )
-        for number in args.ranks:
+        for number in numbers:
             config.grad_accum_steps(settings.train, number)
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
     out = args.out or Path(f"{settings.run_dir}-verify-resume")
     trial = Trial(args.config, args.overrides, args.steps, out, LOSS_TOLERANCE[settings.parallel.precision])
-    outcomes = trial.all(args.ranks, args.kills, random.Random(args.seed))
+    outcomes = trial.all(numbers, args.kills, random.Random(args.seed))
     Console(width=None if sys.stdout.isatty() else 160).print(_table(outcomes, args.steps))
     bad = [outcome.name for outcome in outcomes if not outcome.holds]
     print(
@@ -69,6 +76,13 @@ def main(argv: list[str]) -> int:
         else f"A resume is the same run. The runs are in {out}"
     )
     return 1 if bad else 0
+
+
+def _numbers_of_ranks(settings: config.Config) -> list[int]:
+    """One and two, where two can be had: of the batch, and of the GPUs where the run would take them."""
+    gpus = torch.cuda.device_count() if settings.parallel.accelerator != "cpu" else 0
+    two = settings.train.global_batch_size % (2 * settings.train.micro_batch_size) == 0 and gpus != 1
+    return [1, 2] if two and settings.parallel.strategy != "single" else [1]
 
 
 @dataclass(frozen=True)

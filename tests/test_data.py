@@ -191,13 +191,31 @@ def test_every_sequence_once_an_epoch() -> None:
     assert seen[0, 0] != seen[0, 1]
 
 
-def test_a_million_positions_are_disjoint_and_spread() -> None:
-    mixture = make_mixture([2_000_003, 900_001], [7, 3], 1024)
-    drawn = [mixture.sequences(step) for step in range(1, 980)]
-    for s, length in enumerate((2_000_003, 900_001)):
-        sequence = np.concatenate([d[2][d[0] == s] for d in drawn])
-        assert len(np.unique(sequence)) == len(sequence)  # less than an epoch: nothing twice
-        assert sequence.mean() == pytest.approx(length / 2, rel=5 / np.sqrt(12 * len(sequence)) * 2)
+def test_a_million_positions_are_disjoint_spread_and_unrelated() -> None:
+    """979 steps of 1,024, by four ranks' slots: 2.3 epochs of the first source, less than one of the second."""
+    lengths, weights, steps, batch = (300_007, 900_001), [7, 3], 979, 1024
+    mixture = make_mixture(list(lengths), weights, batch)
+    ranks = [np.arange(batch).reshape(-1, 4, 8)[:, rank].ravel() for rank in range(4)]
+    drawn = [
+        np.concatenate([mixture.sequences(step, slots) for slots in ranks], axis=1) for step in range(1, steps + 1)
+    ]
+    whole = [mixture.sequences(step) for step in range(1, steps + 1)]
+    for step, (source, _, _) in enumerate(drawn, start=1):
+        assert (source == 0).sum() in (716, 717), step
+    source, epoch, sequence = np.concatenate(drawn, axis=1)
+    assert len(source) == steps * batch > 1_000_000
+    assert abs((source == 0).sum() - Fraction(7, 10) * steps * batch) <= 1
+    for s, length in enumerate(lengths):
+        mine, epochs = sequence[source == s], epoch[source == s]
+        for e in range(epochs.max() + 1):
+            of_epoch = mine[epochs == e]  # no rank has what another has
+            assert len(np.unique(of_epoch)) == len(of_epoch) == (length if e < epochs.max() else len(of_epoch))
+            assert of_epoch.mean() == pytest.approx(length / 2, abs=5 * length / np.sqrt(12 * len(of_epoch)))
+        in_order = np.concatenate([sequences[sources == s] for sources, _, sequences in whole])
+        for lag in (1, 2, 7, 1024):
+            correlation = np.corrcoef(in_order[:-lag], in_order[lag:])[0, 1]
+            assert abs(correlation) < 5 / np.sqrt(len(in_order)), lag
+    assert set(epoch[source == 0]) == {0, 1, 2}
 
 
 def test_any_step_is_reached_at_once_and_alike() -> None:

@@ -75,12 +75,18 @@ def test_a_stage_still_to_come_changes_nothing_that_was(datasets: Path, tmp_path
     assert state(tmp_path / "run")["tokens_per_source"] == {"a": (56 + 40) * 32, "b": (24 + 40) * 32}
 
 
-def test_one_sequence_of_data_is_seen_again_and_again_by_more_ranks_than_there_are_sequences(tmp_path: Path) -> None:
-    """A source of one sequence beside one of three, on two ranks with micro-batches of two."""
-    for seed, (name, sequences) in enumerate((("a", 1), ("b", 3))):
-        write_dataset(tmp_path / name / "train", 32 * sequences + 1, seed, shards=1)
+@pytest.mark.parametrize(
+    ("sequences", "taken"), [({"a": 1, "b": 3}, {"a": 34 * 32, "b": 14 * 32}), ({"a": 1}, {"a": 48 * 32})]
+)
+def test_one_sequence_of_data_is_seen_again_and_again_by_more_ranks_than_there_are_sequences(
+    tmp_path: Path, sequences: dict[str, int], taken: dict[str, int]
+) -> None:
+    """A source of one sequence, beside one of three or alone, on two ranks with micro-batches of two."""
+    for seed, (name, number) in enumerate(sequences.items()):
+        write_dataset(tmp_path / name / "train", 32 * number + 1, seed, shards=1)
         write_dataset(tmp_path / name / "validation", 33, 10 + seed, shards=1)
     tree = tiny_config(tmp_path, tmp_path / "run", train={"max_steps": 6})
+    tree["data"]["sources"] = [source for source in tree["data"]["sources"] if source["name"] in sequences]
     pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=2)
     assert sorted(records(tmp_path / "run", "train")) == [1, 2, 3, 4, 5, 6]
-    assert state(tmp_path / "run")["tokens_per_source"] == {"a": 34 * 32, "b": 14 * 32}
+    assert state(tmp_path / "run")["tokens_per_source"] == taken

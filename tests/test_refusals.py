@@ -37,12 +37,16 @@ def test_when_no_checkpoint_is_whole_nothing_is_begun_anew(
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         state = folder / "state.json"
         state.write_text(state.read_text().replace("1337", "1338"))
-    with pytest.raises(SystemExit):
-        main(["train", "--config", str(straight / "config.yaml"), "--run_dir", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert "no whole checkpoint left" in error
-    assert "--resume" in error
-    assert len(list((tmp_path / "run" / "checkpoints").glob("corrupt-*"))) == 4
+    again = ("train", "--config", straight / "config.yaml", "--run_dir", tmp_path / "run")
+    for _ in range(2):  # the second start finds them set aside
+        error = refused(capsys, *again)
+        assert "no whole checkpoint left" in error
+        assert "--resume" in error
+        assert "corrupt-step-00000020" in error
+        assert len(list((tmp_path / "run" / "checkpoints").glob("corrupt-*"))) == 4
+    named = straight / "checkpoints" / "step-00000015"
+    assert main([*map(str, again), "--resume", str(named)]) == 0
+    assert 20 in records(tmp_path / "run", "train")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

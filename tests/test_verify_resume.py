@@ -13,20 +13,40 @@ from pretrain import config, data, order, verify_resume
 
 @pytest.fixture(scope="module")
 def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a real verification, with two kills, and what it printed."""
+    """The folder of a real verification, on one rank and on two as is the default, with a kill, and what it printed."""
     folder = tmp_path_factory.mktemp("verify")
     config_file = write_config(folder / "c.yaml", tiny_config(datasets, folder / "run"))
-    done = pretrain("verify-resume", "--config", config_file, "--steps", 24, "--kills", 2, "--out", folder / "out")
+    done = pretrain("verify-resume", "--config", config_file, "--steps", 18, "--kills", 1, "--out", folder / "out")
     return folder, done.stdout
 
 
 def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
     folder, printed = verified
     assert "A resume is the same run" in printed
-    assert printed.count("bit-identical") == 2
+    assert printed.count("bit-identical") == 3
+    assert printed.count("within the reduction order") == 2
+    assert printed.count("holds") == 5
     assert "FAIL" not in printed
-    lines = (folder / "out" / "killed" / "metrics.jsonl").read_text().splitlines()
-    assert sum('"kind": "start"' in line for line in lines) == 3, "two kills, three starts"
+    worlds = {"straight": [1], "killed": [1, 1], "killed-on-2": [2, 2], "elsewhere": [1, 2]}
+    for name, expected in worlds.items():
+        lines = (folder / "out" / name / "metrics.jsonl").read_text().splitlines()
+        starts = [json.loads(line) for line in lines if '"kind": "start"' in line]
+        assert [start["world_size"] for start in starts] == expected
+
+
+def test_what_is_not_the_same_run_is_said_and_is_a_status(
+    verified: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = verified
+    shutil.copytree(folder / "out", tmp_path / "out")
+    path = tmp_path / "out" / "killed-on-2" / "metrics.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"step": 13,' not in line) + "\n")
+    monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, *_: self.out / name.replace(" ", "-"))
+    words = ["--config", str(folder / "c.yaml"), "--steps", "18", "--kills", "1", "--out", str(tmp_path / "out")]
+    assert verify_resume.main(words) == 1
+    said = capsys.readouterr().out
+    assert said.count("holds") == 4
+    assert said.splitlines()[-1].startswith("FAILED: killed on 2; ")
 
 
 @pytest.mark.long
@@ -66,7 +86,7 @@ def test_one_bit_in_one_step_is_a_failure(verified: tuple[Path, str], tmp_path: 
     last[key] = "0" * 16 if key == "data_hash" else last[key] * (1 + 2**-50)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, ranks, stops: self.out / name)
-    trial = verify_resume.Trial(folder / "c.yaml", [], 24, tmp_path, 0.0)
+    trial = verify_resume.Trial(folder / "c.yaml", [], 18, tmp_path, 0.0)
     assert trial._compare("straight", tmp_path / "straight", [1], []).holds
     outcome = trial._compare("killed", tmp_path / "straight", [1], [])
     assert not outcome.holds
@@ -79,7 +99,7 @@ def test_a_lost_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, mo
     path = tmp_path / "killed" / "metrics.jsonl"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if '"step": 13,' not in line) + "\n")
     monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, ranks, stops: self.out / name)
-    trial = verify_resume.Trial(folder / "c.yaml", [], 24, tmp_path, 0.0)
+    trial = verify_resume.Trial(folder / "c.yaml", [], 18, tmp_path, 0.0)
     assert not trial._compare("killed", folder / "out" / "straight", [1], []).holds
 
 
