@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _build(
     run_dir = Path(settings.run_dir)
     facts = {"model": settings.model.shape(), "data": _data_facts(settings, sources, mixture)}
     at("choosing a checkpoint")
-    found = _choose_checkpoint(run_dir, settings, facts, say=fabric.print)
+    found = _choose_checkpoint(run_dir, settings, facts, sources, say=fabric.print)
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
@@ -239,7 +240,9 @@ _CONSEQUENCES = {
 }
 
 
-def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, Any], say: Any) -> Path | None:
+def _choose_checkpoint(
+    run_dir: Path, settings: config.Config, facts: dict[str, Any], sources: list[data.Source], say: Any
+) -> Path | None:
     """What to go on from, the same on all ranks: `resume`, or the newest whole checkpoint of the run's folder, or None."""
     found = checkpoint.find(run_dir, warn=say, needed=settings.resume is None)
     if settings.resume is not None and not _went_back(found, settings.resume):
@@ -262,7 +265,7 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
                 was, value = ([stage for stage in stages if stage[0] <= before["step"]] for stages in (was, value))
             if was == value:
                 continue
-            change = f"{found} was trained with {part} {key} = {was} and the configuration says {value}"
+            change = f"{found} was trained {_difference(part, key, was, value, sources)}"
             if part == "model":
                 raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
             if not settings.data.allow_change:
@@ -272,6 +275,28 @@ def _choose_checkpoint(run_dir: Path, settings: config.Config, facts: dict[str, 
                 )
             say(f"allowed: {change}; {_CONSEQUENCES[key]}")
     return found
+
+
+def _difference(part: str, key: str, was: Any, now: Any, sources: list[data.Source]) -> str:
+    """What was, and what the configuration says: "with data seed = 1 and the configuration says 2"."""
+    if key == "manifests" and len(was) == len(now):
+        changed = [f"{s.name} ({s.train.directory})" for s, a, b in zip(sources, was, now) if a != b]
+        return f"on other shards of {' and '.join(changed)} than are there now"
+    if key == "manifests":
+        was, now = (f"{len(prints)} sources" for prints in (was, now))
+    if key == "mixture":
+        was, now = (_stages_in_words(stages, sources) for stages in (was, now))
+    return f"with {part} {key} = {was} and the configuration says {now}"
+
+
+def _stages_in_words(stages: list[list[Any]], sources: list[data.Source]) -> str:
+    return (
+        ", ".join(
+            f"{':'.join(str(round(100 * float(Fraction(share)), 2)) for share in shares)} from step {first}"
+            for first, *shares in stages
+        )
+        + f" ({':'.join(source.name for source in sources)}, percent)"
+    )
 
 
 def _went_back(found: Path | None, resume: str) -> bool:

@@ -1,5 +1,6 @@
 """A second start with other words: --resume that a scheduler repeats, another mixture, stages still to come."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_another_mixture_is_refused_allowed_and_counted(
     with pytest.raises(SystemExit):
         train(datasets, tmp_path / "run", weights=(1, 1))
     said = capsys.readouterr().err
+    assert "mixture = 70.0:30.0 from step 1 (a:b, percent) and the configuration says 50.0:50.0 from step 1" in said
     assert "the shares of the sources would change" in said
     assert "--data.allow_change true" in said
     assert train(datasets, tmp_path / "run", "--data.allow_change", "true", weights=(1, 1)) == 0
@@ -60,6 +62,23 @@ def test_another_mixture_is_refused_allowed_and_counted(
     )
     assert records(tmp_path / "run", "train")[20]["tokens"] == 20 * 8 * 32
     assert (tmp_path / "run" / "before-config.yaml.1").is_file(), "the configuration of the first half is kept"
+
+
+def test_other_shards_are_named_refused_and_allowed(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+    shutil.copytree(datasets, tmp_path / "others")
+    shutil.rmtree(tmp_path / "others" / "b" / "train")
+    write_dataset(tmp_path / "others" / "b" / "train", 9_000, 77)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(tmp_path / "others", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"was trained on other shards of b ({tmp_path / 'others' / 'b' / 'train'}) than are there now" in said
+    assert "seen twice or not at all" in said
+    assert train(tmp_path / "others", tmp_path / "run", "--data.allow_change", "true") == 0
+    assert state(tmp_path / "run")["step"] == 20
 
 
 def test_a_stage_still_to_come_changes_nothing_that_was(datasets: Path, tmp_path: Path) -> None:

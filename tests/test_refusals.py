@@ -207,6 +207,7 @@ def test_a_run_that_is_past_its_end_says_so(capsys: pytest.CaptureFixture[str], 
         (["--seed", "2"], ["data seed = 1337", "says 2"]),
         (["--model.intermediate_size", "128"], ["model intermediate_size = 160", "says 128"]),
         (["--train.global_batch_size", "16"], ["global_batch_size = 8", "says 16"]),
+        (["--data.seq_len", "16"], ["data seq_len = 32", "says 16", "cut in other places"]),
     ],
 )
 def test_a_resume_that_would_not_be_the_same_run_is_refused(
