@@ -77,12 +77,12 @@ SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
 
 PARTS = (
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
-    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 200, ["--profile"], SHORT),
+    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 130, ["--profile"], SHORT),
     # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
     Part(
         "40gb",
         "micro-batch 16 within 40 GB",
-        150,
+        100,
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
@@ -190,7 +190,7 @@ def _operations(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
     """Each operation in a small model (odd shapes are `make test-gpu`'s): what it said, and whether all is well."""
     print("== operations", flush=True)
     command = [str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]
-    text, status = _output(command, min(90.0, deadline - time.monotonic()))
+    text, status = _output(command, min(75.0, deadline - time.monotonic()))
     return text, status == 0
 
 
@@ -208,7 +208,7 @@ def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
         config.write(bench_step.with_random_data(settings, folder / "data"), folder / "c.yaml")
         command = ["-m", "pretrain", "verify-resume", "--config", str(folder / "c.yaml")]
         command += ["--steps", "8", "--kills", "1", "--out", str(folder / "out")]
-        text, status = _output(command, min(150.0, deadline - time.monotonic()))
+        text, status = _output(command, min(110.0, deadline - time.monotonic()))
         for output in sorted((folder / "out").glob("*/output.txt")) if status else ():  # else the folder takes it along
             text += f"\n{output.parent.name}:\n```\n{output.read_text()[-3000:]}\n```"
     return text, status == 0

@@ -177,6 +177,10 @@ def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
+FUSED = {"rope": ("liger", "flash_attn"), "swiglu": ("liger", "xformers"), "rms_norm": ("liger",)}
+"""Libraries with a kernel of its own for an operation, the one to take first."""
+
+
 def _fastest(operation: str, s: Situation) -> tuple[str, str]:
     """What auto takes, and why."""
     if s.capability is None:
@@ -191,7 +195,7 @@ def _fastest(operation: str, s: Situation) -> tuple[str, str]:
         return "torch", "chunked: never all logits, no wait for the device"
     if s.compiled:
         return "torch", "compiled, it is faster than hand-fused kernels"
-    return _first_of(operation, ("liger",), s, "fused, where nothing is compiled")
+    return _first_of(operation, FUSED[operation], s, "fused, where nothing is compiled")
 
 
 def _first_of(operation: str, candidates: tuple[str, ...], s: Situation, why: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, token_dtype
-from pretrain import bench_profile, bench_timing, data, metrics, parallel, preparation, ranks, trainer
+from pretrain import bench_profile, bench_timing, data, memory, metrics, parallel, preparation, ranks, trainer
 from pretrain.sections import Config, SourceConfig
 
 PROFILED_STEPS = 2
@@ -126,8 +126,33 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         "world_size": world_size,
         "device": parallel.device_name(device),
         "flops_per_token": run.flops_per_token,
+        "planned_mem_gib": _planned_mem_gib(run) if device.type == "cuda" else None,
         "backends": {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices},
     }
+
+
+def _planned_mem_gib(run: trainer.Run) -> float | None:
+    """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say."""
+    parallel, chosen = run.config.parallel, run.sharding
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if parallel.cpu_offload:
+        return None
+    layout = memory.Layout(
+        chosen.strategy,
+        run.fabric.world_size // gpus,
+        gpus,
+        run.config.train.micro_batch_size,
+        run.grad_accum_steps,
+        parallel.activation_checkpointing,
+        parallel.precision,
+        parallel.compile,
+        chosen.gather,
+        chosen.reduce,
+        chosen.shard_size,
+        parallel.recompute,
+    )
+    planned = memory.memory(run.config.model, run.config.data.seq_len, layout)
+    return (planned.total - planned.context - planned.fragmentation) / 2**30
 
 
 def _say_how_long(run: trainer.Run, timing: Timing) -> None:

@@ -165,4 +165,10 @@ def _step(args: argparse.Namespace, settings: config.Config) -> Any:
         f"{accumulated} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
     )
     subject = bench_result.subject(settings, world_size)
-    return bench_result.Result("step", title, subject, [row], bench_result.notes(args.steps, args.warmup))
+    notes = bench_result.notes(args.steps, args.warmup)
+    if row.get("planned_mem_gib"):
+        peak, planned = row["peak_mem_gib"], row["planned_mem_gib"]
+        notes.append(
+            f"Tensors at the peak: {peak:.2f} GiB; by the plan {planned:.2f} ({100 * (planned / peak - 1):+.1f}%)."
+        )
+    return bench_result.Result("step", title, subject, [row], notes)

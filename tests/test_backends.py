@@ -63,6 +63,9 @@ def test_auto_takes_the_fastest_that_is_there(versions: dict) -> None:
         assert chosen(on(chip, documents=True)) == {**LIGER, "attention": "xformers"}
         versions["flash_attn"] = "2.8.3"
     assert chosen(on(A100, documents=True, dtype=torch.float32))["attention"] == "xformers"
+    versions["liger"] = None
+    assert chosen(on(A100)) == {**TORCH, "rope": "flash_attn", "swiglu": "xformers"}
+    versions["liger"] = "0.8.5"
     assert chosen(on(T4)) == TORCH
     versions.clear()
     assert chosen(on(A100)) == TORCH

@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--seconds",
         500,
         "--parts",
-        "operations,step,peers,paper,sweep",  # resume has a test of its own
+        "operations,step,40gb,peers,paper,sweep",  # resume has a test of its own
     ]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), cwd=out, env=alone, capture_output=True, text=True, timeout=550)

@@ -1,5 +1,6 @@
 """Whole runs on one GPU: stopped and started again they are the same to the bit, and begin the same: make test-gpu."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from pretrain import parallel
 from pretrain.sections import ModelConfig, ParallelConfig
 
 pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("strategy", ["single", "full_shard"])
@@ -40,3 +43,14 @@ def test_the_first_weights_do_not_depend_on_where_they_are_kept() -> None:
     for other in first[1:]:
         assert other.keys() == first[0].keys()
         assert all(torch.equal(other[name], first[0][name]) for name in other)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+@pytest.mark.parametrize("strategy", ["single", "full_shard"])
+def test_the_plan_knows_the_memory(strategy: str, recompute: str, tmp_path: Path) -> None:
+    """Of a step with two micro-steps, compiled: too much by a fifth at most, and never too little."""
+    size = ("--train.micro_batch_size", 16, "--grad_accum_steps", 2, "--steps", 2, "--warmup", 1)
+    how = ("--parallel.strategy", strategy, "--parallel.recompute", recompute)
+    pretrain("bench", "--config", ROOT / "configs" / "llama-120m.yaml", *size, *how, "--out", tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert 0.97 < row["planned_mem_gib"] / row["peak_mem_gib"] < 1.2
