@@ -16,7 +16,7 @@ help:
 	@echo "make test-long  the tests that take a minute or more: Triton's interpreter, hangs, bench-gpu in miniature, more of SLURM"
 	@echo "make test-gpu   the operations of every installed library against the reference, and whole runs, on a GPU"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
-	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan"
+	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan; attention within documents"
 	@echo "make bench-checkpoint  what a save costs, against Fabric; the loader (TINYLLAMA=CHECKOUT: against TinyLlama)"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
 	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
@@ -68,6 +68,7 @@ faults: setup
 
 bench-cpu: setup
 	OMP_NUM_THREADS=2 pretrain bench --config configs/demo.yaml --peers --steps 40 --out benchmarks/results/peers_cpu $(PEERS:%=--peers_python %)
+	OMP_NUM_THREADS=2 python benchmarks/intra_document.py --seq_len 1024 --micro_batch_size 4 --rounds 9
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py

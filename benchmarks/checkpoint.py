@@ -93,6 +93,7 @@ def stall(folder: Path, name: str, saves: int) -> dict[str, Any]:
     writer.close()
     between = every * statistics.median(plain)
     typical = statistics.median(stalls)
+    slower = (sum(beside) - len(beside) * statistics.median(plain)) / len(stalls)  # hashing and syncing take a core
     return {
         "parameters": num_parameters(shape)[0],
         "step_s": statistics.median(plain),
@@ -102,6 +103,7 @@ def stall(folder: Path, name: str, saves: int) -> dict[str, Any]:
         "steps_between_saves": every,
         "seconds_between_saves": between,
         "share": typical / between,
+        "share_with_slower_steps": (typical + slower) / between,
         "seconds_between_saves_for_the_limit": typical / LIMIT,
     }
 

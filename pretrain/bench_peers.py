@@ -22,15 +22,12 @@ from safetensors.torch import save_file
 
 from pretrain import bench_result, bench_step, config, hf
 from pretrain.bench_result import Result, Row
-from pretrain.bench_rows import Budget, Child, bench_command, take_turns
+from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command, take_turns
 from pretrain.model import Llama
 from pretrain.optim import learning_rate
 
 LOSS_TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "fp8": 5e-2}
 """Largest difference of a first loss from ours, by the precision of the compute (nats a token)."""
-
-SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
-"""A row is not begun with less time left (seconds)."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.bench_timing import SPENT
 
 ROOT = Path(__file__).parent.parent
 """Where the packages lie: children import them from there, whether they are installed or not."""
+
+
+SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
+"""A row is not begun with less time left (seconds)."""
 
 
 class Budget:

@@ -15,11 +15,8 @@ import torch
 
 from pretrain import backends, bench_result, config, parallel
 from pretrain.bench_result import Result, Row
-from pretrain.bench_rows import Budget, Child, bench_command
+from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command
 from pretrain.sections import OpsConfig
-
-SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
-"""A row is not begun with less time left (seconds)."""
 
 GAIN = 1.01
 """A larger micro-batch must be so many times as fast to look further."""

@@ -104,6 +104,8 @@ def _check(args: argparse.Namespace, settings: config.Config) -> None:
         if value is not None and value <= 0:
             raise ValueError(f"--{name} is {value:g}; it must be above 0")
     args.kind = next((kind for kind in ("sweep", "peers", "paper") if getattr(args, kind)), "step")
+    if args.profile and args.kind != "step":
+        raise ValueError(f"--profile traces the configuration's own step; --{args.kind} has none: ask for it by itself")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.kind != "step" and world_size > 1:
         raise ValueError(

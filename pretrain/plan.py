@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pretrain import config, data, published, sharding, speed
 from pretrain.cli import Parser, fail
+from pretrain.history import short
 from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept, count, memory
 from pretrain.speed import CHIPS, Chip, Rates, Step
 
@@ -250,7 +251,7 @@ def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> st
     also = f" (up to {largest} fits)" if largest > best.layout.micro_batch_size else ""
     return (
         f"fits: {_words(best.layout)}{also}; {gpus} {basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU "
-        f"({basis.note}), {_days(days(settings, best))} for {_short(tokens)} tokens"
+        f"({basis.note}), {_days(days(settings, best))} for {short(tokens)} tokens"
     )
 
 
@@ -300,13 +301,6 @@ def _days(number: float) -> str:
     return (
         f"{number:,.0f} days" if number >= 10 else f"{number:.1f} days" if number >= 0.1 else f"{24 * number:.1f} hours"
     )
-
-
-def _short(tokens: float) -> str:
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
-    return f"{tokens:,.0f}"
 
 
 def _print_plan(console: Console, settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> None:

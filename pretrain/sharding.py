@@ -49,9 +49,7 @@ class Sharding:
         """One line for the log."""
         if self.strategy == "single":
             return f"strategy single ({self.why})"
-        places = f"{self.replicas} replicas of {self.shard_size} shards" if self.replicas > 1 else "1 replica"
-        if self.replicas == 1:
-            places = f"{self.shard_size} shards"
+        places = f"{self.replicas} replicas of " * (self.replicas > 1) + f"{self.shard_size} shards"
         across = ", across replicas once a step" if self.replicas > 1 and self.reduce == "micro_step" else ""
         return (
             f"strategy {self.strategy} ({self.why}): {places}; parameters are gathered for a {_spell(self.gather)}, "

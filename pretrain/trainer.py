@@ -90,7 +90,7 @@ class StepResult:
 
 
 def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> StepResult:
-    """One optimizer step. Nothing in here waits for the device."""
+    """One optimizer step. Nothing of ours in here waits for the device; some libraries' operations do (`kernels`)."""
     loss_sum = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):

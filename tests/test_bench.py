@@ -163,6 +163,7 @@ def test_a_row_that_lost_its_figures_is_slower(stepped: Path) -> None:
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--memory_limit_gib", "-1"], "--memory_limit_gib is -1; it must be above 0"),
         (["--compare", "/nowhere.json"], "/nowhere.json is missing"),
+        (["--profile", "--peers"], "--peers has none: ask for it by itself"),
         (["--modle.hidden_size", "3"], "modle.hidden_size"),
     ],
 )
@@ -301,6 +302,42 @@ def test_intervals() -> None:
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_trains_the_same_model_and_the_result_says_how_fast(
+    settings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers, which every installation has, in a process of its own, in turns with ours."""
+    out = settings.parent / "peers"
+    argv = [
+        "--config",
+        settings,
+        "--peers",
+        "--rows",
+        "transformers (eager)",
+        "--steps",
+        3,
+        "--warmup",
+        1,
+        "--out",
+        out,
+    ]
+    assert benchmark.main(list(map(str, argv))) == 0
+    rows = {row["name"]: row for row in load(out)["rows"]}
+    ours, theirs = rows["cria"], rows["transformers (eager)"]
+    assert (ours["problem"], theirs["problem"]) == (None, None)
+    assert theirs["first_loss"] == pytest.approx(ours["first_loss"], abs=bench_peers.LOSS_TOLERANCE["fp32"])
+    assert theirs["ratio"] == pytest.approx(bench_peers._ratio(ours, theirs, in_turns=True))
+    assert "times the fastest peer (transformers (eager))" in capsys.readouterr().out
+
+
+def test_the_papers_table_from_a_small_part_of_each_model(settings: Path) -> None:
+    out = settings.parent / "paper"
+    argv = ["--config", settings, "--paper", "--scale", 0.01, "--steps", 1, "--warmup", 1, "--out", out]
+    assert benchmark.main(list(map(str, argv))) == 0
+    rows = load(out)["rows"]
+    assert [row["paper_a100_hours"] for row in rows] == [3456, 4830, 7920]
+    assert all(row["problem"] is None and row["tokens_per_sec_per_gpu"] > 0 for row in rows)
 
 
 def test_another_model_does_not_count(settings: Path) -> None:
