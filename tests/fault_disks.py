@@ -1,4 +1,4 @@
-"""Fault 4: disks that are full or fail, under the saver and under whole runs (see faults.py)."""
+"""Faults 4 and 1: disks that are full or fail, and kills at each call, under the saver and under whole runs (see faults.py)."""
 
 import os
 import random
@@ -46,8 +46,65 @@ def disk_trials(folder: Path, every: int, worlds: list[int]) -> dict:
     return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(places)}
 
 
-def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str:
-    """Save steps 1, 2 and 3, with the fault in that of step 2; returns how that went."""
+def kill_trials(folder: Path, every: int, worlds: list[int]) -> dict:
+    """SIGKILL to one rank as it makes a system call of a save that touches the disk, one a trial, by strace.
+
+    every: take each so-manieth call only. What stands before a call is what the one before it left: so these are the moments
+    before and after each. A whole checkpoint is there, no mix, and the ranks that are started next save on.
+    """
+    places, failures = Counter[str](), []
+    for number, victim, call in ((n, victim, call) for n in worlds for victim in range(n) for call in CALLS):
+        count = 1
+        while True:
+            run_dir = folder / "calls"
+            run_dir.mkdir(parents=True)
+            try:
+                found = _kill_at_one_call(run_dir, number, victim, f"{call}:signal=KILL:when={count}")
+            except AssertionError as problem:
+                found = (0, 0)
+                failures.append(f"{number} ranks, {call} {count} of rank {victim}: {problem}")
+            shutil.rmtree(run_dir)
+            if found is None:
+                break
+            places.update({f"{call}": 1, f"{number} ranks": 1, f"save {found[1]} was left": 1})
+            count += every
+    trials = sum(places[f"{number} ranks"] for number in worlds)
+    return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(places)}
+
+
+def _kill_at_one_call(run_dir: Path, number: int, victim: int, injection: str) -> tuple[int, int] | None:
+    """Save steps 1, 2 and 3, with the kill in that of step 2; returns what checkpoint that left, None: there was no such call."""
+    pids = _begin_saves(run_dir, number)
+    tracer = _trace(pids[victim], run_dir / "checkpoints", injection, run_dir / "trace.txt")
+    (run_dir / "go").touch()
+    _wait_for(run_dir, "done", pids)
+    reached = any(map(gone, pids))
+    tracer.terminate()
+    tracer.communicate()
+    (run_dir / "go-on").touch()
+    statuses = finish(pids, patience_s=2)
+    if not reached:
+        assert statuses == [0] * number, statuses
+        return None
+    assert statuses[victim] == -9, statuses
+    found = check_all(run_dir)
+    assert found in ((1, 1), (2, 2)), found
+
+    def save_on(rank: int) -> int:
+        state = Filled(run_dir)
+        state.save(3, 3)
+        state.saver.close()
+        return 0
+
+    assert finish(fork_ranks(number, run_dir / "output.txt", with_group(number, save_on))) == [0] * number
+    assert check_all(run_dir) == (3, 3)
+    left = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert not left, left
+    return found
+
+
+def _begin_saves(run_dir: Path, number: int) -> list[int]:
+    """Ranks that save step 1, wait for the file `go` to save step 2, and for `go-on` to save step 3."""
     said = run_dir / "said.txt"
 
     def body(rank: int) -> int:
@@ -68,9 +125,15 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
         state.saver.close()
         return 0
 
-    started = time.monotonic()
     pids = fork_ranks(number, run_dir / "output.txt", with_group(number, body))
     _wait_for(run_dir, "ready", pids)
+    return pids
+
+
+def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str:
+    """Save steps 1, 2 and 3, with the fault in that of step 2; returns how that went."""
+    started = time.monotonic()
+    pids = _begin_saves(run_dir, number)
     trace = run_dir / "trace.txt"
     tracer = _trace(pids[victim], run_dir / "checkpoints", injection, trace)
     (run_dir / "go").touch()
@@ -84,7 +147,7 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
     assert time.monotonic() - started < 60
     if "INJECTED" not in trace.read_text():
         return "not reached"
-    problem = said.read_text()
+    problem = (run_dir / "said.txt").read_text()
     steps = [step for step, _ in checkpoint.committed(run_dir)]
     assert check_all(run_dir) == (3, 3), "the next save is not there"
     if problem == "None":

@@ -63,7 +63,10 @@ def _fail(line: str) -> None:
 
 
 def save_trials(folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
-    """Ranks that do nothing but save, prune and save again what they had saved, killed at random moments and crash points."""
+    """Ranks that do nothing but save, prune and save again what they had saved, killed at random moments and crash points.
+
+    A kill that fell into none of these is checked too, and is not one of the `trials`.
+    """
     moments, places, failures, turn = random.Random(seed), Counter[str](), [], 0
     while places["kills"] < trials:
         number = worlds[turn % len(worlds)]
@@ -73,7 +76,8 @@ def save_trials(folder: Path, trials: int, seed: int, worlds: list[int]) -> dict
         try:
             before = check_all(run_dir) if checkpoint.committed(run_dir) else (0, 0)
             if _kill_saver(run_dir, number, before, moments):
-                places.update({"kills": 1, f"{number} ranks": 1, **_where(run_dir)})
+                where = _where(run_dir)
+                places.update({"kills": int(not where["fell into none"]), f"{number} ranks": 1, **where})
             if before == (0, 0) and not checkpoint.committed(run_dir):
                 continue  # it was killed in its first save: there was none to lose
             step, save = check_all(run_dir)
@@ -141,7 +145,8 @@ def _where(run_dir: Path) -> Counter[str]:
 def damage_trials(folder: Path, trials: int, seed: int) -> dict:
     """Damage a file of the newest checkpoint of two ranks: it must be found, and the one before taken. Undone after.
 
-    In every 25th trial two ranks look for a checkpoint: they agree, and the bad one is set aside.
+    trials: flipped bits; other kinds of damage come beside them. In every 25th trial two ranks, or four, look for a
+    checkpoint: they agree, and the bad one is set aside.
     """
     run_dir, moments = folder / "damage", random.Random(seed)
     run_dir.mkdir(parents=True)
@@ -159,7 +164,7 @@ def damage_trials(folder: Path, trials: int, seed: int) -> dict:
     assert len(files) == 5, "two ranks' tensors, their index, state, manifest"
     kinds, missed = Counter[str](), []
     count = 0
-    while count < trials:
+    while kinds["flip"] < trials:
         path, kind = moments.choice(files), moments.choice(KINDS)
         whole = path.read_bytes()
         damaged = damage(whole, kind, (before / path.relative_to(newest)).read_bytes(), moments)
@@ -171,10 +176,11 @@ def damage_trials(folder: Path, trials: int, seed: int) -> dict:
         if checkpoint.latest(run_dir, warn=lambda line: None) != before:
             missed.append(f"{kind} of {path.relative_to(newest)}")
         if count % 25 == 0:
-            kinds["ranks agree and set it aside"] += 1
-            missed += _disagreements(run_dir, newest, before)
+            number = 2 + 2 * (count % 50 == 0)
+            kinds[f"{number} ranks agree and set it aside"] += 1
+            missed += _disagreements(run_dir, newest, before, number)
         path.write_bytes(whole)
-    return {"trials": count, "missed": len(missed), "failures": missed, "places": dict(kinds)}
+    return {"trials": trials, "missed": len(missed), "failures": missed, "places": dict(kinds)}
 
 
 KINDS = ("flip", "flip", "flip", "flip", "flip", "flip", "zero", "truncate", "delete", "swap")
@@ -198,16 +204,16 @@ def _same_json(a: bytes, b: bytes) -> bool:
         return False
 
 
-def _disagreements(run_dir: Path, newest: Path, before: Path) -> list[str]:
-    """Have two ranks find a checkpoint; brings back what they set aside."""
+def _disagreements(run_dir: Path, newest: Path, before: Path, number: int) -> list[str]:
+    """Have so many ranks find a checkpoint; brings back what they set aside."""
 
     def find(rank: int) -> int:
         found = ranks.gather(checkpoint.find(run_dir, warn=print))
-        return 0 if found == [before, before] else 1
+        return 0 if found == [before] * number else 1
 
-    statuses = finish(fork_ranks(2, run_dir / "output.txt", with_group(2, find)))
+    statuses = finish(fork_ranks(number, run_dir / "output.txt", with_group(number, find)))
     aside = newest.with_name(f"corrupt-{newest.name}.1")
-    wrong = [] if statuses == [0, 0] and aside.is_dir() else [f"two ranks ended with {statuses}"]
+    wrong = [] if statuses == [0] * number and aside.is_dir() else [f"{number} ranks ended with {statuses}"]
     if aside.is_dir():
         os.rename(aside, newest)
     return wrong

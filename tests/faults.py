@@ -8,6 +8,7 @@
     --saves     2      kills of ranks that only save, prune and replay saves: a whole checkpoint at every moment, never a mix
     --damage    3      a bit, a block, an end, a whole file of a checkpoint: found by all ranks, and the one before taken
     --disk      4      ENOSPC and EIO for every so-manieth call of a save that touches the disk; 1: for each (needs strace)
+    --calls     1      SIGKILL to each rank at every so-manieth call of a save that touches the disk; 1: at each (needs strace)
     --full_disk 4      runs on a small file system that fills up (needs root)
     --elastic   8, 9   other numbers of ranks, micro-batches and workers: the same sequences, losses within 1e-5
     --data      10     a shard or manifest that is not what it should be: refused before step 1, by name
@@ -50,7 +51,19 @@ def add(before: Any, now: Any) -> Any:
 def main() -> int:
     """Run all that is asked for, print and write the summary; status 1 where a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for part in ("kills", "repeat", "signals", "saves", "damage", "disk", "full_disk", "elastic", "data", "jobs"):
+    for part in (
+        "kills",
+        "repeat",
+        "signals",
+        "saves",
+        "damage",
+        "disk",
+        "calls",
+        "full_disk",
+        "elastic",
+        "data",
+        "jobs",
+    ):
         parser.add_argument(f"--{part}", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,6 +80,7 @@ def main() -> int:
         "saves": lambda n, to: fault_saves.save_trials(to, n, args.seed, few),
         "damage": lambda n, to: fault_saves.damage_trials(to, n, args.seed),
         "disk": lambda n, to: fault_disks.disk_trials(to, n, few),
+        "calls": lambda n, to: fault_disks.kill_trials(to, n, args.ranks),
         "full_disk": lambda n, to: fault_disks.full_disk_trials(settings, to, n, args.seed, few),
         "elastic": lambda n, to: fault_runs.elastic_trials(settings, to, n, args.seed),
         "data": lambda n, to: fault_runs.data_trials(settings, to, n, args.seed),
