@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median, median_high, median_low
 
-from pretrain.chips import CHIPS
+from pretrain.chips import DATASHEETS
 
 EVERYWHERE = "all hosts"
 """Stands for the host where what is found is nobody's in particular."""
@@ -146,7 +146,7 @@ def _devices(measured: list[Measured]) -> list[Finding]:
         return Finding(rank.host, "GPU health", status, complaints or "no complaint")
 
     findings = [*_by_host(measured, "GPU", alike), *_by_host(measured, "GPU health", healthy)]
-    chip = {name: CHIPS.get(name) for name in {rank.device for rank in measured}}
+    chip = {name: DATASHEETS.get(name) for name in {rank.device for rank in measured}}
     products = {name: c.flops if c else None for name, c in chip.items()}
     copies = {name: c.bytes_per_s if c else None for name, c in chip.items()}
     findings += _speed(measured, "matrix product", lambda r: r.product_flops, products, (0.55, 0.7), 1e12, "TFLOP/s")
@@ -198,7 +198,7 @@ def _links(measured: list[Measured], links: list[Link]) -> list[Finding]:
                 best[host] = max(best.get(host, 0.0), link.bytes_per_s)
         typical = median_high(best.values()) if best else 0.0
         for host, speed in best.items():
-            chip = CHIPS.get(devices.get(host, "")) if size == 1 else None
+            chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
             of_peak = speed / chip.link if chip is not None and chip.link else 1.0
             bad = speed < 0.6 * typical or of_peak < 0.2
             warn = speed < 0.8 * typical or of_peak < 0.4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Chip:
+class Datasheet:
     """Peaks by datasheet."""
 
     flops: float | None
@@ -19,26 +19,26 @@ class Chip:
     """To the other GPUs of its node: NVLink, one direction (bytes/s); none: it has no NVLink to all of them, or is not known."""
 
 
-CHIPS = {
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9),
-    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1555e9),
-    "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 450e9),
-    "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
-    "NVIDIA H200": Chip(989e12, 4800e9, 450e9),
-    "NVIDIA B200": Chip(2250e12, 8000e9),
-    "NVIDIA L40S": Chip(362e12, 864e9),
-    "NVIDIA L40": Chip(181e12, 864e9),
-    "NVIDIA L4": Chip(121e12, 300e9),
-    "NVIDIA A40": Chip(149.7e12, 696e9),
-    "NVIDIA A30": Chip(165e12, 933e9),
-    "NVIDIA A10": Chip(125e12, 600e9),
-    "NVIDIA RTX A6000": Chip(154.8e12, 768e9),
-    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 1008e9),
-    "NVIDIA GeForce RTX 3090": Chip(71e12, 936e9),
-    "Tesla V100-SXM2-16GB": Chip(None, 900e9),
-    "Tesla V100-SXM2-32GB": Chip(None, 900e9),
-    "Tesla V100-PCIE-16GB": Chip(None, 900e9),
-    "Tesla V100-PCIE-32GB": Chip(None, 900e9),
+DATASHEETS = {
+    "NVIDIA A100-SXM4-40GB": Datasheet(312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Datasheet(312e12, 2039e9, 300e9),
+    "NVIDIA A100-PCIE-40GB": Datasheet(312e12, 1555e9),
+    "NVIDIA A100 80GB PCIe": Datasheet(312e12, 1935e9),
+    "NVIDIA H100 80GB HBM3": Datasheet(989e12, 3350e9, 450e9),
+    "NVIDIA H100 PCIe": Datasheet(756e12, 2000e9),
+    "NVIDIA H200": Datasheet(989e12, 4800e9, 450e9),
+    "NVIDIA B200": Datasheet(2250e12, 8000e9),
+    "NVIDIA L40S": Datasheet(362e12, 864e9),
+    "NVIDIA L40": Datasheet(181e12, 864e9),
+    "NVIDIA L4": Datasheet(121e12, 300e9),
+    "NVIDIA A40": Datasheet(149.7e12, 696e9),
+    "NVIDIA A30": Datasheet(165e12, 933e9),
+    "NVIDIA A10": Datasheet(125e12, 600e9),
+    "NVIDIA RTX A6000": Datasheet(154.8e12, 768e9),
+    "NVIDIA GeForce RTX 4090": Datasheet(165.2e12, 1008e9),
+    "NVIDIA GeForce RTX 3090": Datasheet(71e12, 936e9),
+    "Tesla V100-SXM2-16GB": Datasheet(None, 900e9),
+    "Tesla V100-SXM2-32GB": Datasheet(None, 900e9),
+    "Tesla V100-PCIE-16GB": Datasheet(None, 900e9),
+    "Tesla V100-PCIE-32GB": Datasheet(None, 900e9),
 }

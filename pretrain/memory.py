@@ -162,11 +162,17 @@ def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     Compiled, none are in fp32, and of the weight's gradient there is a part from each chunk.
     """
     V, D, c = model.vocab_size, model.hidden_size, layout.compute_bytes
-    tokens = layout.micro_batch_size * seq_len
-    chunk = min(ops.logits_chunk(V, "cuda", tokens * D if layout.compile else 0), tokens)
+    tokens, chunk = layout.micro_batch_size * seq_len, tokens_at_a_time(model, seq_len, layout)
     if layout.compile:
         return chunk * V * 2 * c + -(-tokens // chunk) * V * D * c
     return chunk * V * (2 * c + FP32) + V * D * c
+
+
+def tokens_at_a_time(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+    """Of which tokens of a micro-step the logits exist together."""
+    tokens = layout.micro_batch_size * seq_len
+    kept = tokens * model.hidden_size if layout.compile else 0
+    return min(ops.logits_chunk(model.vocab_size, "cuda", kept), tokens)
 
 
 def layer_backward(model: ModelConfig, seq_len: int, layout: Layout) -> int:

@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 
 from pretrain import pace, ranks
-from pretrain.chips import CHIPS
+from pretrain.chips import DATASHEETS
 from pretrain.sections import Config, ModelConfig
 
 WANDB_ID = "wandb-id.txt"
@@ -29,7 +29,7 @@ WANDB_ID = "wandb-id.txt"
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it is not known: then there is no MFU."""
-    chip = CHIPS.get(device_name)
+    chip = DATASHEETS.get(device_name)
     return None if chip is None else chip.flops
 
 

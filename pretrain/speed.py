@@ -9,8 +9,8 @@ published runs (`published.py` has them, and the error of each); a probe on a GP
 
 from dataclasses import dataclass, fields
 
-from pretrain import chips, ops
-from pretrain.memory import FP32, Layout, count
+from pretrain import chips
+from pretrain.memory import FP32, Layout, count, tokens_at_a_time
 from pretrain.sections import ModelConfig
 
 
@@ -33,7 +33,7 @@ class Chip:
 
 
 def _chip(device: str, memory_gib: float, network_gbits: float) -> Chip:
-    sheet = chips.CHIPS[device]
+    sheet = chips.DATASHEETS[device]
     assert sheet.flops is not None, f"{device} has no bf16 products"
     assert sheet.link is not None, f"{device} has no NVLink"
     return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, sheet.link, network_gbits)
@@ -127,13 +127,14 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
     checkpointed = -(-L // n) / L if n else 0
     recomputed = checkpointed * (products / 3 + attention / 3.5 + between / 3)
     recomputed += (1 - checkpointed) * _recomputed_part(model, tokens, layout, chip, rates)
-    loss = _loss_seconds(model, tokens, layout, chip, rates)
+    loss = _loss_seconds(model, seq_len, tokens, layout, chip, rates)
     gain = rates.compiled if layout.compile else 1.0
     products, attention, between, recomputed = (
         seconds * rates.layers / gain for seconds in (products, attention, between, recomputed)
     )
     loss *= rates.rest / gain
     communication = communication_seconds(model, layout, chip, rates)
+    optimizer = 40 * counts.total / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
     return Step(
         products,
         attention,
@@ -141,10 +142,7 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
         loss,
         recomputed,
         exposed(communication, products + attention + between + recomputed + loss, rates),
-        optimizer=40
-        * counts.total
-        / layout.shards
-        / bandwidth,  # AdamW moves 28 bytes a parameter, norm and clipping 12
+        optimizer,
     )
 
 
@@ -172,11 +170,14 @@ def _recomputed_part(model: ModelConfig, tokens: int, layout: Layout, chip: Chip
     return L * tokens * (flops / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth))
 
 
-def _loss_seconds(model: ModelConfig, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
-    """Three products with the head, and about 40 bytes moved a logit: cast, log-sum, exp, cast; d_weight once a chunk."""
-    V, D = model.vocab_size, model.hidden_size
-    chunk = ops.logits_chunk(V, "cuda")
-    moved = 40 * V * tokens + (2 * FP32 + 2 * layout.compute_bytes) * V * D * tokens / chunk
+def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
+    """Three products with the head, and about 40 bytes moved a logit: cast, log-sum, exp, cast; d_weight once a chunk.
+
+    Compiled, d_weight is added up once, from the chunks' parts.
+    """
+    V, D, c = model.vocab_size, model.hidden_size, layout.compute_bytes
+    chunk = tokens_at_a_time(model, seq_len, layout)
+    moved = 40 * V * tokens + V * D * (2 * c if layout.compile else 2 * FP32 + 2 * c) * tokens / chunk
     return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth)
 
 

@@ -9,7 +9,7 @@ from conftest import pretrain, tiny_config, write_config
 
 from pretrain import checkup, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
-from pretrain.chips import CHIPS
+from pretrain.chips import DATASHEETS
 
 GOOD = Measured(
     rank=0,
@@ -83,7 +83,7 @@ def test_the_table_of_chips_judges_all_ranks_alike_and_an_unknown_chip_not_at_al
     )
     unknown = [dataclasses.replace(rank, device="NVIDIA H20") for rank in slow]
     assert troubles(checkup.judge(unknown, [], NEEDS)) == []
-    assert all(chip.bytes_per_s > 1e11 and (chip.flops is None or chip.flops > 5e13) for chip in CHIPS.values())
+    assert all(chip.bytes_per_s > 1e11 and (chip.flops is None or chip.flops > 5e13) for chip in DATASHEETS.values())
 
 
 def test_a_slow_link_is_that_of_the_host_which_has_no_fast_one() -> None:
