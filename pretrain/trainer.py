@@ -221,11 +221,7 @@ def _log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "tokens_per_step": tokens_per_step,
-        "versions": {
-            "cria": pretrain.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "lightning")},
-        },
+        "versions": _versions(),
         "sources": validation.describe_sources(
             run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
         )
@@ -306,7 +302,13 @@ def _validate(run: Run, display: Display) -> None:
     run.clock.go_on()
 
 
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "lightning")}
+    return {"cria": pretrain.__version__, "python": platform.python_version(), **packages}
+
+
 def _save(run: Run, saver: Saver) -> None:
+    """Everything that the next step depends on. No random number is drawn in training, so no generator's state is in it."""
     at("save", run.step)
     run.clock.pause()
     state = {
@@ -316,7 +318,7 @@ def _save(run: Run, saver: Saver) -> None:
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "resume": run.config.resume,
         "world_size": run.fabric.world_size,
-        "versions": {"cria": pretrain.__version__, "torch": torch.__version__},
+        "versions": _versions(),
     }
     saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
     run.clock.go_on()
