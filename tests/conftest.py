@@ -151,7 +151,8 @@ def pretrain(
 
 
 def records(run_dir: Path, kind: str) -> dict[int, dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    whole, _, _ = (run_dir / "metrics.jsonl").read_text().rpartition("\n")  # behind it a line that is being written
+    lines = [json.loads(line) for line in whole.splitlines()]
     return {line["step"]: line for line in lines if line["kind"] == kind}
 
 
