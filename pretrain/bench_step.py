@@ -133,24 +133,11 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
 
 def _planned_mem_gib(run: trainer.Run) -> float | None:
     """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say."""
-    parallel, chosen = run.config.parallel, run.sharding
-    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parallel, gpus = run.config.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if parallel.cpu_offload:
         return None
-    layout = memory.Layout(
-        chosen.strategy,
-        run.fabric.world_size // gpus,
-        gpus,
-        run.config.train.micro_batch_size,
-        run.grad_accum_steps,
-        parallel.activation_checkpointing,
-        parallel.precision,
-        parallel.compile,
-        chosen.gather,
-        chosen.reduce,
-        chosen.shard_size,
-        parallel.recompute,
-    )
+    nodes, micro_batch_size = run.fabric.world_size // gpus, run.config.train.micro_batch_size
+    layout = memory.Layout.of(parallel, run.sharding, nodes, gpus, micro_batch_size, run.grad_accum_steps)
     planned = memory.memory(run.config.model, run.config.data.seq_len, layout)
     return (planned.total - planned.context - planned.fragmentation) / 2**30
 

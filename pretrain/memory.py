@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from pretrain import ops
-from pretrain.sections import CheckpointConfig, ModelConfig
+from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
+from pretrain.sharding import Sharding
 
 FP32, BF16 = 4, 2
 GIB = 2**30
@@ -51,6 +52,32 @@ class Layout:
     """What the layers that are not checkpointed compute again: none, elementwise, mlp, as in `parallel.recompute`."""
     fused_norm: bool = True
     """PyTorch's RMSNorm is one kernel on CUDA; on a CPU, not compiled, it is made of fp32 operations that keep more."""
+
+    @classmethod
+    def of(
+        cls,
+        parallel: ParallelConfig,
+        chosen: Sharding,
+        nodes: int,
+        gpus_per_node: int,
+        micro_batch_size: int,
+        steps: int,
+    ) -> "Layout":
+        """That of a run whose sharding was chosen; steps: micro-steps of an optimizer step."""
+        return cls(
+            chosen.strategy,
+            nodes,
+            gpus_per_node,
+            micro_batch_size,
+            steps,
+            parallel.activation_checkpointing,
+            parallel.precision,
+            parallel.compile,
+            chosen.gather,
+            chosen.reduce,
+            chosen.shard_size,
+            parallel.recompute,
+        )
 
     @property
     def world_size(self) -> int:

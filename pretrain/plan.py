@@ -177,20 +177,8 @@ def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Ch
         raise ValueError("parallel.cpu_offload is true, for which the plan has no figures")
     room = None if math.isinf(chip.memory_gib) else int(chip.memory_gib * GIB)
     chosen = sharding.choose(p, count(settings.model).total, world_size, gpus_per_node, room)
-    return Layout(
-        chosen.strategy,
-        nodes,
-        gpus_per_node,
-        settings.train.micro_batch_size,
-        config.grad_accum_steps(settings.train, world_size),
-        p.activation_checkpointing,
-        p.precision,
-        p.compile,
-        chosen.gather,
-        chosen.reduce,
-        chosen.shard_size,
-        p.recompute,
-    )
+    steps = config.grad_accum_steps(settings.train, world_size)
+    return Layout.of(p, chosen, nodes, gpus_per_node, settings.train.micro_batch_size, steps)
 
 
 def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:

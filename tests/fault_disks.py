@@ -1,12 +1,13 @@
 """Faults 4 and 1: disks that are full or fail, and kills at each call, under the saver and under whole runs (see faults.py)."""
 
+import itertools
 import os
 import random
 import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,25 +26,7 @@ def disk_trials(folder: Path, every: int, worlds: list[int]) -> dict:
     every: take each so-manieth call only. The failed save commits nothing that is not whole, the one before stays, and the
     next save is good.
     """
-    places, failures = Counter[str](), []
-    cases = [(n, victim, call, e) for n in worlds for victim in range(n) for call in CALLS for e in ("ENOSPC", "EIO")]
-    for number, victim, call, error in cases:
-        count, outcome = 1, ""
-        while True:
-            run_dir = folder / "disk"
-            run_dir.mkdir(parents=True)
-            try:
-                outcome = _fail_one_call(run_dir, number, victim, f"{call}:error={error}:when={count}")
-            except AssertionError as problem:
-                outcome = "failed"
-                failures.append(f"{number} ranks, {call} {count} of rank {victim} gives {error}: {problem}")
-            shutil.rmtree(run_dir)
-            if outcome == "not reached":
-                break
-            places.update({f"{call} {error}": 1, outcome: 1, f"{number} ranks": 1})
-            count += every
-    trials = sum(places[f"{number} ranks"] for number in worlds)
-    return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(places)}
+    return _at_each_call(folder / "disk", every, worlds, ("error=ENOSPC", "error=EIO"), _fail_one_call)
 
 
 def kill_trials(folder: Path, every: int, worlds: list[int]) -> dict:
@@ -52,27 +35,34 @@ def kill_trials(folder: Path, every: int, worlds: list[int]) -> dict:
     every: take each so-manieth call only. What stands before a call is what the one before it left: so these are the moments
     before and after each. A whole checkpoint is there, no mix, and the ranks that are started next save on.
     """
+    return _at_each_call(folder / "calls", every, worlds, ("signal=KILL",), _kill_at_one_call)
+
+
+def _at_each_call(
+    run_dir: Path, every: int, worlds: list[int], faults: tuple[str, ...], attempt: Callable[..., str | None]
+) -> dict:
+    """Each fault at each call of each rank; `attempt` says how it went, or None where there was no such call any more."""
     places, failures = Counter[str](), []
-    for number, victim, call in ((n, victim, call) for n in worlds for victim in range(n) for call in CALLS):
-        count = 1
-        while True:
-            run_dir = folder / "calls"
+    cases = [(n, victim, call, fault) for n in worlds for victim in range(n) for call in CALLS for fault in faults]
+    for number, victim, call, fault in cases:
+        for count in itertools.count(1, every):
             run_dir.mkdir(parents=True)
             try:
-                found = _kill_at_one_call(run_dir, number, victim, f"{call}:signal=KILL:when={count}")
+                outcome = attempt(run_dir, number, victim, f"{call}:{fault}:when={count}")
             except AssertionError as problem:
-                found = (0, 0)
-                failures.append(f"{number} ranks, {call} {count} of rank {victim}: {problem}")
+                outcome = "failed"
+                failures.append(f"{number} ranks, {fault} at {call} {count} of rank {victim}: {problem}")
             shutil.rmtree(run_dir)
-            if found is None:
+            if outcome is None:
                 break
-            places.update({f"{call}": 1, f"{number} ranks": 1, f"save {found[1]} was left": 1})
-            count += every
+            places.update({f"{call} {fault.partition('=')[2]}": 1, outcome: 1, f"{number} ranks": 1})
+            if outcome == "failed":  # and would be for ever, where there is no such call
+                break
     trials = sum(places[f"{number} ranks"] for number in worlds)
     return {"trials": trials, "differ": len(failures), "failures": failures, "places": dict(places)}
 
 
-def _kill_at_one_call(run_dir: Path, number: int, victim: int, injection: str) -> tuple[int, int] | None:
+def _kill_at_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str | None:
     """Save steps 1, 2 and 3, with the kill in that of step 2; returns what checkpoint that left, None: there was no such call."""
     pids = _begin_saves(run_dir, number)
     tracer = _trace(pids[victim], run_dir / "checkpoints", injection, run_dir / "trace.txt")
@@ -100,7 +90,7 @@ def _kill_at_one_call(run_dir: Path, number: int, victim: int, injection: str) -
     assert check_all(run_dir) == (3, 3)
     left = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
     assert not left, left
-    return found
+    return f"save {found[1]} was left"
 
 
 def _begin_saves(run_dir: Path, number: int) -> list[int]:
@@ -130,8 +120,8 @@ def _begin_saves(run_dir: Path, number: int) -> list[int]:
     return pids
 
 
-def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str:
-    """Save steps 1, 2 and 3, with the fault in that of step 2; returns how that went."""
+def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str | None:
+    """Save steps 1, 2 and 3, with the fault in that of step 2; returns how that went, None: there was no such call."""
     started = time.monotonic()
     pids = _begin_saves(run_dir, number)
     trace = run_dir / "trace.txt"
@@ -146,7 +136,7 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
     assert statuses == [0] * number, f"{statuses}\n{output[-2000:]}"
     assert time.monotonic() - started < 60
     if "INJECTED" not in trace.read_text():
-        return "not reached"
+        return None
     problem = (run_dir / "said.txt").read_text()
     steps = [step for step, _ in checkpoint.committed(run_dir)]
     assert check_all(run_dir) == (3, 3), "the next save is not there"
