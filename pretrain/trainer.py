@@ -276,8 +276,8 @@ def _log_step(run: Run, display: Display, result: StepResult) -> None:
     run.clock.reset()
     if figures[3] >= run.config.train.max_skipped_steps:
         raise FloatingPointError(
-            f"the gradient was {'0' if figures[1] == 0 else 'not finite'} in the last {int(figures[3])} steps up to step "
-            f"{run.step} (train.max_skipped_steps {run.config.train.max_skipped_steps}); nothing was updated in them. Their "
+            f"the gradient was not finite, or 0, in the last {int(figures[3])} steps up to step {run.step}, where its norm was "
+            f"{figures[1]:g} (train.max_skipped_steps {run.config.train.max_skipped_steps}); nothing was updated in them. Their "
             f"documents: pretrain order --config {run.run_dir / 'config.yaml'} --step {run.step}"
         )
 

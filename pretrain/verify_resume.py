@@ -50,7 +50,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="Fixes the moments of the kills (whole number).")
     parser.add_argument(
-        "--out", type=Path, default=None, help="Folder for the runs (path); none: beside the run's own."
+        "--out",
+        type=Path,
+        default=None,
+        help="Folder for the runs (path), where those of before are replaced; none: beside the run's own.",
     )
     parser.add_argument("--overrides", type=list[str], default=[], help="More of `pretrain train`'s options.")
     args = parser.parse_args(argv)
@@ -63,9 +66,13 @@ def main(argv: list[str]) -> int:
             )
         for number in numbers:
             config.grad_accum_steps(settings.train, number)
+        out = args.out or Path(f"{settings.run_dir}-verify-resume")
+        if out.exists() and any(out.iterdir()) and not (out / "straight" / "output.txt").exists():
+            raise ValueError(
+                f"--out is {out}, which holds something other than such runs; name a folder that is empty or not there"
+            )
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
-    out = args.out or Path(f"{settings.run_dir}-verify-resume")
     trial = Trial(args.config, args.overrides, args.steps, out, LOSS_TOLERANCE[settings.parallel.precision])
     outcomes = trial.all(numbers, args.kills, random.Random(args.seed))
     Console(width=None if sys.stdout.isatty() else 160).print(_table(outcomes, args.steps))

@@ -49,6 +49,20 @@ def test_what_is_not_the_same_run_is_said_and_is_a_status(
     assert said.splitlines()[-1].startswith("FAILED: killed on 2; ")
 
 
+def test_a_folder_of_something_else_is_left_alone(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that happens to have a `straight` in it, which would be replaced."""
+    kept = tmp_path / "out" / "straight" / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
+    with pytest.raises(SystemExit, match="2"):
+        verify_resume.main(["--config", str(config_file), "--out", str(tmp_path / "out")])
+    assert f"--out is {tmp_path / 'out'}, which holds something other than such runs" in capsys.readouterr().err
+    assert kept.read_text() == "years of work"
+
+
 @pytest.mark.long
 def test_on_other_numbers_of_ranks_too_in_bf16(datasets: Path, tmp_path: Path) -> None:
     config_file = write_config(
