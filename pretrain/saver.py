@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 _SYNCED = 2**28
 """So many bytes (256 MiB) are synced at a time: the disk's pace is seen, not that of the host's memory."""
+_REMEMBERED = 8
+"""So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
 
 class Saver:
@@ -61,8 +63,8 @@ class Saver:
             self._clear()
         self.stalled_s = 0.0
         """Seconds that training has waited for saving so far."""
-        self.longest_s = self._longest_of_the_run() if ranks.rank() == 0 else 0.0
-        """Seconds that the run's longest save took so far, from the copy to the commit; counted on rank 0."""
+        self._took_s = self._remembered() if ranks.rank() == 0 else ()
+        """Seconds that each of the last saves took, from the copy to the commit; counted on rank 0."""
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
@@ -77,16 +79,22 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        state = {**state, "updates": updates, "save_s": self.longest_s}
+        state = {**state, "updates": updates}
         self._pending = self._thread.submit(self._write, step, tensors, state)
         if not self._config.in_background:
             self.wait()
         self.stalled_s += time.perf_counter() - started
 
-    def _longest_of_the_run(self) -> float:
-        """What the newest checkpoint knows of the saves before it."""
+    @property
+    def longest_s(self) -> float:
+        """The longest of the run's last saves (seconds), of earlier starts too; on rank 0, elsewhere 0."""
+        return max(self._took_s, default=0.0)
+
+    def _remembered(self) -> tuple[float, ...]:
+        """What the newest checkpoint knows of the saves up to its own."""
         newest = checkpoint.committed(self._folder.parent)[:1]
-        return max((checkpoint.read_state(folder).get("save_s", 0.0) for _, folder in newest), default=0.0)
+        manifests = [json.loads((folder / "manifest.json").read_bytes()) for _, folder in newest]
+        return tuple(seconds for manifest in manifests for seconds in manifest.get("last_saves_s", ()))
 
     def wait(self) -> str | None:
         """Wait for the save that is being written; returns why it failed, or None.
@@ -131,7 +139,7 @@ class Saver:
             names = self._all_ranks(lambda: _files_of(staging))[0]  # rank 0's: what it commits
             parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
             entries = {name: entry for part in parts for name, entry in part.items()}
-            self._rank_0(lambda: self._commit(staging, target, step, entries))
+            self._rank_0(lambda: self._commit(staging, target, step, entries, time.perf_counter() - started))
         except _Failed as failure:
             if ranks.rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -144,7 +152,7 @@ class Saver:
                 self._say(f"step {step}: older checkpoints could not be deleted: {error}")
         size = sum(entry["bytes"] for entry in entries.values())
         took = time.perf_counter() - started
-        self.longest_s = max(self.longest_s, took)
+        self._took_s = self._took_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
 
@@ -198,12 +206,15 @@ class Saver:
         writer.fs = _Files(self._sign)
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
-    def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any]) -> None:
+    def _took_s_with(self, seconds: float) -> tuple[float, ...]:
+        return (*self._took_s, seconds)[-_REMEMBERED:]
+
+    def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any], seconds: float) -> None:
+        """seconds: what this save has taken, but for this."""
         lock.check(self._folder.parent)
         manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
-        _write_synced(
-            staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(entries.items()))}, indent=1)
-        )
+        manifest |= {"last_saves_s": self._took_s_with(seconds), "files": dict(sorted(entries.items()))}
+        _write_synced(staging / "manifest.json", json.dumps(manifest, indent=1))
         sync(staging / "tensors")
         sync(staging)
         old = target.with_suffix(".old")

@@ -30,7 +30,7 @@ ORPHANED = 91
 KILL_WAIT_S = 30
 """SLURM's KillWait, unless a site sets another: SIGKILL comes so long after the SIGTERM of scancel or a preemption (seconds)."""
 SAVES = 2.0
-"""So many times the longest save so far is kept free before the end of the job's time: one being written, and the last."""
+"""So many times the longest of the last saves is kept free before the end of the job's time: one being written, and the last."""
 
 
 class Stop:
@@ -44,6 +44,8 @@ class Stop:
         self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
         self._asked_before = time.monotonic()
         self._longest_s = 0.0
+        self._at_first_s: float | None = None
+        """What was left of the job's time when training began (seconds); None: not known yet, or no end."""
         self._warned: set[str] = set()
         # Only torchrun's agent is a parent that must not go; a shell may.
         self._parent = os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
@@ -67,7 +69,8 @@ class Stop:
     def asked(self, save_s: float, max_hours: float, margin_s: float) -> int:
         """Why this rank would stop now, or 0. Called between steps; the ranks take the largest answer.
 
-        save_s: the longest save so far (seconds); max_hours: see `train.max_hours`; margin_s: see `train.stop_margin_s`.
+        save_s: the longest of the last saves (seconds); max_hours: see `train.max_hours`; margin_s: see `train.stop_margin_s`.
+        At most half of what was left when training began is kept free: a job always gets on, whatever the last save took.
         """
         now = time.monotonic()
         self._intervals += 1
@@ -79,7 +82,12 @@ class Stop:
         if self._parent is not None and os.getppid() != self._parent:
             return ORPHANED
         end = self._end_of_time(max_hours)
-        return OUT_OF_TIME if end is not None and end - time.time() < self.needed_s(save_s, margin_s) else 0
+        if end is None:
+            return 0
+        left_s = end - time.time()
+        if self._at_first_s is None:
+            self._at_first_s = left_s
+        return OUT_OF_TIME if left_s < min(self.needed_s(save_s, margin_s), self._at_first_s / 2) else 0
 
     def needed_s(self, save_s: float, margin_s: float) -> float:
         """Seconds from now until the run has certainly saved and left: a step, SAVES saves, and the margin."""
@@ -90,6 +98,17 @@ class Stop:
         ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME") else []
         ends += [self._started + 3600 * max_hours] if max_hours else []
         return min(ends, default=None)
+
+    def job_too_short(self, save_s: float, margin_s: float) -> str | None:
+        """A line, once, where more would have to be kept free than half of what was left when training began."""
+        needed_s = self.needed_s(save_s, margin_s)
+        if "job" in self._warned or self._at_first_s is None or needed_s <= self._at_first_s / 2:
+            return None
+        self._warned.add("job")
+        return (
+            f"the job had {self._at_first_s:.0f} s left when training began; a step, {SAVES:.0f} saves and the margin take "
+            f"{needed_s:.0f} s, and no more than half is kept free: give it more time (sbatch --time)"
+        )
 
     def warning_too_short(self, save_s: float) -> str | None:
         """A line, once, where the scheduler's warning (sbatch --signal=...@SECONDS) leaves less time than a save takes."""

@@ -148,7 +148,8 @@ class TrainConfig:
     max_hours: float = 0.0
     """Save and leave before so many hours are over, where the scheduler does not tell its limit (hours); 0: no limit."""
     stop_margin_s: float = 60.0
-    """Kept free at the end of the job's time, besides the longest step and twice the longest save so far (seconds)."""
+    """Kept free at the end of the job's time, besides the longest step and twice the longest of the last 8 saves; at most half
+    of the time is, in all (seconds)."""
     max_restarts: int = 3
     """Refuse to start after so many restarts by the scheduler without a new checkpoint between them."""
 

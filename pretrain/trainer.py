@@ -198,7 +198,11 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     at("agreeing on whether to stop")
     settings = run.config.train
     asked = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
-    for line in (stop.warning_too_short(saver.longest_s), stop.kill_wait_too_short(saver.longest_s)):
+    for line in (
+        stop.job_too_short(saver.longest_s, settings.stop_margin_s),
+        stop.warning_too_short(saver.longest_s),
+        stop.kill_wait_too_short(saver.longest_s),
+    ):
         if line is not None:
             display.say(line)
     stop.reason = int(ranks.all_reduce_max(torch.tensor(asked)))  # on the CPU: the GPU's queue goes on

@@ -68,7 +68,8 @@ class Job:
             f"--output={self.folder}/job.log",
         ]
         path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
-        variables = {"PATH": path, "LOGS": f"{self.folder}/logs", **(environment or {})}
+        # A node that comes back at once can leave the next start with less than was asked for: nobody waits five minutes here.
+        variables = {"PATH": path, "LOGS": f"{self.folder}/logs", "STEP_WAIT_S": "10", **(environment or {})}
         export = ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())])
         command = ["sbatch", "--parsable", *small, f"--export={export}", *options]
         script = [ROOT / "launch" / "slurm.sbatch", "--config", config, *arguments]
@@ -116,7 +117,7 @@ class Job:
 
 
 KINDS = ("USR1", "TERM", "time", "requeue", "node", "crash")
-MARGIN_S = 30
+MARGIN_S = 20
 """Of the job's minute; what is left is the time that a start may take."""
 
 

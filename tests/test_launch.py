@@ -42,12 +42,36 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> scheduler.Stop:
 
 def test_a_run_stops_while_there_is_time_to_save(stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.asked(save_s=1e6, max_hours=0, margin_s=1e6) == 0, "without a limit there is time"
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
+    begun = time.time()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(begun + 5000))
+    assert stop.asked(save_s=0, max_hours=0, margin_s=0) == 0
+    monkeypatch.setattr(time, "time", lambda: begun + 4000)
     assert stop.asked(save_s=100, max_hours=0, margin_s=700) == 0
     assert stop.asked(save_s=100, max_hours=0, margin_s=850) == scheduler.OUT_OF_TIME
     assert stop.asked(save_s=200, max_hours=0, margin_s=700) == scheduler.OUT_OF_TIME, "the save counts twice"
-    assert stop.asked(save_s=0, max_hours=0.1, margin_s=400) == scheduler.OUT_OF_TIME, "the earlier limit counts"
-    assert stop.asked(save_s=0, max_hours=0.1, margin_s=300) == 0
+    hours = 4400 / 3600
+    assert stop.asked(save_s=0, max_hours=hours, margin_s=450) == scheduler.OUT_OF_TIME, "the earlier limit counts"
+    assert stop.asked(save_s=0, max_hours=hours, margin_s=350) == 0
+
+
+def test_a_job_gets_on_even_after_a_save_that_took_longer_than_it_has(
+    stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = time.time()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(begun + 1000))
+    monkeypatch.setattr(time, "time", lambda: begun)
+    assert stop.job_too_short(save_s=1e6, margin_s=60) is None, "nothing is known yet"
+    assert stop.asked(save_s=3000, max_hours=0, margin_s=60) == 0
+    line = stop.job_too_short(save_s=3000, margin_s=60)
+    assert line is not None
+    assert "had 1000 s left" in line
+    assert "take 6060 s" in line
+    assert stop.job_too_short(save_s=3000, margin_s=60) is None, "said once"
+    monkeypatch.setattr(time, "time", lambda: begun + 499)
+    assert stop.asked(save_s=3000, max_hours=0, margin_s=60) == 0
+    monkeypatch.setattr(time, "time", lambda: begun + 501)
+    assert stop.asked(save_s=3000, max_hours=0, margin_s=60) == scheduler.OUT_OF_TIME
+    assert stop.asked(save_s=100, max_hours=0, margin_s=60) == 0, "half is the most, not the least"
 
 
 def test_a_warning_shorter_than_a_save_is_named_once(stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +141,7 @@ def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A limit that leaves time for nothing: no step, status 75, and after some restarts a refusal with status 2."""
-    tree = tiny_config(datasets, tmp_path / "run", train={"max_hours": 0.01, "max_restarts": 1})
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_hours": 1e-6, "max_restarts": 1})
     command = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main(command) == scheduler.REQUEUE

@@ -37,8 +37,8 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path)
-    # A start has a minute for its first steps, before it stops for the job's time.
-    job.submit(datasets, "--train.stop_margin_s", "60", options=("--time=2", "--signal=USR1@1"))
+    # A start has 80 s for its first steps, before it stops for the job's time.
+    job.submit(datasets, "--train.stop_margin_s", "40", options=("--time=2", "--signal=USR1@1"))
     job.until_step(restart=0, steps=10)
     cluster.run("scancel", "--signal=USR1", job.number)
 
@@ -48,7 +48,7 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     cluster.run("scontrol", "update", "nodename=node2", "state=idle")
 
     job.until_step(restart=2, steps=10)
-    job.sleep_until_the_end(margin_s=60)
+    job.sleep_until_the_end(margin_s=40)
     assert job.until_over() == "COMPLETED", job.logs()
     stops = job.stops()
     assert stops[0] == "SIGUSR1", job.logs()
@@ -103,14 +103,21 @@ echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP
 """In Python's place: says what it was told, and wants to be started once more."""
 
 
-def run_stub(cluster: slurm.Slurm, folder: Path, scontrol: bool, *options: str) -> list[str]:
-    """Run the script around the stub until nothing is queued any more; gives the lines of its ranks, sorted."""
-    programs = {"python": STUB} | ({} if scontrol else {"scontrol": "#!/bin/sh\nexit 127\n"})
+def run_stub(
+    cluster: slurm.Slurm, folder: Path, scontrol: bool, *options: str, stub: str = STUB, first: str = ""
+) -> list[str]:
+    """Run the script around the stub until nothing is queued any more; gives the lines of its ranks, sorted.
+
+    first: what launch/env.sh does besides.
+    """
+    programs = {"python": stub} | ({} if scontrol else {"scontrol": "#!/bin/sh\nexit 127\n"})
     (folder / "bin").mkdir()
     for name, text in programs.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    (folder / "launch").symlink_to(ROOT / "launch")
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    with open(folder / "launch" / "env.sh", "a") as env:
+        env.write(first)
     small = ["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1000", "--time=5"]
     path = f"{folder}/bin:{cluster.environment['PATH']}"
     command = [
@@ -156,3 +163,23 @@ def test_without_scontrol_the_job_submits_the_next_one(cluster: slurm.Slurm, tmp
     assert len(lines) == 4, "two ranks, twice"
     assert all(line.endswith("--config a b.yaml --run_dir runs/%a") for line in lines)
     assert len(list(tmp_path.glob("logs/slurm-*"))) == 2, "two jobs"
+
+
+@pytest.mark.parametrize("scontrol", [True, False])
+def test_a_job_that_cannot_even_start_is_not_started_for_ever(
+    cluster: slurm.Slurm, tmp_path: Path, scontrol: bool
+) -> None:
+    lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n")
+    assert lines.count("no torch here") == 2 * 5, "two ranks, five times"
+    said = "".join(log.read_text() for log in tmp_path.glob("pretrain-*.log"))
+    assert said.count("5 starts in a row failed within 360 s: the job is not requeued") == 1
+
+
+def test_nodes_that_are_not_free_are_given_back(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """As where a failed node has left a job less than it was given; here another step holds them."""
+    held = 'STEP_WAIT_S=2\n[ "${SLURM_RESTART_COUNT:-}" ] || { srun --ntasks=2 sleep 600 & sleep 2; }\n'
+    lines = run_stub(cluster, tmp_path, True, first=held)
+    assert len(lines) == 2, "two ranks, once"
+    (log,) = tmp_path.glob("pretrain-*.log")
+    assert "Requested nodes are busy" in log.read_text()
+    assert "restart 1: 2 tasks" in log.read_text()

@@ -77,6 +77,30 @@ def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, mo
     assert writer.wait() == "at last"
 
 
+def test_a_disk_that_once_stood_still_is_remembered_and_then_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run, not the process: each save here is another start's."""
+    now, pause_s = [0.0], [100.0, *[1.0] * 9]
+    write = saver.Saver._write_tensors
+
+    def slow_write(self: saver.Saver, *args: object) -> None:
+        write(self, *args)
+        now[0] += pause_s.pop(0)
+
+    monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
+    monkeypatch.setattr(saver.time, "perf_counter", lambda: now[0])
+    model, optimizer = make_state(3)
+    longest = []
+    for step in range(1, 11):
+        writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+        longest.append(writer.longest_s)
+        writer.save(step, model, optimizer, {"step": step})
+        writer.close()
+    assert longest == [0, *[100] * 8, 1]
+    assert writer.longest_s == 1
+
+
 def test_the_savers_thread_uses_the_ranks_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[tuple[int, str]] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
