@@ -5,7 +5,7 @@
     step-00005000/
         tensors/         torch.distributed.checkpoint: "model.NAME", "optimizer.exp_avg.NAME", "optimizer.exp_avg_sq.NAME"
         state.json       what else the run needs: step, fingerprints of the data, versions
-        manifest.json    size and sha256 of every other file, seconds of the last saves; written last
+        manifest.json    size and sha256 of every other file, written last
 
 A folder of another name is not a checkpoint, and one without a manifest is a corrupt one; step-00005000.old is one that a new
 step-00005000 is about to replace, so that at every moment there is one of the two. What does not match its manifest is set aside

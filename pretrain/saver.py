@@ -93,8 +93,8 @@ class Saver:
     def _remembered(self) -> tuple[float, ...]:
         """What the newest checkpoint knows of the saves up to its own."""
         newest = checkpoint.committed(self._folder.parent)[:1]
-        manifests = [json.loads((folder / "manifest.json").read_bytes()) for _, folder in newest]
-        return tuple(seconds for manifest in manifests for seconds in manifest.get("last_saves_s", ()))
+        states = [checkpoint.read_state(folder) for _, folder in newest]
+        return tuple(seconds for state in states for seconds in state.get("last_saves_s", ()))
 
     def wait(self) -> str | None:
         """Wait for the save that is being written; returns why it failed, or None.
@@ -135,11 +135,11 @@ class Saver:
             sizes = self._all_ranks(lambda: _bytes_of(tensors))
             self._rank_0(lambda: self._make_room(staging, sum(sizes)))
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
-            self._rank_0(lambda: _write_synced(staging / "state.json", json.dumps(state, indent=1)))
             names = self._all_ranks(lambda: _files_of(staging))[0]  # rank 0's: what it commits
             parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
             entries = {name: entry for part in parts for name, entry in part.items()}
-            self._rank_0(lambda: self._commit(staging, target, step, entries, time.perf_counter() - started))
+            state = {**state, "last_saves_s": self._took_s_with(time.perf_counter() - started)}
+            self._rank_0(lambda: self._commit(staging, target, state, entries))
         except _Failed as failure:
             if ranks.rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -209,12 +209,14 @@ class Saver:
     def _took_s_with(self, seconds: float) -> tuple[float, ...]:
         return (*self._took_s, seconds)[-_REMEMBERED:]
 
-    def _commit(self, staging: Path, target: Path, step: int, entries: dict[str, Any], seconds: float) -> None:
-        """seconds: what this save has taken, but for this."""
+    def _commit(self, staging: Path, target: Path, state: dict[str, Any], entries: dict[str, Any]) -> None:
         lock.check(self._folder.parent)
-        manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": step}
-        manifest |= {"last_saves_s": self._took_s_with(seconds), "files": dict(sorted(entries.items()))}
-        _write_synced(staging / "manifest.json", json.dumps(manifest, indent=1))
+        _write_synced(staging / "state.json", json.dumps(state, indent=1))
+        files = {**entries, "state.json": checkpoint.describe(staging / "state.json")}
+        manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": state["step"]}
+        _write_synced(
+            staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
+        )
         sync(staging / "tensors")
         sync(staging)
         old = target.with_suffix(".old")
@@ -226,7 +228,7 @@ class Saver:
         sync(self._folder)
         # What an earlier start had saved from here on is no part of this run any more, and must not be taken for it.
         for number, folder in checkpoint.committed(self._folder.parent):
-            if number >= step and folder != target:
+            if number >= state["step"] and folder != target:
                 checkpoint.set_aside(folder, "replaced")
 
 
