@@ -1,8 +1,8 @@
 """torchrun, with the manners that a scheduler needs: python launch/agent.py TORCHRUN'S OPTIONS.
 
-SIGTERM, SIGUSR1 and Ctrl-C are passed on to the workers, each in a session of its own, which save and leave in their own time
-(torchrun would kill them after 30 seconds). The exit status is that of the worker that ended first, where torchrun's is 1
-whatever happened.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on to the workers, each in a session of its own, which save and leave in their
+own time (torchrun would kill them after 30 seconds). The exit status is that of the worker that ended first, where torchrun's is
+1 whatever happened.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from pretrain.imports import importing
-from pretrain.scheduler import REQUEUE
+from pretrain.scheduler import LATER, REQUEUE
 
 with importing():
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -30,15 +30,16 @@ def pass_on(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, pass_on)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup
+            signal.signal(name, pass_on)
     try:
-        main(["--signals-to-handle=SIGHUP", *sys.argv[1:]])
+        main(["--signals-to-handle=SIGQUIT", *sys.argv[1:]])
     except RendezvousError as error:  # the agent that held the meeting place is gone, or never came
         print(f"the agents have lost each other: {error}", file=sys.stderr)
         sys.exit(1)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode not in (2, REQUEUE, 130):  # refused, stopped, Ctrl-C: they have said so themselves
+        if failure.exitcode not in (2, LATER, REQUEUE, 130):  # refused, stopped, Ctrl-C: they have said so themselves
             print(f"rank {rank} on {os.uname().nodename} ended first, with status {failure.exitcode}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

@@ -43,16 +43,16 @@ class Parser(jsonargparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def fail(command: str, message: object) -> NoReturn:
-    """Print one line on standard error and exit with status 2.
+def fail(command: str, message: object, status: int = 2) -> NoReturn:
+    """Print one line on standard error and exit.
 
     Of several ranks the first speaks for all. The others wait: a launcher ends every rank when one has left, and it would be
     in the middle of its imports. Who is still there then has found something of his own, or has a log of his own.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
         time.sleep(PATIENCE_S)
         command = f"rank {rank} on {socket.gethostname()}: {command}"
     print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -272,11 +272,11 @@ def _communication(counts: Counts, layout: Layout) -> float:
 def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
     """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `saver.prune`."""
     saves = -(-max_steps // config.every_steps) if config.every_steps else 1
-    kept = saves
-    if config.keep_last:
-        every = math.lcm(config.keep_every, config.every_steps or max_steps)
-        kept = min(saves, config.keep_last + (max_steps // every if config.keep_every else 0))
-    return kept + 1
+    if config.keep_last == 0:
+        return saves + 1
+    every = math.lcm(config.keep_every, config.every_steps or max_steps)
+    kept = config.keep_last + (max_steps // every if config.keep_every else 0)
+    return (kept if config.every_minutes else min(saves, kept)) + 1
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ is autocast, with an fp32 residual stream, and would gather fp32).
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,6 +120,12 @@ def _compile_deterministically() -> None:
 
 def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if config.accelerator != "cpu" and gpus == 0 and given != "0":
+        raise OSError(
+            f"SLURM gave this job {given} GPUs on {socket.gethostname()}, and PyTorch finds none there: see nvidia-smi on that "
+            "host, and leave it out with sbatch --exclude; or set --parallel.accelerator cpu"
+        )
     accelerator = config.accelerator if config.accelerator != "auto" else ("cuda" if gpus else "cpu")
     if accelerator == "cuda" and gpus < local_world_size:
         start = f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or " if gpus else ""

@@ -6,7 +6,6 @@ Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,23 +20,24 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
-from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks, scheduler
+from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks, saver, scheduler
 from pretrain.lock import Lock
 from pretrain.model import fill, num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
-from pretrain.trainer import Begun, Run
+from pretrain.trainer import Begun, Run, versions
 from pretrain.watchdog import Watchdog, alive, at
 
 _SHARED_S = 60.0
 """For a file of rank 0's to be seen by all ranks, before their folders are taken for different ones."""
 
 
-def prepare(settings: config.Config) -> Run:
+def prepare(settings: config.Config, stop: scheduler.Stop | None = None) -> Run:
     """Open the data, build the model, and load the checkpoint that the run goes on from, if there is one.
 
     Raises:
         ValueError, OSError: something that the user can mend, in one line.
+        SystemExit: a rank got a signal while the shards were read, which may take long; on all ranks.
     """
     sources = data.open_sources(settings.data, settings.model.vocab_size)
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
@@ -52,7 +52,7 @@ def prepare(settings: config.Config) -> Run:
         guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
         if settings.data.verify == "full":
-            _verify_shards(Path(settings.run_dir) / "verified.json", sources)
+            _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
         run = _build(settings, fabric, sharding, sources, mixture, accumulate)
         run.at_end = on_failure.pop_all()
         guard.rest()
@@ -75,9 +75,7 @@ def _build(
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
-    if fabric.is_global_zero:
-        _keep_config(settings, run_dir, say=fabric.print)
-        shutil.copytree(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer", dirs_exist_ok=True)
+    _describe(settings, run_dir, sources, fabric)
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
@@ -143,7 +141,7 @@ def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
         elsewhere = f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
         problem = ranks.first_problem(None if _sees(run_dir, mark or "") else elsewhere)
     if problem is not None:
-        raise ValueError(f"run_dir: {problem}")
+        raise OSError(f"run_dir: {problem}")
     try:
         yield
     finally:
@@ -165,11 +163,39 @@ def _sees(run_dir: Path, mark: str) -> bool:
         time.sleep(0.5)
 
 
+def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric) -> None:
+    """Have rank 0 put into the run's folder what an export and a person need besides the weights.
+
+    Raises:
+        OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
+    """
+    problem = None
+    if fabric.is_global_zero:
+        try:
+            _keep_config(settings, run_dir, say=fabric.print)
+            _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
+            saver.check_room(run_dir, 3 * 4 * num_parameters(settings.model)[0])
+        except OSError as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise OSError(problem)
+
+
+def _keep_tokenizer(source: Path, target: Path) -> None:
+    """Copy what is not there yet. The data may be read-only, and the copy is not to be."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        content = file.read_bytes()
+        copy = target / file.name
+        if not copy.exists() or copy.read_bytes() != content:
+            write_atomically(copy, content)
+
+
 def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
     """Write config.yaml; where the run goes on with another one, say what changed and keep the one before."""
     path = run_dir / "config.yaml"
     if path.exists():
-        before, now = yaml.safe_load(path.read_text()) or {}, asdict(settings)
+        before, now = _read_config(path, say), asdict(settings)
         changes = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed", now["seed"]) != now["seed"] else []
         changes += [
             f"{section}.{key}: {before[section].get(key)} -> {value}"
@@ -183,7 +209,16 @@ def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
     config.write(replace(settings, resume=None), path)  # who starts from this file goes on, and not back once more
 
 
-def _verify_shards(record: Path, sources: list[data.Source]) -> None:
+def _read_config(path: Path, say: Any) -> dict[str, Any]:
+    """What the run's own config.yaml says; one that nobody can read is kept under another name."""
+    try:
+        return dict(yaml.safe_load(path.read_text()) or {})
+    except (yaml.YAMLError, ValueError, TypeError):
+        say(f"{path} could not be read; it is kept as {checkpoint.set_aside(path, 'before').name}")
+        return {}
+
+
+def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Stop | None) -> None:
     """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
     known: dict[str, str] = {}
     with suppress(OSError, ValueError):  # none yet, or torn: read all shards
@@ -201,6 +236,10 @@ def _verify_shards(record: Path, sources: list[data.Source]) -> None:
             problem = ranks.first_problem(dataset.check(share, alive))
             if problem is not None:
                 raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
+            if ranks.all_reduce_max(torch.tensor(stop.signalled if stop else 0)):
+                if ranks.rank() == 0:
+                    print("stopped by a signal while the shards were read; nothing is lost", flush=True)
+                raise SystemExit(scheduler.REQUEUE)
         known[key] = signature
         if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
             write_atomically(record, json.dumps(known, indent=1).encode() + b"\n")
@@ -253,6 +292,13 @@ def _choose_checkpoint(
     if found is None:
         return None
     before = checkpoint.read_state(found)
+    others = [
+        f"{n} {v}, now {versions()[n]}" for n, v in before.get("versions", {}).items() if versions().get(n, v) != v
+    ]
+    if others:
+        say(
+            f"{found.name} was written with other versions: {'; '.join(others)}; figures may differ in their last digits"
+        )
     if before["step"] > settings.train.max_steps:
         raise ValueError(
             f"{found} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {before['step']}, or "
@@ -301,7 +347,7 @@ def _stages_in_words(stages: list[list[Any]], sources: list[data.Source]) -> str
 
 def _went_back(found: Path | None, resume: str) -> bool:
     """Whether the newest checkpoint comes of a start with the same --resume, and the scheduler repeats that command."""
-    return found is not None and scheduler.restarts() > 0 and checkpoint.read_state(found).get("resume") == resume
+    return found is not None and scheduler.repeated() and checkpoint.read_state(found).get("resume") == resume
 
 
 def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> None:

@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 _SYNCED = 2**28
 """So many bytes (256 MiB) are synced at a time: the disk's pace is seen, not that of the host's memory."""
+_AGAIN_S = 300.0
+"""So long after a save that failed it is tried again (seconds)."""
 _REMEMBERED = 8
 """So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
@@ -57,6 +59,10 @@ class Saver:
         device = torch.cuda.current_device() if cuda else None
         self._thread = futures.ThreadPoolExecutor(1, "saver", initializer=_use_device, initargs=(device,))
         self._pending: futures.Future[str | None] | None = None
+        self._problem: str | None = None
+        """Why the last save failed, the same on all ranks; None: it did not."""
+        self._saved = time.perf_counter()
+        """When the last save was taken or failed."""
         self._signs = 0
         """Grows while the thread gets on."""
         if ranks.rank() == 0:
@@ -74,6 +80,7 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
+        self._saved = time.perf_counter()
         cuda = next(model.parameters()).is_cuda
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
         if cuda:
@@ -96,20 +103,32 @@ class Saver:
         states = [checkpoint.read_state(folder) for _, folder in newest]
         return tuple(seconds for state in states for seconds in state.get("last_saves_s", ()))
 
+    def overdue(self) -> bool:
+        """Whether it is time to save, whatever the step; on rank 0, elsewhere False."""
+        if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
+            return False
+        failed = self._problem is not None or (self._pending is not None and self._pending.result() is not None)
+        by_clock = (
+            60 * self._config.every_minutes if self._config.keep_last else 0.0
+        )  # else the disk would fill by the clock
+        every_s = _AGAIN_S if failed else by_clock
+        return 0 < every_s < time.perf_counter() - self._saved
+
     def wait(self) -> str | None:
-        """Wait for the save that is being written; returns why it failed, or None.
+        """Wait for the save that is being written; returns why the last one failed, or None.
 
         What the thread gets done counts for the watchdog, so that a slow disk is not taken for a hang.
         """
         pending, self._pending = self._pending, None
         if pending is None:
-            return None
+            return self._problem
         seen = self._signs
         while not futures.wait([pending], timeout=0.5).done:
             if self._signs != seen:
                 seen = self._signs
                 alive()
-        return pending.result()
+        self._problem = pending.result()
+        return self._problem
 
     def _sign(self) -> None:
         self._signs += 1
@@ -184,12 +203,7 @@ class Saver:
             self._folder.mkdir(parents=True)
             sync(self._folder.parent)
         self._clear()
-        free, needed = shutil.disk_usage(self._folder).free, int(needed * 1.02) + 2**20
-        if free < needed:
-            raise OSError(
-                f"{self._folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
-                "make room, or lower checkpoint.keep_last"
-            )
+        check_room(self._folder, needed)
         (staging / "tensors").mkdir(parents=True)
 
     def _clear(self) -> None:
@@ -230,6 +244,16 @@ class Saver:
         for number, folder in checkpoint.committed(self._folder.parent):
             if number >= state["step"] and folder != target:
                 checkpoint.set_aside(folder, "replaced")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where `folder` has no room for a checkpoint with so many bytes of tensors."""
+    free, needed = shutil.disk_usage(folder).free, int(needed * 1.02) + 2**20
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
+            "make room, or lower checkpoint.keep_last"
+        )
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -5,9 +5,9 @@
     the launcher is gone ─────────────────┘
     SIGINT (Ctrl-C) ─> the same, but a person meant it: 130
 
-    started again ─> check_restarts: a new checkpoint since the last time? ─> go on, or refuse after some times without one
+    failed, started again ─> check_restarts: a new checkpoint since the last time? ─> go on, or refuse after some times without
 
-`launch/slurm.sbatch` requeues its job after REQUEUE and after a crash, and never after 0, 2 (refused) or 130.
+`launch/slurm.sbatch` requeues its job after REQUEUE, LATER and a crash, and never after 0, 2 (refused) or 130.
 """
 
 import json
@@ -22,6 +22,8 @@ from data_prep.shard import write_atomically
 
 REQUEUE = 75
 """Exit status of a run that was stopped, has saved, and is to be started again (EX_TEMPFAIL of sysexits.h)."""
+LATER = 69
+"""Exit status of a start that came to nothing, though the job has been started before: later it may (EX_UNAVAILABLE)."""
 OUT_OF_TIME = 90
 """What `Stop.asked` gives for the time limit; numbers of signals lie below."""
 RECORD = "restarts.json"
@@ -32,6 +34,9 @@ KILL_WAIT_S = 30
 SAVES = 2.0
 """So many times the longest of the last saves is kept free before the end of the job's time: one being written, and the last."""
 
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals after which a run saves and is to be started again; the last is what a lost terminal sends."""
+
 
 class Stop:
     """Notes what asks this process to stop. Made first of all, so that nothing is lost while the run starts."""
@@ -39,6 +44,8 @@ class Stop:
     def __init__(self) -> None:
         self.reason = 0
         """What the ranks agreed on: a signal's number, OUT_OF_TIME or ORPHANED; 0 while they go on."""
+        self.save_now = False
+        """Whether the ranks agreed to save after this step, whatever its number."""
         self._signal = 0
         self._started = time.time()
         self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
@@ -49,8 +56,9 @@ class Stop:
         self._warned: set[str] = set()
         # Only torchrun's agent is a parent that must not go; a shell may.
         self._parent = os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._received)
+        for number in _STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._received)
 
     def listen_to_ctrl_c(self) -> None:
         """From now on SIGINT too stops the run after its step; a second one interrupts at once."""
@@ -58,13 +66,18 @@ class Stop:
 
     def over(self) -> None:
         """The run has saved: a signal that comes while Python ends must not turn its status into the signal's."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _STOPS:
             signal.signal(number, signal.SIG_IGN)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def signalled(self) -> int:
+        """The number of the signal that this rank got, or 0."""
+        return self._signal
 
     def asked(self, save_s: float, max_hours: float, margin_s: float) -> int:
         """Why this rank would stop now, or 0. Called between steps; the ranks take the largest answer.
@@ -81,10 +94,9 @@ class Stop:
             return self._signal
         if self._parent is not None and os.getppid() != self._parent:
             return ORPHANED
-        end = self._end_of_time(max_hours)
-        if end is None:
+        left_s = self.left_s(max_hours)
+        if left_s is None:
             return 0
-        left_s = end - time.time()
         if self._at_first_s is None:
             self._at_first_s = left_s
         return OUT_OF_TIME if left_s < min(self.needed_s(save_s, margin_s), self._at_first_s / 2) else 0
@@ -93,11 +105,11 @@ class Stop:
         """Seconds from now until the run has certainly saved and left: a step, SAVES saves, and the margin."""
         return self._longest_s + SAVES * save_s + margin_s
 
-    def _end_of_time(self, max_hours: float) -> float | None:
-        """Unix time (seconds) at which the job ends: the scheduler's word, or `max_hours` after the start, or unknown."""
+    def left_s(self, max_hours: float) -> float | None:
+        """Seconds until the job ends: by the scheduler's word, or `max_hours` after the start; None: unknown."""
         ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME") else []
         ends += [self._started + 3600 * max_hours] if max_hours else []
-        return min(ends, default=None)
+        return min(ends) - time.time() if ends else None
 
     def job_too_short(self, save_s: float, margin_s: float) -> str | None:
         """A line, once, where more would have to be kept free than half of what was left when training began."""
@@ -137,10 +149,11 @@ class Stop:
         words = {OUT_OF_TIME: "the end of the job's time", ORPHANED: "the death of torchrun's agent"}
         return words.get(self.reason) or signal.Signals(self.reason).name
 
-    @property
-    def status(self) -> int:
-        """The exit status: REQUEUE, or 130 for Ctrl-C."""
-        return 128 + signal.SIGINT if self.reason == signal.SIGINT else REQUEUE
+    def status(self, steps: int) -> int:
+        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, or LATER where there was no time for a single one."""
+        if self.reason == signal.SIGINT:
+            return 128 + signal.SIGINT
+        return LATER if self.reason == OUT_OF_TIME and steps == 0 else REQUEUE
 
 
 def restarts() -> int:
@@ -149,23 +162,38 @@ def restarts() -> int:
     return sum(int(os.environ.get(name) or 0) for name in counters)
 
 
-def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
-    """Hold a job that is started again and again and gets nowhere; called by all ranks, before they join.
+def repeated() -> bool:
+    """Whether a scheduler repeats a command that has been started before: a restart, or a later task of an array."""
+    task, first = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") or "0" for name in ("ID", "MIN"))
+    return restarts() > 0 or int(task) > int(first)
 
-    restarts.json says at which restart there last was a new checkpoint; a start by hand begins anew (`note_start`).
+
+def failures() -> int:
+    """How often this job has failed so far: as launch/slurm.sbatch counts, or every restart where nobody tells them apart.
+
+    A preemption or a lost node is nobody's failure.
+    """
+    counted = os.environ.get("CRIA_FAILURES")
+    return int(counted) if counted else restarts()
+
+
+def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
+    """Hold a job that fails again and again and gets nowhere; called by all ranks, before they join.
+
+    restarts.json says at which failure there last was a new checkpoint; a start by hand begins anew (`note_start`).
     updates: of the weights, as the newest checkpoint has them (steps that are skipped get nowhere); limit: see
     `train.max_restarts`.
 
     Raises:
-        ValueError: the last `limit` restarts, the same for all ranks, made no checkpoint with more of them.
+        ValueError: after the last `limit` failures, the same for all ranks, no restart made a checkpoint with more of them.
     """
-    if not restarts():
+    if not failures():
         return
     seen = {"updates": 0, "restart": 0}
     with suppress(OSError, ValueError):  # what a lost node left torn says nothing
         seen |= json.loads((run_dir / RECORD).read_bytes())
     # Another newest one is progress, an earlier one too: the run was sent back, and went on from there.
-    in_vain = restarts() - seen["restart"] if updates == seen["updates"] else 0
+    in_vain = failures() - seen["restart"] if updates == seen["updates"] else 0
     if in_vain > limit:
         raise ValueError(
             f"{in_vain - 1} restarts have saved nothing beyond {updates} updates (train.max_restarts {limit}), and "
@@ -183,4 +211,4 @@ def note_start(run_dir: Path, updates: int) -> None:
 
 def _record(run_dir: Path, updates: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / RECORD, json.dumps({"updates": updates, "restart": restarts()}).encode() + b"\n")
+    write_atomically(run_dir / RECORD, json.dumps({"updates": updates, "restart": failures()}).encode() + b"\n")

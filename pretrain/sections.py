@@ -193,7 +193,10 @@ class CheckpointConfig:
     """When to save, and what to keep. A run always ends with a save."""
 
     every_steps: int = 1000
-    """Save every so many steps (steps); 0: only at the end."""
+    """Save every so many steps (steps); 0: only at the end, and as `every_minutes` says."""
+    every_minutes: float = 30.0
+    """Save, too, when the last save is so long ago: what a crash costs at most (minutes); 0: by steps only, and so
+    where `keep_last` is 0."""
     keep_last: int = 3
     """Committed checkpoints to keep, newest first; 0: all of them."""
     keep_every: int = 0

@@ -29,7 +29,7 @@ from pretrain.progress import Display
 from pretrain.saver import Saver
 from pretrain.scheduler import Stop
 from pretrain.sharding import Sharding, before_micro_step
-from pretrain.watchdog import at, first_step_done
+from pretrain.watchdog import alive, at, first_step_done
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Run:
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
     begun: Begun = field(default_factory=Begun)
+
+    def updates(self) -> int:
+        """How often the weights were updated, in all of the run; waits for the device."""
+        return self.step - int(self.skipped_steps)
 
     def tokens_per_source(self) -> dict[str, int]:
         """Tokens taken from each source so far, by its name."""
@@ -143,7 +147,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
     if run.fabric.world_size == 1:  # of several, who fails is ended with the others
         run.at_end.callback(saver.wait)  # before the folder is free for another job
-    saved_step = run.step
+    saved_step, begun_updates = run.step, run.updates()
     micro_batches = make_loader(run)
     _log_start(run, display)
     if run.step == 0 and not _stop_agreed(run, stop, saver, display):
@@ -158,25 +162,23 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
             try:
                 _log_step(run, display, result)
             except FloatingPointError:  # on all ranks
-                _save(run, saver)
+                if run.updates() > begun_updates:  # else restart after restart would push out those that are good
+                    _save(run, saver)
                 saver.close()
                 raise
         if _due(run.step, settings.validation.every_steps, last):
             _validate(run, display)
-        if _due(run.step, settings.checkpoint.every_steps, last):
+        if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
             _save(run, saver)
             saved_step = run.step
-    if saved_step < run.step:
-        _save(run, saver)
-    at("waiting for the last checkpoint to be written", run.step)
-    saver.close()
+    _save_last(run, saver, saved_step, stop, display)
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
     run.log.write("stop", run.step, {"reason": stop.why})
     command = "the same command" + (" without --resume" if settings.resume else "")
     display.say(f"stopped by {stop.why} after step {run.step}; {command} goes on from there")
-    return stop.status
+    return stop.status(run.step - run.begun.step)
 
 
 def make_loader(run: Run) -> Iterator[tuple[Tensor, int]]:
@@ -194,7 +196,7 @@ def _due(step: int, every_steps: int, last: bool) -> bool:
 
 
 def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
-    """Whether any rank was asked to stop; all ranks get the same answer, and the reason."""
+    """Whether any rank was asked to stop; all ranks get the same answer, and the reason, and whether to save after this step."""
     at("agreeing on whether to stop")
     settings = run.config.train
     asked = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
@@ -205,7 +207,8 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     ):
         if line is not None:
             display.say(line)
-    stop.reason = int(ranks.all_reduce_max(torch.tensor(asked)))  # on the CPU: the GPU's queue goes on
+    agreed = ranks.all_reduce_max(torch.tensor([asked, saver.overdue()]))  # on the CPU: the GPU's queue goes on
+    stop.reason, stop.save_now = int(agreed[0]), bool(agreed[1])
     return stop.reason != 0
 
 
@@ -225,7 +228,7 @@ def _log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "tokens_per_step": tokens_per_step,
-        "versions": _versions(),
+        "versions": versions(),
         "sources": validation.describe_sources(
             run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
         )
@@ -306,9 +309,37 @@ def _validate(run: Run, display: Display) -> None:
     run.clock.go_on()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run's figures hang on."""
     packages = {name: version(name) for name in ("torch", "lightning")}
     return {"cria": pretrain.__version__, "python": platform.python_version(), **packages}
+
+
+_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
+"""Before the last save is tried again, while there is time."""
+
+
+def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Display) -> None:
+    """Save what was trained since the last save; where the disk is in the way, again while the job has time.
+
+    Raises:
+        OSError: it could not be saved.
+    """
+    if saved_step < run.step:
+        _save(run, saver)
+    for pause_s in _PAUSES_S:
+        at("waiting for the last checkpoint to be written", run.step)
+        if saver.wait() is None:
+            break
+        left_s = stop.left_s(run.config.train.max_hours)
+        if not ranks.broadcast(left_s is None or left_s > pause_s + saver.longest_s):
+            break
+        display.say(f"the last checkpoint is tried again in {pause_s:.0f} s")
+        for _ in range(int(pause_s)):
+            time.sleep(1)
+            alive()
+        _save(run, saver)
+    saver.close()
 
 
 def _save(run: Run, saver: Saver) -> None:
@@ -322,7 +353,7 @@ def _save(run: Run, saver: Saver) -> None:
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "resume": run.config.resume,
         "world_size": run.fabric.world_size,
-        "versions": _versions(),
+        "versions": versions(),
     }
     saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
     run.clock.go_on()

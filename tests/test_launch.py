@@ -103,9 +103,9 @@ def test_a_save_longer_than_the_grace_of_slurm_is_named_once(
 def test_ctrl_c_alone_is_not_started_again(stop: scheduler.Stop) -> None:
     for reason in (signal.SIGTERM, signal.SIGUSR1, scheduler.OUT_OF_TIME, scheduler.ORPHANED):
         stop.reason = reason
-        assert stop.status == scheduler.REQUEUE == 75
+        assert stop.status(steps=1) == scheduler.REQUEUE == 75
     stop.reason = signal.SIGINT
-    assert stop.status == 130
+    assert stop.status(steps=1) == 130
 
 
 def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
     tree = tiny_config(datasets, tmp_path / "run", train={"max_hours": 1e-6, "max_restarts": 1})
     command = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main(command) == scheduler.REQUEUE
+    assert main(command) == scheduler.LATER
     assert "stopped by the end of the job's time after step 0" in capsys.readouterr().out
     assert not checkpoint.committed(tmp_path / "run")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")

@@ -145,9 +145,10 @@ def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
     lines = run_stub(cluster, tmp_path, True, "--array=3,7")
     assert len(lines) == 8, "two tasks of two ranks, twice"
     for task in (3, 7):
-        (port,) = {line.split(":")[1].split(",")[0] for line in lines if line.endswith(f"--run_dir runs/{task}")}
-        assert 12000 <= int(port) < 32000
-    assert len({line.split(":")[1].split(",")[0] for line in lines}) == 2, "ports do not collide"
+        ports = {line.split(":")[1].split(",")[0] for line in lines if line.endswith(f"--run_dir runs/{task}")}
+        assert len(ports) == 2, "what still holds the first does not hold up the restart"
+        assert all(12000 <= int(port) < 32000 for port in ports)
+    assert len({line.split(":")[1].split(",")[0] for line in lines}) == 4, "ports do not collide"
     assert sum(line.startswith("rank 0 of 2, 0 of 1 on node 0 at ") for line in lines) == 4
     assert sum(line.startswith("rank 1 of 2, 0 of 1 on node 1 at ") for line in lines) == 4
     now = time.time()
@@ -169,10 +170,39 @@ def test_without_scontrol_the_job_submits_the_next_one(cluster: slurm.Slurm, tmp
 def test_a_job_that_cannot_even_start_is_not_started_for_ever(
     cluster: slurm.Slurm, tmp_path: Path, scontrol: bool
 ) -> None:
-    lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n")
-    assert lines.count("no torch here") == 2 * 5, "two ranks, five times"
+    eight = '[ "${SLURM_RESTART_COUNT:-}" ] || CRIA_VAIN=${CRIA_VAIN:-8}\n'
+    lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n", first=eight)
+    assert lines.count("no torch here") == 2 * 4, "two ranks, and four times after eight"
     said = "".join(log.read_text() for log in tmp_path.glob("pretrain-*.log"))
-    assert said.count("5 starts in a row failed within 360 s: the job is not requeued") == 1
+    assert said.count("12 starts in a row came to nothing: the job is not requeued") == 1
+    assert said.count("it starts in 7200 s") == (3 if scontrol else 0)
+
+
+def test_only_failures_are_counted_and_the_configuration_stays_that_of_the_first_start(
+    cluster: slurm.Slurm, tmp_path: Path
+) -> None:
+    """A crash, a file system that is away, a stop, and the end; meanwhile somebody writes his next configuration."""
+    stub = """#!/usr/bin/env bash
+echo "$CRIA_FAILURES failures, $(cat "$5")"
+echo "for the next run" >"a b.yaml"
+case ${SLURM_RESTART_COUNT:-0} in 0) exit 1 ;; 1) exit 69 ;; 2) exit 75 ;; esac
+"""
+    (tmp_path / "a b.yaml").write_text("as submitted\n")
+    lines = run_stub(cluster, tmp_path, True, stub=stub)
+    assert lines == ["0 failures, as submitted"] * 2 + ["1 failures, as submitted"] * 6
+    (log,) = tmp_path.glob("pretrain-*.log")
+    assert log.read_text().count("it starts in 60 s") == 1, "after the second start that came to nothing"
+
+
+@pytest.mark.long
+def test_ranks_that_outlast_the_jobs_time_do_not_end_the_run(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """SLURM kills them, and the script a moment later."""
+    stub = """#!/usr/bin/env bash
+echo "start ${SLURM_RESTART_COUNT:-0}"
+[ "${SLURM_RESTART_COUNT:-}" ] || { trap '' USR1 TERM; while :; do sleep 1; done; }
+"""
+    lines = run_stub(cluster, tmp_path, True, "--time=1", stub=stub)
+    assert [line for line in lines if line.startswith("start")] == ["start 0"] * 2 + ["start 1"] * 2
 
 
 def test_nodes_that_are_not_free_are_given_back(cluster: slurm.Slurm, tmp_path: Path) -> None:

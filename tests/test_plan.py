@@ -255,15 +255,19 @@ def test_what_is_wrong_is_one_line(argv: list[str], message: str, capsys: pytest
 @pytest.mark.parametrize(
     ("every_steps", "keep_last", "keep_every"), [(5, 2, 20), (5, 2, 0), (7, 3, 14), (0, 2, 0), (10, 0, 0), (5, 1, 5)]
 )
-def test_disk_is_what_the_saver_leaves(every_steps: int, keep_last: int, keep_every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every_minutes", [0, 30])
+def test_disk_is_what_the_saver_leaves(
+    every_steps: int, keep_last: int, keep_every: int, every_minutes: int, tmp_path: Path
+) -> None:
     """At most so many folders as the saver keeps at any time, and one that is being written; never one too many by far."""
     settings = replace(
         TINYLLAMA,
         train=replace(TINYLLAMA.train, max_steps=62),
-        checkpoint=CheckpointConfig(every_steps, keep_last, keep_every),
+        checkpoint=CheckpointConfig(every_steps, every_minutes, keep_last, keep_every),
     )
     there, most = [], 0
-    for step in (s for s in range(1, 63) if s == 62 or (every_steps and s % every_steps == 0)):
+    by_clock = every_minutes and keep_last  # at each step, which is as often as can be
+    for step in (s for s in range(1, 63) if by_clock or s == 62 or (every_steps and s % every_steps == 0)):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")

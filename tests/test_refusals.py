@@ -241,8 +241,8 @@ def test_help_explains_every_field_with_its_unit() -> None:
 
 
 UNITS = (
-    r"\((steps|seconds|hours|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences|[Tt]okens|layers|heads"
-    r"|processes|threads|restarts|[Cc]heckpoints"
+    r"\((steps|seconds|minutes|hours|lines|tokens|features|no unit|per step|times the|L2 norm|whole)|[Ss]equences"
+    r"|[Tt]okens|layers|heads|processes|threads|restarts|[Cc]heckpoints"
 )
 
 

@@ -42,7 +42,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves(datasets: Path, tmp_path: Path, number: signal.Signals) -> None:
     tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2000}, data={"num_workers": 2})
     process = start(write_config(tmp_path / "c.yaml", tree))

@@ -1,0 +1,312 @@
+"""What happens to runs on real clusters: disks that are full for a while, files that are away, nodes that are taken."""
+
+import json
+import os
+import platform
+import resource
+import signal
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config, trajectory, write_config
+
+from data_prep.shard import TokenDataset
+from pretrain import checkpoint, config, parallel, preparation, saver, scheduler, train, trainer
+from pretrain.__main__ import main
+from pretrain.sections import CheckpointConfig, ParallelConfig
+
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what a test says."""
+    for name in (*os.environ, "SLURM_RESTART_COUNT", "CRIA_FAILURES"):
+        if name.startswith(("SLURM_", "CRIA_")):
+            monkeypatch.delenv(name, raising=False)
+    handlers = {number: signal.getsignal(number) for number in scheduler._STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def command(datasets: Path, folder: Path, **sections: object) -> list[str]:
+    return [
+        "train",
+        "--config",
+        str(write_config(folder / "c.yaml", tiny_config(datasets, folder / "run", **sections))),
+    ]
+
+
+def status_of(words: list[str]) -> int:
+    """What the command ends with, however it ends."""
+    try:
+        return main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 2),
+        ({"SLURM_RESTART_COUNT": "1"}, scheduler.LATER),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3"}, 2),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "3"}, scheduler.LATER),
+    ],
+)
+def test_a_file_system_that_is_away_is_final_only_where_nothing_was_started_before(
+    datasets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    expected: int,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    source = {"name": "a", "weight": 1, "train": str(tmp_path / "not-mounted")}
+    assert status_of(command(datasets, tmp_path, data={"sources": [source]})) == expected
+    assert len(capsys.readouterr().err.splitlines()) == 1, "a line, not a traceback"
+
+
+def test_what_a_user_got_wrong_stays_final_at_a_restart(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert status_of([*command(datasets, tmp_path), "--train.micro_batch_size", "3"]) == 2
+
+
+def test_a_folder_that_an_earlier_start_still_holds_is_waited_for(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command(datasets, tmp_path)
+    (tmp_path / "run").mkdir()
+    held = preparation.Lock(tmp_path / "run")
+    assert status_of(words) == 2, "another job's: refused"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert status_of(words) == scheduler.LATER
+    held.close()
+
+
+def test_preemptions_are_nobodys_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler.note_start(tmp_path, 0)
+    monkeypatch.setenv("CRIA_FAILURES", "0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "40")
+    scheduler.check_restarts(tmp_path, 0, limit=3)
+    monkeypatch.setenv("CRIA_FAILURES", "3")
+    scheduler.check_restarts(tmp_path, 0, limit=3)
+    monkeypatch.setenv("CRIA_FAILURES", "4")
+    with pytest.raises(ValueError, match="3 restarts have saved nothing"):
+        scheduler.check_restarts(tmp_path, 0, limit=3)
+    scheduler.check_restarts(tmp_path, 10, limit=3)
+    assert json.loads((tmp_path / scheduler.RECORD).read_text()) == {"updates": 10, "restart": 4}
+
+
+def test_a_signal_while_the_shards_are_read_ends_the_start(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Terabytes take long; the first step, after which a run stops otherwise, may be an hour away."""
+    check, checked = TokenDataset.check, []
+
+    def slow_check(self: TokenDataset, *arguments: object) -> str | None:
+        checked.append(self.directory)
+        if len(checked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check(self, *arguments)
+
+    monkeypatch.setattr(TokenDataset, "check", slow_check)
+    short = {"train": {"max_steps": 1}, "optim": {"warmup_steps": 1}, "data": {"verify": "full"}}
+    assert status_of(command(datasets, tmp_path, **short)) == scheduler.REQUEUE
+    assert "stopped by a signal while the shards were read" in capsys.readouterr().out
+    assert len(checked) == 2
+    assert status_of(command(datasets, tmp_path, **short)) == 0
+    assert len(set(checked[2:]) & {checked[0]}) == 0, "what was found good is not read again"
+
+
+def test_no_terminal_any_more_is_no_signal_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    scheduler.Stop()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_save_that_failed_is_tried_again_soon_and_one_is_due_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_checkpoint import make_state
+
+    now = [1000.0]
+    monkeypatch.setattr(saver.time, "perf_counter", lambda: now[0])
+    writer = saver.Saver(tmp_path, CheckpointConfig(every_minutes=30), say=lambda line: None)
+    model, optimizer = make_state(3)
+    writer.save(5, model, optimizer, {"step": 5})
+    assert writer.wait() is None
+    now[0] += 1799
+    assert not writer.overdue()
+    now[0] += 2
+    assert writer.overdue()
+    with monkeypatch.context() as full:
+        full.setattr(
+            saver.Saver, "_make_room", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        writer.save(10, model, optimizer, {"step": 10})
+        writer._pending.exception(timeout=60)
+    assert not writer.overdue()
+    now[0] += 301
+    assert writer.overdue(), "and nobody has waited for it yet"
+    writer.save(11, model, optimizer, {"step": 11})
+    writer.close()
+    now[0] += 301
+    assert not writer.overdue()
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [11, 5]
+
+
+def test_by_the_clock_saves_change_nothing_in_the_run(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "straight").mkdir()
+    assert main(command(datasets, tmp_path / "straight", checkpoint={"every_steps": 0})) == 0
+    assert [step for step, _ in checkpoint.committed(tmp_path / "straight" / "run")] == [20]
+    (tmp_path / "often").mkdir()
+    often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100}
+    assert main(command(datasets, tmp_path / "often", checkpoint=often)) == 0
+    assert len(checkpoint.committed(tmp_path / "often" / "run")) > 5
+    assert trajectory(tmp_path / "often" / "run") == trajectory(tmp_path / "straight" / "run")
+
+
+def test_the_last_save_is_tried_again_while_there_is_time(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit, tries = saver.Saver._commit, []
+
+    def hiccup(self: saver.Saver, *arguments: object) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(5, "Input/output error")
+        commit(self, *arguments)
+
+    monkeypatch.setattr(saver.Saver, "_commit", hiccup)
+    monkeypatch.setattr(trainer, "_PAUSES_S", (1.0, 2.0))
+    last = {"checkpoint": {"every_steps": 0}, "train": {"max_steps": 2, "max_hours": 1}, "optim": {"warmup_steps": 1}}
+    assert main(command(datasets, tmp_path, **last)) == 0
+    assert len(tries) == 3
+    assert "the last checkpoint is tried again in 2 s" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [2]
+
+    tries.clear()
+    (tmp_path / "late").mkdir()
+    monkeypatch.setattr(trainer, "_PAUSES_S", (4000.0,))  # more than the hour
+    with pytest.raises(OSError, match=r"the last checkpoint was not saved: .*Input/output error"):
+        main(command(datasets, tmp_path / "late", **last))
+    assert len(tries) == 1
+
+
+def test_restarts_of_a_run_without_a_gradient_push_out_no_good_checkpoint(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_config(
+        datasets, tmp_path / "run", train={"max_skipped_steps": 2}, checkpoint={"every_steps": 5, "keep_last": 2}
+    )
+    settings = config.load(write_config(tmp_path / "c.yaml", tree))
+    kept = []
+    for _ in range(4):
+        run = preparation.prepare(settings)
+        backward = run.fabric.backward
+        monkeypatch.setattr(
+            run.fabric, "backward", lambda loss, f=backward, r=run: f(loss * (1.0 if r.step < 11 else float("nan")))
+        )
+        with pytest.raises(FloatingPointError):
+            trainer.train(run)
+        kept.append([step for step, _ in checkpoint.committed(tmp_path / "run")])
+    assert kept == [[13, 10]] * 4
+
+
+def test_read_only_data_can_be_trained_on_twice(datasets: Path, tmp_path: Path) -> None:
+    """As finished data often is; the copy in the run's folder is written, and must not be read-only too."""
+    short = {"train": {"max_steps": 1}, "optim": {"warmup_steps": 1}}
+    tokenizer = datasets / "a" / "train" / "tokenizer"
+    modes = {path: path.stat().st_mode for path in (tokenizer, *tokenizer.iterdir())}
+    try:
+        for path in modes:
+            path.chmod(path.stat().st_mode & ~0o222)
+        assert main(command(datasets, tmp_path, **short)) == 0
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    copies = [tmp_path / "run" / "tokenizer", tmp_path / "run" / "tokenizer" / "tokenizer.json"]
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in copies)
+    copies[1].write_text("damaged")
+    assert main(command(datasets, tmp_path, **short)) == 0
+    assert copies[1].read_text() == "{}"
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_said_before_the_first_step(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = SimpleNamespace(total=2**30, used=2**30, free=2**20)
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: full)
+    assert status_of(command(datasets, tmp_path)) == 2
+    assert "has 1.0 MiB free and a checkpoint needs" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a list\n", "3", "\x00"])
+def test_a_damaged_copy_of_the_configuration_is_kept_and_replaced(
+    content: str, datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(datasets, tmp_path, train={"max_steps": 1}, optim={"warmup_steps": 1})
+    assert main(words) == 0
+    copy = tmp_path / "run" / "config.yaml"
+    good = copy.read_text()
+    copy.write_text(content)
+    assert main(words) == 0
+    assert "could not be read; it is kept as before-config.yaml.1" in capsys.readouterr().out
+    assert copy.read_text() == good
+
+
+def test_other_versions_than_the_checkpoints_are_said(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(datasets, tmp_path, train={"max_steps": 1}, optim={"warmup_steps": 1})
+    assert main(words) == 0
+    assert "other versions" not in capsys.readouterr().out
+    monkeypatch.setattr(preparation, "versions", lambda: {"torch": "9.9", "python": "3.99"})
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"step-00000001 was written with other versions: python {platform.python_version()}, now 3.99; torch" in said
+    assert f"torch {torch.__version__}, now 9.9" in said
+
+
+def test_a_node_without_the_gpus_it_should_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1) == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert parallel._choose_accelerator(ParallelConfig(accelerator="cpu"), 1) == "cpu"
+    with pytest.raises(OSError, match=f"8 GPUs on {parallel.socket.gethostname()}, and PyTorch finds none there"):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1)
+
+
+def test_as_many_files_as_the_system_lets_us() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        train._open_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(before[1], 65536), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_chain_of_jobs_goes_back_once(datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--array=1-20%1 with --resume: each task goes on from the one before, and does not go back to PATH again."""
+    straight = command(datasets, tmp_path)
+    assert main(straight) == 0
+    back = [*straight, "--resume", str(tmp_path / "run" / "checkpoints" / "step-00000010")]
+    began = []
+    for task in ("1", "2", "3"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+        assert main(back) == 0
+        starts = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
+        began.append(json.loads(starts[-1])["step"])
+    assert began == [10, 20, 20]
