@@ -10,6 +10,10 @@ from typing import ClassVar
 NAME = ".lock"
 
 
+class Taken(OSError):
+    """Another job has written its name into a lock that this process holds."""
+
+
 class Lock:
     """A folder's lock: this process has it until `close`, or until it ends, however it ends."""
 
@@ -55,13 +59,11 @@ def check(folder: Path) -> None:
     Some file systems lock within a host only, and a lock's file can be deleted: then two jobs believe that they have it.
 
     Raises:
-        OSError: another job has written its name there.
+        Taken: another job has written its name there.
     """
     mark = Lock.ours.get(folder.resolve())
     if mark is None or not (folder / NAME).exists():  # deleted: no reason to lose a save
         return
     found = (folder / NAME).read_text()
     if found != mark:
-        raise OSError(
-            f"another job ({found.strip() or 'unknown'}) has begun to write into {folder}; end one of the two"
-        )
+        raise Taken(f"another job ({found.strip() or 'unknown'}) has begun to write into {folder}; end one of the two")

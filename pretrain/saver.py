@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +63,8 @@ class Saver:
         """Why the last save failed, the same on all ranks; None: it did not."""
         self._saved = time.perf_counter()
         """When the last save was taken or failed."""
+        self.taken = False
+        """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._signs = 0
         """Grows while the thread gets on."""
         if ranks.rank() == 0:
@@ -99,9 +101,10 @@ class Saver:
 
     def _remembered(self) -> tuple[float, ...]:
         """What the newest checkpoint knows of the saves up to its own."""
-        newest = checkpoint.committed(self._folder.parent)[:1]
-        states = [checkpoint.read_state(folder) for _, folder in newest]
-        return tuple(seconds for state in states for seconds in state.get("last_saves_s", ()))
+        with suppress(OSError, ValueError):  # it was verified a moment ago; a figure is not worth a run
+            for _, folder in checkpoint.committed(self._folder.parent)[:1]:
+                return tuple(checkpoint.read_state(folder).get("last_saves_s", ()))
+        return ()
 
     def overdue(self) -> bool:
         """Whether it is time to save, whatever the step; on rank 0, elsewhere False."""
@@ -198,13 +201,20 @@ class Saver:
 
     def _make_room(self, staging: Path, needed: int) -> None:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
-        lock.check(self._folder.parent)
+        self._check_lock()
         if not self._folder.exists():
             self._folder.mkdir(parents=True)
             sync(self._folder.parent)
         self._clear()
         check_room(self._folder, needed)
         (staging / "tensors").mkdir(parents=True)
+
+    def _check_lock(self) -> None:
+        try:
+            lock.check(self._folder.parent)
+        except lock.Taken:
+            self.taken = True
+            raise
 
     def _clear(self) -> None:
         """Remove what a killed run left half written or half deleted."""
@@ -224,7 +234,7 @@ class Saver:
         return (*self._took_s, seconds)[-_REMEMBERED:]
 
     def _commit(self, staging: Path, target: Path, state: dict[str, Any], entries: dict[str, Any]) -> None:
-        lock.check(self._folder.parent)
+        self._check_lock()
         _write_synced(staging / "state.json", json.dumps(state, indent=1))
         files = {**entries, "state.json": checkpoint.describe(staging / "state.json")}
         manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": state["step"]}
@@ -321,10 +331,14 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def _describe_error(error: BaseException) -> str:
-    failures = getattr(
+    of_ranks = getattr(
         error, "failures", {}
     ).values()  # of DCP's CheckpointException: (exception, its traceback) by rank
-    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in failures})) or f"{type(error).__name__}: {error}"
+    return "; ".join(sorted({_in_words(e) for e, _ in of_ranks})) or _in_words(error)
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _bytes_of(tensors: dict[str, Tensor]) -> int:

@@ -29,6 +29,8 @@ OUT_OF_TIME = 90
 RECORD = "restarts.json"
 ORPHANED = 91
 """What `Stop.asked` gives when torchrun's agent has died."""
+TAKEN = 92
+"""What the ranks agree on when another job has taken the run's folder, so that nothing can be saved any more."""
 KILL_WAIT_S = 30
 """SLURM's KillWait, unless a site sets another: SIGKILL comes so long after the SIGTERM of scancel or a preemption (seconds)."""
 SAVES = 2.0
@@ -43,7 +45,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason = 0
-        """What the ranks agreed on: a signal's number, OUT_OF_TIME or ORPHANED; 0 while they go on."""
+        """What the ranks agreed on: a signal's number, OUT_OF_TIME, ORPHANED or TAKEN; 0 while they go on."""
         self.save_now = False
         """Whether the ranks agreed to save after this step, whatever its number."""
         self._signal = 0
@@ -146,11 +148,17 @@ class Stop:
     @property
     def why(self) -> str:
         """The reason in a word, e.g. SIGTERM."""
-        words = {OUT_OF_TIME: "the end of the job's time", ORPHANED: "the death of torchrun's agent"}
+        words = {
+            OUT_OF_TIME: "the end of the job's time",
+            ORPHANED: "the death of torchrun's agent",
+            TAKEN: "another job",
+        }
         return words.get(self.reason) or signal.Signals(self.reason).name
 
     def status(self, steps: int) -> int:
-        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, or LATER where there was no time for a single one."""
+        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, LATER where there was no time for a single one, or 2."""
+        if self.reason == TAKEN:
+            return 2
         if self.reason == signal.SIGINT:
             return 128 + signal.SIGINT
         return LATER if self.reason == OUT_OF_TIME and steps == 0 else REQUEUE

@@ -27,7 +27,7 @@ from pretrain.model import num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.saver import Saver
-from pretrain.scheduler import Stop
+from pretrain.scheduler import TAKEN, Stop
 from pretrain.sharding import Sharding, before_micro_step
 from pretrain.watchdog import alive, at, first_step_done
 
@@ -171,6 +171,9 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
             _save(run, saver)
             saved_step = run.step
+    if stop.reason == TAKEN:
+        display.say(f"stopped after step {run.step}, and not to be saved: {saver.wait()}")
+        return stop.status(run.step - run.begun.step)
     _save_last(run, saver, saved_step, stop, display)
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
@@ -200,6 +203,7 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     at("agreeing on whether to stop")
     settings = run.config.train
     asked = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
+    asked = TAKEN if saver.taken else asked
     for line in (
         stop.job_too_short(saver.longest_s, settings.stop_margin_s),
         stop.warning_too_short(saver.longest_s),

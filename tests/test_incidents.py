@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config, trajectory, write_config
+from conftest import records, tiny_config, trajectory, write_config
 
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, parallel, preparation, saver, scheduler, train, trainer
@@ -200,6 +200,24 @@ def test_the_last_save_is_tried_again_while_there_is_time(
     with pytest.raises(OSError, match=r"the last checkpoint was not saved: .*Input/output error"):
         main(command(datasets, tmp_path / "late", **last))
     assert len(tries) == 1
+
+
+def test_a_folder_that_another_job_has_taken_ends_the_run(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a file system that locks within a host only. What comes after could not be saved: nobody trains it in vain."""
+    commit = saver.Saver._commit
+
+    def steal(self: saver.Saver, *arguments: object) -> None:
+        commit(self, *arguments)
+        (tmp_path / "run" / ".lock").write_text("process 7 on another-host, 0123\n")
+
+    monkeypatch.setattr(saver.Saver, "_commit", steal)
+    assert status_of(command(datasets, tmp_path, train={"max_steps": 4000}, checkpoint={"every_steps": 2})) == 2
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "not to be saved: another job (process 7 on another-host, 0123) has begun to write into" in said
+    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [2]
+    assert len(records(tmp_path / "run", "train")) < 50
 
 
 def test_restarts_of_a_run_without_a_gradient_push_out_no_good_checkpoint(
