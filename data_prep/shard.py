@@ -23,11 +23,16 @@ This module is the door between `data_prep` and `pretrain`: numpy and the standa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import socket
+import sys
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -64,6 +69,9 @@ __all__ = [
 
 TOKENIZER_DIR = "tokenizer"
 
+RETRY_S = 300.0
+"""So long a shard that cannot be read is tried again (seconds): a file system that fails over takes minutes."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _NPY_HEADER_BYTES = 128
 
 
@@ -169,6 +177,7 @@ class TokenDataset:
     Tokens are read with pread, not through a memory map: as fast from the page cache, and a file cut short or a failing
     disk is an exception that names the shard instead of SIGBUS. Files open when first needed, at most `max_open_files`
     at a time (60,000 shards exceed any limit on descriptors). Pickles, forks and serves several threads: no position is shared.
+    What cannot be read is opened and read again for RETRY_S: a stale handle, a file system that fails over.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256, check_files: bool = True) -> None:
@@ -187,6 +196,8 @@ class TokenDataset:
         """Holds every token: the type of all shards, where they agree."""
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._opening = Lock()
+        self._opened = False
+        """A file, once: what is missing then has gone missing."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_opening"} | {"_open": OrderedDict()}
@@ -273,19 +284,55 @@ class TokenDataset:
         dtype = self._dtypes[number]
         stored = into if into.dtype == dtype else np.empty(len(into), dtype)
         place = self._offsets[number] + start * dtype.itemsize
-        file = self._file(number)  # held, so that no other thread's eviction closes it while it is read
-        if os.preadv(file.fd, [stored.data], place) != stored.nbytes:
-            path = self.directory / self._shards[number].path
-            raise OSError(f"{path} was cut short while in use: prepare or copy it again")
+        if self._read_patiently(number, stored, place) != stored.nbytes:
+            raise OSError(f"{self._path(number)} was cut short while in use: prepare or copy it again")
         if stored is not into:
             into[:] = stored
+
+    def _read_patiently(self, number: int, into: np.ndarray, place: int) -> int:
+        """Read a shard's bytes from `place` on; returns how many. Raises OSError when RETRY_S of trying are over."""
+        until, pause_s = time.monotonic() + RETRY_S, _FIRST_PAUSE_S
+        while True:
+            try:
+                file = self._file(number)  # held, so that no other thread's eviction closes it while it is read
+                return os.preadv(file.fd, [into.data], place)
+            except OSError as error:
+                if not self._opened and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
+                    raise
+                path, why = self._path(number), f"{error.strerror} on {socket.gethostname()}"
+                if time.monotonic() >= until:
+                    raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s", path) from error
+            if pause_s == _FIRST_PAUSE_S:
+                line = f"{path} cannot be read ({why}); it is tried again for {RETRY_S:,.0f} s"
+                with suppress(OSError):  # the log may lie on the same file system
+                    print(line, file=sys.stderr, flush=True)
+            with self._opening:
+                self._open.clear()  # a handle that is stale is seldom alone
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _path(self, number: int) -> str:
+        return f"{self.directory}/{self._shards[number].path}"
 
     def _file(self, number: int) -> _OpenFile:
         with self._opening:
             file = self._open.get(number)
             if file is None:
-                file = self._open[number] = _OpenFile(f"{self.directory}/{self._shards[number].path}")
+                file = self._open[number] = self._open_file(self._path(number))
                 if len(self._open) > self.max_open_files:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)  # now the most recently used
             return file
+
+    def _open_file(self, path: str) -> _OpenFile:
+        """Open a file; where the process or the host has too many open, those here are closed, the oldest first."""
+        while True:
+            try:
+                file = _OpenFile(path)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+                self._open.popitem(last=False)
+            else:
+                self._opened = True
+                return file

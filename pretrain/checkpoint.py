@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
 from pretrain.watchdog import alive
+
+T = TypeVar("T")
 
 FORMAT = "cria-checkpoint"
 VERSION = 1
@@ -80,9 +82,9 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
     Raises:
         ValueError: there are checkpoints, or were before they were set aside, and none is whole, or the newest is of another
             version: nothing is begun anew then.
-        OSError: as verify_together; nothing is set aside then.
+        OSError: as `committed`, on all ranks, and as verify_together; nothing is set aside then.
     """
-    folders = ranks.broadcast([folder for _, folder in committed(run_dir)])
+    folders = _seen_by_rank_0(lambda: [folder for _, folder in committed(run_dir)])
     for folder in folders:
         problem = verify_together(folder)
         if problem is None:
@@ -97,7 +99,7 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
                 f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken"
             )
         ranks.barrier()
-    lost = ranks.broadcast(sorted(folder.name for folder in (run_dir / "checkpoints").glob("corrupt-*")))
+    lost = _seen_by_rank_0(lambda: sorted(n for n in _names(run_dir / "checkpoints") if n.startswith("corrupt-")))
     if lost and needed:
         raise ValueError(
             f"{run_dir} has no whole checkpoint left; in its checkpoints/ were set aside: {', '.join(lost)}. Bring one back, "
@@ -106,11 +108,26 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
     return None
 
 
+def _seen_by_rank_0(look: Callable[[], list[T]]) -> list[T]:
+    """What rank 0 finds, the same for all. Raises OSError, on all ranks, where it cannot look."""
+    found, problem = [], None
+    if ranks.rank() == 0:
+        try:
+            found = look()
+        except OSError as error:
+            problem = f"{error}, on {socket.gethostname()}"
+    found, problem = ranks.broadcast((found, problem))
+    if problem is not None:
+        raise OSError(problem)
+    return found
+
+
 def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
     """The newest whole checkpoint of a run, for reading only: a corrupt one is named to `warn`, and nothing is set aside.
 
     Raises:
         FileNotFoundError: there is none, or none is whole.
+        OSError: as `committed` and `verify`.
     """
     folders = [folder for _, folder in committed(run_dir)]
     for folder in folders:
@@ -150,7 +167,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
     `share`: (k, n) reads every n-th file from the k-th on; names and sizes are compared for all. `sign` is called meanwhile.
 
     Raises:
-        OSError: a file is there and cannot be read now: a stale handle, no permission, a failing disk.
+        OSError: a file or folder is there and cannot be read now: a stale handle, no permission, a failing disk.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -160,7 +177,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
         if named and int(named[1]) != manifest["step"]:
             return f"its manifest is that of step {manifest['step']}"
         files = manifest["files"]
-        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+        present = set(_files(folder)) - {"manifest.json"}
         if unlike := sorted(set(files) ^ present):
             return f"{unlike[0]} is missing or unknown"
         for name, expected in files.items():
@@ -175,6 +192,17 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read: {error}"
     return None
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative paths of all files, at any depth. Raises OSError, never FileNotFoundError, where a folder cannot be listed."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
+    except OSError as error:
+        raise OSError(f"{folder} cannot be listed: {error}") from error
+    files = [name for name, is_folder in entries if not is_folder]
+    return files + [f"{name}/{inner}" for name, is_folder in entries if is_folder for inner in _files(folder / name)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -266,10 +294,26 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def committed(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all committed checkpoints, newest first, by number."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    found = [(int(match[1]), folder) for folder in folders if (match := _COMMITTED.fullmatch(folder.name))]
+    """(step, folder) of all committed checkpoints, newest first, by number.
+
+    Raises:
+        OSError: the folder is there and cannot be listed, or is a link that leads nowhere: nothing is begun anew then.
+    """
+    folder = run_dir / "checkpoints"
+    found = [(int(match[1]), folder / name) for name in _names(folder) if (match := _COMMITTED.fullmatch(name))]
     return sorted(found, key=lambda entry: (entry[0], entry[1].suffix != ".old"), reverse=True)
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder; nothing where there is no such entry. Raises OSError as `committed`."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return []
+    raise OSError(
+        f"{folder} is a link that leads to {os.readlink(folder)}, which is not there: mount it, or remove the link"
+    )
 
 
 def updates(run_dir: Path) -> int:

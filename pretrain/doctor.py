@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -73,9 +74,10 @@ def examine(settings: config.Config, device: torch.device, seconds: float) -> tu
     mine["health"] = _health(device) if device.type == "cuda" else {}  # after the work: a hot chip slows down now
     mine |= _look_at_shards(settings, seconds)
     ranks.barrier()
-    mine |= _look_at_folder(settings, seconds)
+    mine["folder_problem"], mine["write_bytes_per_s"], free = _look_at_folder(settings, seconds)
     measured = ranks.gather(Measured(**mine))
-    needs = ranks.broadcast(_needs(settings, [rank.product_flops or 0.0 for rank in measured]))
+    free = max(ranks.gather(free))  # by any rank that could ask
+    needs = _needs(settings, [rank.product_flops or 0.0 for rank in measured], free)
     return measured, _measure_links([rank.host for rank in measured], device, seconds), needs
 
 
@@ -247,36 +249,55 @@ def _look_at_shards(settings: config.Config, seconds: float) -> dict[str, Any]:
     return {"shards_seen": seen, "read_bytes_per_s": speed}
 
 
-def _look_at_folder(settings: config.Config, seconds: float) -> dict[str, Any]:
-    """Write a file beside the checkpoints, bring it to the disk, read it back, remove it; all ranks at once."""
-    folder = _existing(Path(settings.run_dir))
-    path = folder / f".doctor-{ranks.rank()}-{os.getpid()}"
+def _look_at_folder(settings: config.Config, seconds: float) -> tuple[str | None, float | None, int]:
+    """Write a file beside the checkpoints, bring it to the disk, read it back, remove it; all ranks at once.
+
+    Returns what is wrong, or None; bytes/s; and how much is free (bytes).
+    """
+    path, problem, speed, free = None, None, None, 0
+    try:
+        folder = _existing(Path(settings.run_dir))
+        free = shutil.disk_usage(folder).free
+        path = folder / f".doctor-{ranks.rank()}-{os.getpid()}"
+        speed = _write_and_read(path, seconds)
+    except OSError as error:
+        problem = str(error)
+    finally:
+        try:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # on a read-only one it is raised for a missing file, too
+            problem = problem or str(error)
+    return problem, None if problem else speed, free
+
+
+def _write_and_read(path: Path, seconds: float) -> float:
+    """Bytes/s of writing a file to the disk. Raises OSError where that fails, or something else is read than was written."""
     block = np.random.default_rng(ranks.rank()).bytes(4 << 20)
     written = 0
-    try:
-        began = time.perf_counter()
-        with open(path, "wb") as file:
-            while written == 0 or (time.perf_counter() - began < seconds and written < 1 << 30):
-                file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-                written += len(block)
-        took = time.perf_counter() - began
-        if path.read_bytes()[-len(block) :] != block:
-            return {"folder_problem": f"{folder}: what was read is not what was written"}
-    except OSError as error:
-        return {"folder_problem": str(error)}
-    finally:
-        path.unlink(missing_ok=True)
-    return {"write_bytes_per_s": written / took}
+    began = time.perf_counter()
+    with open(path, "wb") as file:
+        while written == 0 or (time.perf_counter() - began < seconds and written < 1 << 30):
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            written += len(block)
+    took = time.perf_counter() - began
+    if path.read_bytes()[-len(block) :] != block:
+        raise OSError(f"{path.parent}: what was read is not what was written")
+    return written / took
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that there is."""
-    folder = folder.resolve()
-    while not folder.is_dir():
+    """The folder, or the nearest one above it that there is. Raises OSError for one that is there and cannot be looked at."""
+    folder = Path(os.path.realpath(folder))
+    while True:
+        try:
+            if stat.S_ISDIR(os.stat(folder).st_mode):
+                return folder
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         folder = folder.parent
-    return folder
 
 
 # --- what ranks measure together -------------------------------------------------------------------------------------
@@ -314,17 +335,19 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
 
 
-def _needs(settings: config.Config, flops: list[float]) -> Needs:
+def _needs(settings: config.Config, flops: list[float], free_bytes: int) -> Needs:
     """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
     parameters, in_products = num_parameters(settings.model)
     T, G = settings.data.seq_len, settings.train.global_batch_size
     per_token = metrics.flops_per_token(settings.model, T, parameters, in_products)["m1"]
     step_s = G * T * per_token / (0.5 * min(flops) * len(flops))
     saves = settings.checkpoint
+    by_steps_s = saves.every_steps * step_s if saves.every_steps else None
+    by_clock_s = 60 * saves.every_minutes if saves.every_minutes and saves.keep_last else None
     return Needs(
         checkpoint_bytes=checkpoint_bytes(settings.model),
         kept=checkpoints_kept(saves, settings.train.max_steps),
-        free_bytes=shutil.disk_usage(_existing(Path(settings.run_dir))).free,
-        save_every_s=saves.every_steps * step_s if saves.every_steps else None,
+        free_bytes=free_bytes,
+        save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
     )

@@ -4,16 +4,23 @@
 
 metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, straggler, stop. `step` counts finished optimizer
 steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
+
+Nothing here ends a run that trains: lines that the disk does not take wait in memory, and a logger that fails is switched off.
 """
 
 import json
 import math
+import os
+import re
 import resource
 import secrets
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric import Fabric
@@ -25,6 +32,12 @@ from pretrain.sections import Config, ModelConfig
 
 WANDB_ID = "wandb-id.txt"
 """In the run's folder: the id of its W&B run."""
+_WANDB_FINISH_S = 60
+"""So long W&B may upload at the end; what it has not by then lies on the disk for `wandb sync`."""
+_WANDB_ANSWERED = re.compile(r"returned error 4(?!08|29)\d\d|: input:")
+"""In an error of communication: W&B was reached and says no, to the key, the project or the request."""
+_KEPT_LINES = 10_000
+"""So many lines wait in memory while metrics.jsonl cannot be written."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -110,41 +123,133 @@ class MetricsLog:
     """Writes records on rank 0: to metrics.jsonl always, and their numbers to Fabric's loggers."""
 
     def __init__(self, run_dir: Path, fabric: Fabric):
-        """Called by all ranks. Raises ValueError, on all of them, where W&B does not start."""
-        self._fabric = fabric
-        self._file = _open_for_lines(run_dir / "metrics.jsonl") if fabric.is_global_zero else None
-        problem = _start_wandb(run_dir, fabric.loggers) if fabric.is_global_zero else None
+        """Called by all ranks. Raises, on all of them, ValueError where W&B does not start, OSError where the file does not."""
+        self._lines: _Lines | None = None
+        self._loggers = list(fabric.loggers)
+        problem: Exception | None = None
+        if fabric.is_global_zero:
+            try:
+                self._lines = _Lines(run_dir / "metrics.jsonl")
+                _start_wandb(run_dir, self._loggers)
+            except ValueError as error:
+                problem = error
+            except OSError as error:
+                problem = OSError(str(error))
         if problem := ranks.broadcast(problem):
-            raise ValueError(problem)
+            raise problem
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
-        if self._file is None:
+        if self._lines is None:
             return
         line = {"kind": kind, "step": step, "time": time.time(), **record}
-        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")  # JSON knows no NaN
+        self._lines.write(json.dumps(_finite(line), allow_nan=False))  # JSON knows no NaN
         if kind in ("train", "validation"):
-            self._fabric.log_dict(dict(_numbers(kind, record)), step=step)
+            numbers = dict(_numbers(kind, record))
+            for logger in tuple(self._loggers):
+                self._attempt(logger, lambda its: its.log_metrics(metrics=numbers, step=step))
 
     def close(self) -> None:
         """Let the loggers write what they hold, and W&B upload it: at its own end a launcher may not wait for that.
 
         After an exception W&B does so by itself, and knows that the run failed.
         """
+        if self._lines is None:
+            return
+        well = sys.exc_info()[0] is None
+        self._lines.close()
+        for logger in tuple(self._loggers):
+            self._attempt(logger, lambda its: its.finalize("success"))
+            if type(logger).__name__ == "WandbLogger" and well:
+                self._attempt(logger, _finish_wandb)
+
+    def _attempt(self, logger: Logger, call: Callable[[Any], object]) -> None:
+        """Have a logger do something; one that fails is named and does nothing more."""
+        try:
+            call(logger)
+        except Exception as error:
+            cause = error.__cause__ or error  # TensorBoardLogger says of any that the number's type was wrong
+            words = " ".join(f"{type(cause).__name__}: {cause}".split())
+            _say(f"{type(logger).__name__} is switched off, metrics.jsonl goes on: {words}")
+            self._loggers = [other for other in self._loggers if other is not logger]
+
+
+class _Lines:
+    """Appends lines to a file. Those that the disk does not take are kept, the last of them, and come before the next one."""
+
+    def __init__(self, path: Path):
+        """Raises OSError where the file cannot be opened."""
+        self._path = path
+        self._file: BinaryIO | None = _open_for_lines(path)
+        self._pending: deque[bytes] = deque()
+        self._lost = 0
+        self._waiting = False
+
+    def write(self, line: str) -> None:
+        """Append a line, and what has waited before it."""
+        self._pending.append(line.encode() + b"\n")
+        if len(self._pending) > _KEPT_LINES:
+            self._pending.popleft()
+            self._lost += 1
+        self._write_pending()
+
+    def close(self) -> None:
+        """Try a last time, and say what is lost."""
+        if self._pending:
+            self._write_pending()
+        if self._pending:
+            _say(f"{self._path}: its last {len(self._pending) + self._lost:,} lines could not be written and are lost")
         if self._file is not None:
-            self._file.close()
-            for logger in self._fabric.loggers:
-                logger.finalize("success")
-                if type(logger).__name__ == "WandbLogger" and sys.exc_info()[0] is None:
-                    logger.experiment.finish()  # type: ignore[attr-defined]
+            with suppress(OSError):  # it holds nothing back
+                self._file.close()
+
+    def _write_pending(self) -> None:
+        count = len(self._pending)
+        try:
+            self._file = self._file or _open_for_lines(self._path)
+            while self._pending:
+                _append(self._file, self._pending[0])
+                self._pending.popleft()
+        except OSError as error:
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()
+            self._file = None
+            if not self._waiting:
+                kept = f"the last {_KEPT_LINES:,} lines are kept until it can"
+                _say(f"{self._path} cannot be written, training goes on, and {kept}: {error}")
+            self._waiting = True
+            return
+        if self._waiting:
+            lost = f"; {self._lost:,} before them are lost" if self._lost else ""
+            _say(f"{self._path} is written again, with the {count:,} lines that were kept{lost}")
+        self._waiting, self._lost = False, 0
 
 
-def _open_for_lines(path: Path) -> TextIO:
-    """Open for appending lines; a line that a killed run left unfinished must not swallow the next one."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "a", buffering=1)  # noqa: SIM115
-    file.write("\n" if torn else "")
+def _open_for_lines(path: Path) -> BinaryIO:
+    """Open for appending lines, unbuffered; a line that was left unfinished must not swallow the next one."""
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    try:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                _append(file, b"\n")
+    except OSError:
+        file.close()
+        raise
     return file
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Write all of it: a disk that fills up takes a part, and then fails."""
+    while line:
+        line = line[file.write(line) :]
+
+
+def _say(line: str) -> None:
+    """On rank 0's standard output."""
+    with suppress(OSError):  # which may lie on the same disk
+        print(line, flush=True)
 
 
 def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
@@ -171,18 +276,50 @@ def make_loggers(config: Config) -> list[Logger]:
     return []
 
 
-def _start_wandb(run_dir: Path, loggers: list[Logger]) -> str | None:
-    """Join or begin the W&B run, and keep its id: started again, the run is the same one there too. Returns a problem."""
+def _start_wandb(run_dir: Path, loggers: list[Logger]) -> None:
+    """Join or begin the W&B run, and keep its id: started again, the run is the same one there too.
+
+    Raises:
+        ValueError: W&B was reached and refuses.
+        OSError: the id cannot be kept.
+    """
     wandb_logger: Any
     for wandb_logger in (logger for logger in loggers if type(logger).__name__ == "WandbLogger"):
-        from wandb.errors import Error
+        from wandb.errors import AuthenticationError, CommError, Error
 
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # else it uploads for as long as it takes
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
         try:
-            wandb_logger.experiment  # noqa: B018  starts it; WandbLogger resumes a run whose id is known
+            try:
+                wandb_logger.experiment  # noqa: B018  starts it; WandbLogger resumes a run whose id is known
+            except (CommError, TimeoutError) as error:
+                if isinstance(error, AuthenticationError) or _WANDB_ANSWERED.search(str(error)):
+                    raise
+                _go_offline(error)
+                wandb_logger.experiment  # noqa: B018
         except Error as error:
-            return (
+            raise ValueError(
                 f"logger is wandb, and W&B did not start: {error} Set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` it "
                 "later, or take --logger tensorboard"
-            )
+            ) from error
         (run_dir / WANDB_ID).write_text(f"{wandb_logger.version}\n")
-    return None
+
+
+def _go_offline(error: Exception) -> None:
+    """Have the next W&B run of this process be kept on the disk."""
+    import wandb
+
+    with suppress(SystemExit):  # of a service that ended badly
+        wandb.teardown()  # else the run's id stays taken, and the environment is not read again
+    os.environ["WANDB_MODE"] = "offline"
+    reason = " ".join(str(error).split())
+    _say(f"W&B cannot be reached, its run goes on offline, and `wandb sync` uploads it later: {reason}")
+
+
+def _finish_wandb(wandb_logger: Any) -> None:
+    """Upload, for so long as it may take."""
+    run = wandb_logger.experiment
+    try:
+        run.finish()
+    except TimeoutError:
+        _say(f"W&B did not upload everything in time; later, `wandb sync {Path(run.dir).parent}` does")

@@ -33,6 +33,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import pretrain
 from pretrain import ranks
@@ -90,7 +91,7 @@ class Watchdog:
             self._start(settings, listener, address)
 
     def _start(self, settings: Config, listener: socket.socket | None, address: tuple[str, int, str]) -> None:
-        memory, self._stacks = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+        memory, self._stacks = _file_in_memory(), _file_in_memory()
         memory.truncate(CELL_BYTES)
         self._cell = mmap.mmap(memory.fileno(), CELL_BYTES)
         self._control, theirs = socket.socketpair()
@@ -190,6 +191,13 @@ class Watchdog:
             "failed_at_s": time.monotonic(),
         }
         _send(self._control, message)
+
+
+def _file_in_memory() -> BinaryIO:
+    """Of no disk, which could be full: a mapping would die of that by SIGBUS. A temporary file where the system has none."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("watchdog"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def _meet() -> tuple[socket.socket | None, tuple[str, int, str]]:

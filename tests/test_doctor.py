@@ -1,13 +1,15 @@
 """`pretrain doctor`: what is judged, on made-up measurements; and once for real, on two ranks."""
 
 import dataclasses
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
 from conftest import pretrain, tiny_config, write_config
 
-from pretrain import checkup, doctor
+from pretrain import checkup, config, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
 from pretrain.chips import DATASHEETS
 
@@ -158,3 +160,33 @@ def test_doctor_names_what_is_missing(datasets: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.search(r"^bad: .*: shards: .*nowhere", done.stdout, re.MULTILINE), done.stdout
     assert "--exclude" not in done.stdout, "there is one host only"
+
+
+def test_doctor_names_a_host_whose_run_folder_cannot_be_looked_at(datasets: Path, tmp_path: Path) -> None:
+    tree = tiny_config(datasets, tmp_path / ("long" * 80))
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    done = pretrain("doctor", "--config", config_file, "--seconds", "0.05", ranks=2, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert re.search(r"^bad: .*: run folder: .*File name too long", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_a_folder_that_is_read_only_is_a_problem_and_no_traceback(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There even a file that is missing cannot be removed."""
+
+    def refuse(path: object, *args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        problem, speed, _ = doctor._look_at_folder(settings, 0.01)
+        assert (speed, "Read-only" in str(problem)) == (None, True), "it stays"
+        patched.setattr(doctor, "open", refuse, raising=False)
+        problem, speed, free = doctor._look_at_folder(settings, 0.01)
+    assert (speed, free > 0) == (None, True)
+    assert f"Read-only file system: '{tmp_path}/.doctor-0-" in str(problem)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", refuse)
+    assert "Read-only" in str(doctor._look_at_folder(settings, 0.01)[0])

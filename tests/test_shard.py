@@ -1,10 +1,14 @@
 """The shard and manifest formats: what is written is what is read, and what is damaged is named."""
 
 import copy
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
+import resource
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -148,6 +152,70 @@ def test_open_files_are_bounded_and_closed(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 4
     del dataset
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_too_many_open_files_close_the_oldest(tmp_path: Path) -> None:
+    make_dataset(tmp_path, [np.arange(9)] * 40)
+    dataset = TokenDataset(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open(tmp_path, os.O_RDONLY) for _ in range(5)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, before[1]))
+    for descriptor in free:
+        os.close(descriptor)
+    try:
+        tokens = _read(dataset, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    np.testing.assert_array_equal(tokens, _read(TokenDataset(tmp_path), 8))
+
+
+def test_a_file_system_that_fails_over_is_waited_for(
+    tmp_path: Path, parts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the handles are stale, then the names are gone for a while; those that are missing from the start are missing."""
+    make_dataset(tmp_path / "data", parts)
+    expected, dataset = _read(TokenDataset(tmp_path / "data"), 16), TokenDataset(tmp_path / "data")
+    _read(dataset, 16)
+    stale, read, pauses = [file.fd for file in dataset._open.values()], os.preadv, list[float]()
+
+    def fail_over(fd: int, buffers: list, place: int) -> int:
+        if fd in stale and len(pauses) < 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(fd, buffers, place)
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            (tmp_path / "data" / "shards").rename(tmp_path / "away")
+        elif len(pauses) == 5:
+            (tmp_path / "away").rename(tmp_path / "data" / "shards")
+
+    monkeypatch.setattr(os, "preadv", fail_over)
+    monkeypatch.setattr("data_prep.shard.time.sleep", pause)
+    np.testing.assert_array_equal(_read(dataset, 16), expected)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"00000\.npy cannot be read \(Stale file handle on \S+\); it is tried again for 300 s", line)
+
+    dataset = TokenDataset(tmp_path / "data")
+    (tmp_path / "data" / "shards").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=r"00000\.npy"):
+        _read(dataset, 16)
+    assert len(pauses) == 5, "it was never there"
+
+
+def test_a_shard_that_stays_unreadable_is_named(
+    tmp_path: Path, parts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int, buffers: list, place: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    make_dataset(tmp_path, parts)
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr("data_prep.shard.RETRY_S", 0.05)
+    monkeypatch.setattr("data_prep.shard._FIRST_PAUSE_S", 0.01)
+    with pytest.raises(OSError, match=rf"Input/output error on {socket.gethostname()}, for 0 s: .*00000\.npy"):
+        _read(TokenDataset(tmp_path), 16)
 
 
 def test_a_failed_block_leaves_no_shard(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Who hangs, who died, who was first, who is slow: judged on made-up reports, and made for real (see hangs.py)."""
 
+import errno
 import json
 import os
 import re
@@ -263,6 +264,21 @@ def test_an_exception_leaves_its_page(datasets: Path, tmp_path: Path, monkeypatc
     command = re.search(r"pretrain (order .*? --step 4)", page)
     assert command is not None
     assert "step 4 of" in pretrain(*shlex.split(command[1])).stdout
+
+
+def test_a_full_temporary_folder_is_not_in_its_way(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
+    with watchdog.Watchdog(settings) as guard:
+        guard.at("somewhere", 3)
+        os.kill(os.getpid(), watcher.STACK_SIGNAL)
+        assert b"in test_a_full_temporary_folder" in os.pread(guard._stacks.fileno(), 50_000, 0)
+    assert guard._process.wait(30) == 0, "it saw that the rank left"
 
 
 def test_the_users_errors_leave_no_page(datasets: Path, tmp_path: Path) -> None:

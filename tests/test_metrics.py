@@ -1,0 +1,204 @@
+"""The log outlives its disk and its loggers: what cannot be written waits, who fails is switched off, the run goes on."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from wandb.errors import AuthenticationError, CommError, UsageError
+
+from pretrain import history, metrics
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What W&B is told by it is undone."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for name in ("WANDB_FINISH_TIMEOUT", "WANDB_FINISH_TIMEOUT_RAISES"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def make_log(run_dir: Path, *loggers: object) -> metrics.MetricsLog:
+    fabric: Any = SimpleNamespace(is_global_zero=True, loggers=loggers)
+    return metrics.MetricsLog(run_dir, fabric)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: a write takes what fits, and the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Of the lines that are whole, in the order of the file."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = make_log(tmp_path)
+    log.write("train", 1, {"loss": 1.0})
+    with full_disk((tmp_path / "metrics.jsonl").stat().st_size + 9):
+        for step in (2, 3):
+            log.write("train", step, {"loss": 1.0})
+        assert steps(tmp_path) == [1]
+    log.write("train", 4, {"loss": 1.0})
+    log.write("train", 5, {"loss": 1.0})
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert history.read(tmp_path).torn_lines == 1, "what fitted of step 2 swallows nothing"
+    failed, again = capsys.readouterr().out.splitlines()
+    assert "metrics.jsonl cannot be written, training goes on" in failed
+    assert "File too large" in failed
+    assert "metrics.jsonl is written again, with the 3 lines that were kept" in again
+
+
+def test_the_last_lines_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "_KEPT_LINES", 2)
+    log = make_log(tmp_path)
+    with full_disk(0):
+        for step in range(1, 5):
+            log.write("train", step, {"loss": 1.0})
+    log.write("train", 5, {"loss": 1.0})
+    assert steps(tmp_path) == [4, 5]
+    assert capsys.readouterr().out.endswith("with the 2 lines that were kept; 3 before them are lost\n")
+    with full_disk(0):
+        log.write("train", 6, {"loss": 1.0})
+        log.close()
+    assert "its last 1 lines could not be written and are lost" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_opened_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory.*metrics.jsonl"):
+        make_log(tmp_path)
+
+
+class Recorder:
+    """A logger that notes what it is given, and fails when it is told to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.calls = fails, list[str]()
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call.startswith(self.fails or "never"):
+            raise ValueError("what it says") from KeyError("what it was")
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self._note(f"log {step} {metrics}")
+
+    def finalize(self, status: str) -> None:
+        self._note(f"finalize {status}")
+
+
+class WandbLogger(Recorder):
+    """Passes for W&B's: its experiment starts as `starts` says, one a try, and ends as `finish` does."""
+
+    version = "abc"
+
+    def __init__(self, *starts: Exception | None, fails: str = "", finish: Any = None) -> None:
+        super().__init__(fails)
+        self.starts = list(starts)
+        self._finish = finish or (lambda: None)
+
+    @property
+    def experiment(self) -> Any:
+        if self.starts and (error := self.starts.pop(0)) is not None:
+            raise error
+        return SimpleNamespace(finish=self.finish, dir="runs/wandb/run-1/files")
+
+    def finish(self) -> None:
+        self._note("finish")
+        self._finish()
+
+
+def test_a_logger_that_fails_is_switched_off_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = Recorder(fails="log 2"), Recorder()
+    log = make_log(tmp_path, bad, good)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": 1.0, "words": "no number"})
+    log.write("straggler", 3, {"rank": 1})
+    log.close()
+    logged = [f"log {step} {{'train/loss': 1.0}}" for step in (1, 2, 3)]
+    assert bad.calls == logged[:2]
+    assert good.calls == [*logged, "finalize success"]
+    assert steps(tmp_path) == [1, 2, 3, 3]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "Recorder is switched off, metrics.jsonl goes on: KeyError: 'what it was'"
+
+
+def test_at_the_end_everything_is_attempted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, good = WandbLogger(fails="fin"), WandbLogger()
+    log = make_log(tmp_path, bad, good)
+    with full_disk(0):
+        log.write("train", 1, {})
+        log.close()
+    assert bad.calls[1:] == good.calls[1:] == ["finalize success", "finish"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["WandbLogger"] * 2
+
+
+def test_wandb_uploads_for_a_minute_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def too_slow() -> None:
+        raise TimeoutError("Timed out finishing run.")
+
+    make_log(tmp_path, WandbLogger(finish=too_slow)).close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "`wandb sync runs/wandb/run-1`" in line
+    settings = wandb.Settings()
+    settings.update_from_env_vars(dict(os.environ))
+    assert (settings.finish_timeout, settings.finish_timeout_raises) == (60.0, True), "what W&B makes of it"
+
+
+TO_NOBODY = (
+    'Failed to get resume status: context deadline exceeded while retrying: Post "https://x": connection refused'
+)
+
+
+@pytest.mark.parametrize(
+    "error", [CommError(TO_NOBODY), CommError("returned error 503: busy"), TimeoutError("no answer")]
+)
+def test_a_wandb_that_cannot_be_reached_is_waited_for_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    torn_down: list[None] = []
+    monkeypatch.setattr(wandb, "teardown", lambda: torn_down.append(None))
+    logger = WandbLogger(error)
+    make_log(tmp_path, logger).write("train", 1, {"loss": 1.0})
+    assert len(logger.calls) == len(torn_down) == 1
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert (tmp_path / metrics.WANDB_ID).read_text() == "abc\n"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "goes on offline, and `wandb sync` uploads it later" in line
+    assert str(error) in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("the key is none"),
+        UsageError("what is meant"),
+        CommError('Failed to get resume status for run abc: returned error 401: {"errors":[]}'),
+        CommError("Failed to get resume status for run abc: input: user is not logged in"),
+    ],
+)
+def test_a_wandb_that_says_no_is_a_refusal(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(ValueError, match=r"W&B did not start: .*--logger tensorboard"):
+        make_log(tmp_path, WandbLogger(error))
+    assert os.environ["WANDB_MODE"] == "online"
