@@ -26,7 +26,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
     for worker in workers:
         os.kill(int(worker), number)
     if not workers:
-        sys.exit(REQUEUE)
+        sys.exit(LATER)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def check(config: Config) -> None:
         "train.max_restarts": config.train.max_restarts,
         "validation.every_steps": config.validation.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "parallel.shard_size": config.parallel.shard_size,
@@ -128,7 +129,7 @@ def check(config: Config) -> None:
         "watchdog.first_step_limit_s": config.watchdog.first_step_limit_s,
         "watchdog.stragglers_every": config.watchdog.stragglers_every,
     }
-    problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if value < 0]
+    problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if not value >= 0]
     if config.data.seq_len > config.model.max_position_embeddings:
         problems.append(
             f"data.seq_len {config.data.seq_len} tokens is longer than model.max_position_embeddings "

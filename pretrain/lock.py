@@ -65,5 +65,5 @@ def check(folder: Path) -> None:
     if mark is None or not (folder / NAME).exists():  # deleted: no reason to lose a save
         return
     found = (folder / NAME).read_text()
-    if found != mark:
+    if found and found != mark:  # empty: somebody is about to write, or the file system is away for a moment
         raise Taken(f"another job ({found.strip() or 'unknown'}) has begun to write into {folder}; end one of the two")

@@ -276,7 +276,8 @@ def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
         return saves + 1
     every = math.lcm(config.keep_every, config.every_steps or max_steps)
     kept = config.keep_last + (max_steps // every if config.keep_every else 0)
-    return (kept if config.every_minutes else min(saves, kept)) + 1
+    between = min(2, config.keep_last) if config.every_minutes and config.every_steps else 0
+    return (kept + between if config.every_minutes else min(saves, kept)) + 1
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

@@ -75,7 +75,7 @@ def _build(
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
-    _describe(settings, run_dir, sources, fabric)
+    _describe(settings, run_dir, sources, fabric, done=found is not None and _is_done(found, settings))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
@@ -163,8 +163,14 @@ def _sees(run_dir: Path, mark: str) -> bool:
         time.sleep(0.5)
 
 
-def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric) -> None:
+def _is_done(found: Path, settings: config.Config) -> bool:
+    return checkpoint.read_state(found)["step"] >= settings.train.max_steps
+
+
+def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, done: bool) -> None:
     """Have rank 0 put into the run's folder what an export and a person need besides the weights.
+
+    done: there is nothing left to train, or to save.
 
     Raises:
         OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
@@ -174,7 +180,9 @@ def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source]
         try:
             _keep_config(settings, run_dir, say=fabric.print)
             _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
-            saver.check_room(run_dir, 3 * 4 * num_parameters(settings.model)[0])
+            saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
+            if not done:
+                saver.check_room(run_dir / "checkpoints", 3 * 4 * num_parameters(settings.model)[0])
         except OSError as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):
@@ -184,7 +192,7 @@ def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source]
 def _keep_tokenizer(source: Path, target: Path) -> None:
     """Copy what is not there yet. The data may be read-only, and the copy is not to be."""
     target.mkdir(exist_ok=True)
-    for file in source.iterdir():
+    for file in (entry for entry in source.iterdir() if entry.is_file()):
         content = file.read_bytes()
         copy = target / file.name
         if not copy.exists() or copy.read_bytes() != content:
@@ -238,8 +246,8 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
                 raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
             if ranks.all_reduce_max(torch.tensor(stop.signalled if stop else 0)):
                 if ranks.rank() == 0:
-                    print("stopped by a signal while the shards were read; nothing is lost", flush=True)
-                raise SystemExit(scheduler.REQUEUE)
+                    print("stopped by a signal while the shards were read, before the first step", flush=True)
+                raise SystemExit(scheduler.LATER)
         known[key] = signature
         if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
             write_atomically(record, json.dumps(known, indent=1).encode() + b"\n")

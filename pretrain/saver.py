@@ -62,13 +62,13 @@ class Saver:
         self._problem: str | None = None
         """Why the last save failed, the same on all ranks; None: it did not."""
         self._saved = time.perf_counter()
-        """When the last save was taken or failed."""
+        """When the last save was taken, then when it had ended."""
         self.taken = False
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._signs = 0
         """Grows while the thread gets on."""
         if ranks.rank() == 0:
-            self._clear()
+            clear(self._folder, self._say)
         self.stalled_s = 0.0
         """Seconds that training has waited for saving so far."""
         self._took_s = self._remembered() if ranks.rank() == 0 else ()
@@ -166,6 +166,7 @@ class Saver:
             if ranks.rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
             self._say(f"step {step}: NOT saved, training goes on: {failure}")
+            self._saved = time.perf_counter()
             return str(failure)
         if ranks.rank() == 0:
             try:
@@ -173,7 +174,8 @@ class Saver:
             except OSError as error:
                 self._say(f"step {step}: older checkpoints could not be deleted: {error}")
         size = sum(entry["bytes"] for entry in entries.values())
-        took = time.perf_counter() - started
+        self._saved = time.perf_counter()
+        took = self._saved - started
         self._took_s = self._took_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
@@ -205,7 +207,7 @@ class Saver:
         if not self._folder.exists():
             self._folder.mkdir(parents=True)
             sync(self._folder.parent)
-        self._clear()
+        clear(self._folder, self._say)
         check_room(self._folder, needed)
         (staging / "tensors").mkdir(parents=True)
 
@@ -215,14 +217,6 @@ class Saver:
         except lock.Taken:
             self.taken = True
             raise
-
-    def _clear(self) -> None:
-        """Remove what a killed run left half written or half deleted."""
-        for left_over in [*self._folder.glob(".staging-*"), *self._folder.glob(".deleting-*")]:
-            try:
-                shutil.rmtree(left_over)
-            except OSError as error:  # it takes room, and no save's place but one of the same step
-                self._say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # More than one writer thread can lose a full disk's error: save returns and shards are missing.
@@ -256,9 +250,19 @@ class Saver:
                 checkpoint.set_aside(folder, "replaced")
 
 
+def clear(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove what a killed run left half written or half deleted among the checkpoints."""
+    for left_over in [*folder.glob(".staging-*"), *folder.glob(".deleting-*")]:
+        try:
+            shutil.rmtree(left_over)
+        except OSError as error:  # it takes room, and no save's place but one of the same step
+            say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
+
+
 def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError where `folder` has no room for a checkpoint with so many bytes of tensors."""
-    free, needed = shutil.disk_usage(folder).free, int(needed * 1.02) + 2**20
+    """Raises OSError where `folder`, or the one that it will be in, has no room for a checkpoint of so many bytes."""
+    there = folder if folder.exists() else folder.parent
+    free, needed = shutil.disk_usage(there).free, int(needed * 1.02) + 2**20
     if free < needed:
         raise OSError(
             f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
@@ -320,10 +324,17 @@ class _Failed(Exception):
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
     """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
 
-    The newest is never deleted; `keep_last` 0 deletes none.
+    Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
+    stay while they are one of the two newest. The newest is never deleted; `keep_last` 0 deletes none.
     """
-    for step, folder in checkpoint.committed(run_dir)[config.keep_last :] if config.keep_last else []:
-        if config.keep_every and step % config.keep_every == 0:
+    if config.keep_last == 0:
+        return
+    there = checkpoint.committed(run_dir)
+    regular = [folder for step, folder in there if config.every_steps == 0 or step % config.every_steps == 0]
+    milestones = [folder for step, folder in there if config.keep_every and step % config.keep_every == 0]
+    kept = {*regular[: config.keep_last], *milestones, *(folder for _, folder in there[: min(2, config.keep_last)])}
+    for _, folder in there:
+        if folder in kept:
             continue
         doomed = folder.with_name(f".deleting-{folder.name}")
         os.rename(folder, doomed)  # half a folder must never look like a checkpoint
@@ -331,10 +342,8 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def _describe_error(error: BaseException) -> str:
-    of_ranks = getattr(
-        error, "failures", {}
-    ).values()  # of DCP's CheckpointException: (exception, its traceback) by rank
-    return "; ".join(sorted({_in_words(e) for e, _ in of_ranks})) or _in_words(error)
+    of_ranks = getattr(error, "failures", {})  # of DCP's CheckpointException: (exception, its traceback) by rank
+    return "; ".join(sorted({_in_words(e) for e, _ in of_ranks.values()})) or _in_words(error)
 
 
 def _in_words(error: BaseException) -> str:

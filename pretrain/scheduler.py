@@ -156,12 +156,12 @@ class Stop:
         return words.get(self.reason) or signal.Signals(self.reason).name
 
     def status(self, steps: int) -> int:
-        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, LATER where there was no time for a single one, or 2."""
+        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, 2 for TAKEN, or LATER where there was not one."""
         if self.reason == TAKEN:
             return 2
         if self.reason == signal.SIGINT:
             return 128 + signal.SIGINT
-        return LATER if self.reason == OUT_OF_TIME and steps == 0 else REQUEUE
+        return LATER if steps == 0 else REQUEUE
 
 
 def restarts() -> int:
@@ -171,9 +171,17 @@ def restarts() -> int:
 
 
 def repeated() -> bool:
-    """Whether a scheduler repeats a command that has been started before: a restart, or a later task of an array."""
+    """Whether a scheduler repeats a command that has been started before: a restart, or a later job of a chain."""
     task, first = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") or "0" for name in ("ID", "MIN"))
-    return restarts() > 0 or int(task) > int(first)
+    return restarts() > 0 or (bool(os.environ.get("CRIA_CHAIN")) and int(task) > int(first))
+
+
+def note_training() -> None:
+    """Tell launch/slurm.sbatch that this start has come as far as to train: if it fails now, that is a failure of the run."""
+    marker = os.environ.get("CRIA_BEGUN")
+    if marker and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            Path(marker).touch()
 
 
 def failures() -> int:

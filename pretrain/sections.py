@@ -198,7 +198,8 @@ class CheckpointConfig:
     """Save, too, when the last save is so long ago: what a crash costs at most (minutes); 0: by steps only, and so
     where `keep_last` is 0."""
     keep_last: int = 3
-    """Committed checkpoints to keep, newest first; 0: all of them."""
+    """Committed checkpoints of `every_steps`-th steps to keep, newest first, and among the two newest those that the clock or a
+    signal has made between; 0: all of them."""
     keep_every: int = 0
     """Keep the checkpoints of every so many steps for good (steps); 0: none."""
     in_background: bool = True

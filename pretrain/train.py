@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         fail("pretrain train", error)
     except OSError as error:
         fail("pretrain train", error, scheduler.LATER if scheduler.repeated() else 2)
+    scheduler.note_training()
     status = trainer.train(run, stop)
     stop.over()
     ranks.barrier()  # a launcher gives the others seconds from the first that leaves; rank 0 has logs to finish

@@ -171,10 +171,10 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
             _save(run, saver)
             saved_step = run.step
-    if stop.reason == TAKEN:
+    if stop.reason == TAKEN or not _save_last(run, saver, saved_step, stop, display):
+        stop.reason = TAKEN
         display.say(f"stopped after step {run.step}, and not to be saved: {saver.wait()}")
         return stop.status(run.step - run.begun.step)
-    _save_last(run, saver, saved_step, stop, display)
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
@@ -323,8 +323,10 @@ _PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Before the last save is tried again, while there is time."""
 
 
-def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Display) -> None:
+def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Display) -> bool:
     """Save what was trained since the last save; where the disk is in the way, again while the job has time.
+
+    Returns False where another job has the folder.
 
     Raises:
         OSError: it could not be saved.
@@ -335,6 +337,8 @@ def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Dis
         at("waiting for the last checkpoint to be written", run.step)
         if saver.wait() is None:
             break
+        if ranks.broadcast(saver.taken):
+            return False
         left_s = stop.left_s(run.config.train.max_hours)
         if not ranks.broadcast(left_s is None or left_s > pause_s + saver.longest_s):
             break
@@ -344,6 +348,7 @@ def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Dis
             alive()
         _save(run, saver)
     saver.close()
+    return True
 
 
 def _save(run: Run, saver: Saver) -> None:

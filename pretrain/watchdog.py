@@ -177,7 +177,7 @@ class Watchdog:
         if not self.on:
             return
         _current = None if _watchdog() is self else _current
-        if error is not None:
+        if error is not None and not isinstance(error, SystemExit):
             self._report(error)
         self._finalizer()
 
@@ -195,7 +195,7 @@ class Watchdog:
 
 def _file_in_memory() -> BinaryIO:
     """Of no disk, which could be full: a mapping would die of that by SIGBUS. A temporary file where the system has none."""
-    if hasattr(os, "memfd_create"):
+    with suppress(AttributeError, OSError):
         return open(os.memfd_create("watchdog"), "r+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
 

@@ -12,7 +12,7 @@ from fault_runs import STEPS, at, compare, read_log
 from forks import finish, start_training, train_to_the_end
 
 from pretrain import checkpoint, config, preparation, saver, trainer, validation
-from pretrain.scheduler import REQUEUE
+from pretrain.scheduler import LATER, REQUEUE
 from pretrain.verify_resume import read_trajectory
 
 PLACES = {
@@ -65,7 +65,8 @@ def signal_trials(settings: config.Config, folder: Path, trials: int, seed: int,
         try:
             trained = max(read_trajectory(run_dir))
             saved = checkpoint.committed(run_dir)[0][0]
-            assert statuses == [REQUEUE] * ranks, f"the ranks left with {statuses}"
+            expected = LATER if before else REQUEUE  # it did not come to a step
+            assert statuses == [expected] * ranks, f"the ranks left with {statuses}"
             assert saved == trained < STEPS, f"{trained} steps were trained and {saved} saved"
             assert trained == before or before == 0, f"{trained} steps after a start that was stopped at {before}"
             train_to_the_end(ranks, run)

@@ -55,8 +55,9 @@ def status_of(words: list[str]) -> int:
     [
         ({}, 2),
         ({"SLURM_RESTART_COUNT": "1"}, scheduler.LATER),
-        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3"}, 2),
-        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "3"}, scheduler.LATER),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "CRIA_CHAIN": "1"}, 2),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "3", "CRIA_CHAIN": "1"}, scheduler.LATER),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "3"}, 2),  # each of them a run of its own
     ],
 )
 def test_a_file_system_that_is_away_is_final_only_where_nothing_was_started_before(
@@ -121,7 +122,8 @@ def test_a_signal_while_the_shards_are_read_ends_the_start(
 
     monkeypatch.setattr(TokenDataset, "check", slow_check)
     short = {"train": {"max_steps": 1}, "optim": {"warmup_steps": 1}, "data": {"verify": "full"}}
-    assert status_of(command(datasets, tmp_path, **short)) == scheduler.REQUEUE
+    assert status_of(command(datasets, tmp_path, **short)) == scheduler.LATER
+    assert not list((tmp_path / "run").rglob("crash-report*")), "nobody's fault"
     assert "stopped by a signal while the shards were read" in capsys.readouterr().out
     assert len(checked) == 2
     assert status_of(command(datasets, tmp_path, **short)) == 0
@@ -172,9 +174,9 @@ def test_by_the_clock_saves_change_nothing_in_the_run(
     assert main(command(datasets, tmp_path / "straight", checkpoint={"every_steps": 0})) == 0
     assert [step for step, _ in checkpoint.committed(tmp_path / "straight" / "run")] == [20]
     (tmp_path / "often").mkdir()
-    often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100}
+    often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100, "in_background": False}
     assert main(command(datasets, tmp_path / "often", checkpoint=often)) == 0
-    assert len(checkpoint.committed(tmp_path / "often" / "run")) > 5
+    assert len(checkpoint.committed(tmp_path / "often" / "run")) == 20
     assert trajectory(tmp_path / "often" / "run") == trajectory(tmp_path / "straight" / "run")
 
 
@@ -240,7 +242,7 @@ def test_restarts_of_a_run_without_a_gradient_push_out_no_good_checkpoint(
         with pytest.raises(FloatingPointError):
             trainer.train(run)
         kept.append([step for step, _ in checkpoint.committed(tmp_path / "run")])
-    assert kept == [[13, 10]] * 4
+    assert kept == [[13, 10, 5]] * 4
 
 
 def test_read_only_data_can_be_trained_on_twice(datasets: Path, tmp_path: Path) -> None:
@@ -324,6 +326,7 @@ def test_a_chain_of_jobs_goes_back_once(datasets: Path, tmp_path: Path, monkeypa
     assert main(straight) == 0
     back = [*straight, "--resume", str(tmp_path / "run" / "checkpoints" / "step-00000010")]
     began = []
+    monkeypatch.setenv("CRIA_CHAIN", "1")
     for task in ("1", "2", "3"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
@@ -344,3 +347,33 @@ def test_a_log_on_a_full_disk_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
         with suppress(OSError):
             full.close()
+
+
+def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_start(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `checkpoints` a link to a disk of its own, which is the one that counts."""
+    elsewhere = tmp_path / "scratch"
+    left = elsewhere / ".staging-step-00000005" / "tensors"
+    left.mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
+
+    def free(path: Path) -> SimpleNamespace:
+        full = path.resolve() != elsewhere or left.exists()
+        return SimpleNamespace(total=2**30, used=0, free=2**20 if full else 2**30)
+
+    monkeypatch.setattr(saver.shutil, "disk_usage", free)
+    short = {"train": {"max_steps": 1}, "optim": {"warmup_steps": 1}}
+    assert status_of(command(datasets, tmp_path, **short)) == 0
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**30, used=2**30, free=0))
+    assert status_of(command(datasets, tmp_path, **short)) == 0, "there is nothing left to save"
+
+
+def test_what_the_clock_has_saved_pushes_out_nothing_that_the_steps_have(tmp_path: Path) -> None:
+    for step in (10, 14, 18, 20, 23, 26, 29, 30, 33, 36):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        saver.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [36, 33, 30, 20]
