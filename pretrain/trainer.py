@@ -319,7 +319,7 @@ def versions() -> dict[str, str]:
     return {"cria": pretrain.__version__, "python": platform.python_version(), **packages}
 
 
-_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
+_PAUSES_S = (5.0, 15.0, 25.0)
 """Before the last save is tried again, while there is time."""
 
 
