@@ -54,8 +54,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         main([str(arg) for arg in argv])
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 def test_a_refusal_is_a_status_and_no_traceback(datasets: Path, tmp_path: Path) -> None:
