@@ -9,6 +9,8 @@ Part of the door between `data_prep` and `pretrain`, as TokenDataset.documents: 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +19,10 @@ from data_prep.manifest import DTYPES, Shard
 
 if TYPE_CHECKING:
     from data_prep.shard import TokenDataset
+
+
+_BLOCK = 1 << 24
+"""Tokens looked through at a time."""
 
 
 def index_path(unit: str) -> str:
@@ -40,19 +46,15 @@ class Part(NamedTuple):
     """How many tokens the document has, with BOS and EOS."""
 
 
-def parts(dataset: TokenDataset, start: int, count: int) -> Iterator[Part]:
-    """The documents that the `count` tokens from `start` on belong to, in order."""
-    shard_start = 0
-    for shard in dataset.manifest.shards:
-        low, high = max(start, shard_start), min(start + count, shard_start + shard.tokens)
-        if low < high:
-            yield from _in_shard(dataset, shard, low - shard_start, high - shard_start)
-        shard_start += shard.tokens
-
-
-def _in_shard(dataset: TokenDataset, shard: Shard, low: int, high: int) -> Iterator[Part]:
-    """The documents of the tokens [low, high) of a shard."""
-    rows, ends = _documents(dataset, shard)
+def parts(dataset: TokenDataset, shard: Shard, low: int, high: int) -> Iterator[Part]:
+    """The documents that the tokens [low, high) of a shard of `dataset` belong to, in order."""
+    tokenizer, policy = dataset.manifest.tokenizer, dataset.manifest
+    rows, ends = _documents(
+        dataset.directory,
+        shard,
+        tokenizer.eos_id if policy.append_eos else None,
+        tokenizer.bos_id if policy.prepend_bos else None,
+    )
     for n in range(int(np.searchsorted(ends, low, side="right")), len(ends)):
         begin, end = int(ends[n - 1]) if n else 0, int(ends[n])
         if begin >= high:
@@ -62,19 +64,24 @@ def _in_shard(dataset: TokenDataset, shard: Shard, low: int, high: int) -> Itera
         yield Part(shard.source_file, line, n, first - begin, last - first, end - begin)
 
 
-def _documents(dataset: TokenDataset, shard: Shard) -> tuple[np.ndarray | None, np.ndarray]:
-    """Rows (n,) and ends (n,) in tokens of a shard's documents; no rows, and the ends by EOS, where there is no list."""
-    index = dataset.directory / index_path(shard.source_file)
+@lru_cache(maxsize=8)
+def _documents(
+    directory: Path, shard: Shard, eos_id: int | None, bos_id: int | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Rows (n,) and ends (n,) in tokens of a shard's documents; without a list no rows, and the ends by EOS, else by BOS."""
+    index = directory / index_path(shard.source_file)
     if index.is_file():
         rows, lengths = np.load(index).reshape(-1, 2).T
         return rows, np.cumsum(lengths, dtype=np.int64)
-    path, dtype = dataset.directory / shard.path, DTYPES[shard.dtype]
-    ids = np.fromfile(path, dtype, shard.tokens, offset=shard.offset)
-    manifest = dataset.manifest
-    if manifest.append_eos:
-        ends = np.flatnonzero(ids == manifest.tokenizer.eos_id) + 1
-    elif manifest.prepend_bos:
-        ends = np.flatnonzero(ids == manifest.tokenizer.bos_id)[1:]
-    else:
-        ends = np.empty(0, np.int64)
+    eos, bos = (_places(directory, shard, token) for token in (eos_id, bos_id))
+    ends = eos + 1 if eos_id is not None else bos[1:]
     return None, np.append(ends, shard.tokens) if not len(ends) or ends[-1] != shard.tokens else ends
+
+
+def _places(directory: Path, shard: Shard, token: int | None) -> np.ndarray:
+    """Where `token` stands in a shard, (n,) int64; read block by block, since others' shards can be larger than the memory."""
+    if token is None:
+        return np.empty(0, np.int64)
+    ids = np.memmap(directory / shard.path, DTYPES[shard.dtype], "r", shard.offset, (shard.tokens,))
+    found = [first + np.flatnonzero(ids[first : first + _BLOCK] == token) for first in range(0, len(ids), _BLOCK)]
+    return np.concatenate(found)

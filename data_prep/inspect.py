@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.documents import parts
 from data_prep.shard import TOKENIZER_DIR, TokenDataset
 from data_prep.tokenizer import load
 
@@ -36,7 +35,7 @@ def run(options: InspectOptions) -> None:
     start = options.sequence * options.seq_len
     print(f"sequence {options.sequence:,} of {options.directory}: tokens {start:,} to {start + options.seq_len:,}")
     at = 0
-    for part in parts(dataset, start, len(ids)):
+    for part in dataset.documents(start, len(ids)):
         where = f"line {part.line:,}" if part.line is not None else f"document {part.document + 1:,}"
         print(
             f"\n--- {part.source_file} {where}, tokens {part.first:,} to {part.first + part.tokens - 1:,} "

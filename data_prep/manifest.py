@@ -4,7 +4,7 @@
                                          |
                           Manifest <-- load: version, names, totals, fingerprint and the size of every file checked
 
-`data_prep.shard` hands all of this on; nobody else imports this module. The standard library and numpy, nothing else.
+`data_prep.shard` hands all of this on to those who are not part of it. The standard library and numpy, nothing else.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Shard:
     """The input file, relative to the input folder."""
     documents: int
     """Documents kept."""
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict, hash=False)
     """Documents dropped, by reason. Documents read = documents + sum(dropped)."""
 
     def __post_init__(self) -> None:

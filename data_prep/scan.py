@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shard import DTYPES, TokenizerInfo
+from data_prep.manifest import DTYPES, TokenizerInfo
 
 _BLOCK_BYTES = 8 << 20
 

@@ -30,14 +30,12 @@ import socket
 import sys
 import time
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -52,6 +50,7 @@ from data_prep.manifest import (
     check_inside,
     write_atomically,
 )
+from data_prep.scan import Stretch, scan_all
 
 __all__ = [
     "DTYPES",
@@ -176,7 +175,7 @@ class TokenDataset:
 
     Tokens are read with pread, not through a memory map: as fast from the page cache, and a file cut short or a failing
     disk is an exception that names the shard instead of SIGBUS. Files open when first needed, at most `max_open_files`
-    at a time (60,000 shards exceed any limit on descriptors). Pickles, forks and serves several threads: no position is shared.
+    at a time (60,000 shards exceed any limit on descriptors). Forks and serves several threads: no position is shared.
     What cannot be read is opened and read again for RETRY_S: a stale handle, a file system that fails over.
     """
 
@@ -188,22 +187,12 @@ class TokenDataset:
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
         self._dtypes = [DTYPES[shard.dtype] for shard in self._shards]
-        self._offsets = [  # of the dataset's token 0, if it lay in that file: negative but for the first
-            shard.offset - (end - shard.tokens) * dtype.itemsize
-            for shard, end, dtype in zip(self._shards, self._ends, self._dtypes)
-        ]
+        self._paths = [f"{self.directory}/{shard.path}" for shard in self._shards]
         self.dtype = np.result_type(np.uint16, *set(self._dtypes))
         """Holds every token: the type of all shards, where they agree."""
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._opening = Lock()
+        self._file = lru_cache(max_open_files)(_OpenFile)  # by its path
         self._opened = False
         """A file, once: what is missing then has gone missing."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_opening"} | {"_open": OrderedDict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opening=Lock())  # nor does a descriptor mean anything in another process
 
     @cached_property
     def num_tokens(self) -> int:
@@ -219,8 +208,10 @@ class TokenDataset:
     def sequences(self, indices: Iterable[int] | np.ndarray, seq_len: int) -> np.ndarray:
         """Sequences `indices` (n,) as an int64 array (n, seq_len + 1), in the order asked for.
 
-        Raises IndexError for an index outside [0, num_sequences), OSError for a shard that can't be read any more.
+        Raises ValueError for a seq_len below 1, IndexError for an index outside [0, num_sequences), OSError for a shard that
+        can't be read any more.
         """
+        self.num_sequences(seq_len)  # refuses a length below 1
         wanted = indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
         rows = np.empty((len(wanted), seq_len + 1), self.dtype)
         for row, index in zip(rows, wanted):
@@ -237,26 +228,32 @@ class TokenDataset:
                 f"sequence {index} was asked of {self.directory}, which has {self.num_sequences(seq_len):,} "
                 f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
             )
-        number = bisect_right(self._ends, start)
-        if end <= self._ends[number]:
-            self._read(number, start, row)
-            return
-        done = 0
-        while start < end:  # it goes on in the next shards
-            until = min(end, self._ends[number])
-            self._read(number, start, row[done : done + until - start])
-            done += until - start
-            start, number = until, number + 1
+        for number, low, high in self._pieces(start, end):
+            first = self._ends[number] - self._shards[number].tokens + low - start
+            self._read(number, low, row[first : first + high - low])
 
-    def documents(self, index: int, seq_len: int) -> list[Part]:
-        """The documents that sequence `index` holds tokens of, in order, each with its file and line."""
-        return list(parts(self, index * seq_len, seq_len + 1))
+    def documents(self, start: int, count: int) -> list[Part]:
+        """The documents that hold the `count` tokens from `start` on, in order, each with its file and line."""
+        return [
+            part
+            for number, low, high in self._pieces(start, start + count)
+            for part in parts(self, self._shards[number], low, high)
+        ]
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Where the dataset's tokens [start, end) lie: shard by shard, its number and its tokens [low, high)."""
+        number = bisect_right(self._ends, start)
+        while start < end:
+            first = self._ends[number] - self._shards[number].tokens
+            until = min(end, self._ends[number])
+            yield number, start - first, until - first
+            start, number = until, number + 1
 
     def signature(self) -> str:
         """Changes when a shard's file is written: sizes and modification times, without reading a token."""
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
-        for shard in self._shards:
-            facts = os.stat(f"{self.directory}/{shard.path}")
+        for path, shard in zip(self._paths, self._shards):
+            facts = os.stat(path)
             digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
@@ -266,8 +263,6 @@ class TokenDataset:
         share: (k, n) reads every n-th shard from the k-th on. alive is called after each block, by other threads. Returns what
         is wrong first, naming the file, or None.
         """
-        from data_prep.scan import Stretch, scan_all  # which imports this module
-
         mine = self._shards[share[0] :: share[1]]
         stretches = [Stretch(self.directory / s.path, s.dtype, s.offset, s.tokens) for s in mine]
         vocab_size = self.manifest.tokenizer.vocab_size
@@ -279,60 +274,38 @@ class TokenDataset:
                 return f"{self.directory / shard.path} has ids from {ids}, not all in a vocabulary of {vocab_size}"
         return None
 
-    def _read(self, number: int, start: int, into: np.ndarray) -> None:
-        """Fill `into` with the dataset's tokens from `start` on, all of which lie in shard `number`."""
+    def _read(self, number: int, low: int, into: np.ndarray) -> None:
+        """Fill `into` with the tokens of shard `number` from its token `low` on."""
         dtype = self._dtypes[number]
         stored = into if into.dtype == dtype else np.empty(len(into), dtype)
-        place = self._offsets[number] + start * dtype.itemsize
-        if self._read_patiently(number, stored, place) != stored.nbytes:
-            raise OSError(f"{self._path(number)} was cut short while in use: prepare or copy it again")
+        place = self._shards[number].offset + low * dtype.itemsize
+        path = self._paths[number]
+        if self._read_patiently(path, stored, place) != stored.nbytes:
+            raise OSError(f"{path} was cut short while in use: prepare or copy it again")
         if stored is not into:
             into[:] = stored
 
-    def _read_patiently(self, number: int, into: np.ndarray, place: int) -> int:
+    def _read_patiently(self, path: str, into: np.ndarray, place: int) -> int:
         """Read a shard's bytes from `place` on; returns how many. Raises OSError when RETRY_S of trying are over."""
         until, pause_s = time.monotonic() + RETRY_S, _FIRST_PAUSE_S
         while True:
             try:
-                file = self._file(number)  # held, so that no other thread's eviction closes it while it is read
+                file = self._file(path)  # held, so that no other thread's eviction closes it while it is read
+                self._opened = True
                 return os.preadv(file.fd, [into.data], place)
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._file.cache_info().currsize:
+                    self._file.cache_clear()  # too many files are open: those here are closed
+                    continue
                 if not self._opened and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
                     raise
-                path, why = self._path(number), f"{error.strerror} on {socket.gethostname()}"
+                why = f"{error.strerror} on {socket.gethostname()}"
                 if time.monotonic() >= until:
                     raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s", path) from error
             if pause_s == _FIRST_PAUSE_S:
                 line = f"{path} cannot be read ({why}); it is tried again for {RETRY_S:,.0f} s"
                 with suppress(OSError):  # the log may lie on the same file system
                     print(line, file=sys.stderr, flush=True)
-            with self._opening:
-                self._open.clear()  # a handle that is stale is seldom alone
+            self._file.cache_clear()  # a handle that is stale is seldom alone
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _path(self, number: int) -> str:
-        return f"{self.directory}/{self._shards[number].path}"
-
-    def _file(self, number: int) -> _OpenFile:
-        with self._opening:
-            file = self._open.get(number)
-            if file is None:
-                file = self._open[number] = self._open_file(self._path(number))
-                if len(self._open) > self.max_open_files:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)  # now the most recently used
-            return file
-
-    def _open_file(self, path: str) -> _OpenFile:
-        """Open a file; where the process or the host has too many open, those here are closed, the oldest first."""
-        while True:
-            try:
-                file = _OpenFile(path)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
-                    raise
-                self._open.popitem(last=False)
-            else:
-                self._opened = True
-                return file

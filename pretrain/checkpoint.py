@@ -229,15 +229,19 @@ def load_into(folder: Path, model: nn.Module) -> None:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a verified checkpoint, whole, on the CPU, under the model's parameter names. Without a process group."""
-    return {name.removeprefix("model."): t for name, t in load_tensors(folder).items() if name.startswith("model.")}
+    return {name.removeprefix("model."): tensor for name, tensor in load_tensors(folder, "model.").items()}
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a verified checkpoint, as `tensors_of` names them, whole, on the CPU. Without a process group."""
+def load_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a verified checkpoint whose names begin with `prefix` (none other is read), whole, on the CPU.
+
+    Names are those of `tensors_of`. Without a process group.
+    """
     reader = _Reader(folder / "tensors")
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pretrain.sections import OptimConfig
 
@@ -41,7 +42,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     Sharded gradients give the norm over all ranks. A norm that is not finite leaves gradients that must not be used.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_if_usable(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ def step_table(settings: config.Config, sources: list[data.Source], mixture: dat
     table.add_column("file", overflow="fold")
     for name in ("line", "tokens"):
         table.add_column(name, justify="right")
+    T = settings.data.seq_len
     for slot, (s, epoch, sequence) in enumerate(zip(*(column.tolist() for column in mixture.sequences(step)))):
         place = (str(slot), sources[s].name, str(epoch), str(sequence))
-        for part in sources[s].train.documents(sequence, settings.data.seq_len):
+        for part in sources[s].train.documents(sequence * T, T + 1):
             line = f"{part.line:,}" if part.line is not None else f"document {part.document + 1:,}"
             table.add_row(*place, part.source_file, line, f"{part.tokens:,}")
             place = ("", "", "", "")

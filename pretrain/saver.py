@@ -111,9 +111,8 @@ class Saver:
         if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
             return False
         failed = self._problem is not None or (self._pending is not None and self._pending.result() is not None)
-        by_clock = (
-            60 * self._config.every_minutes if self._config.keep_last else 0.0
-        )  # else the disk would fill by the clock
+        # without keep_last the clock would fill the disk
+        by_clock = 60 * self._config.every_minutes if self._config.keep_last else 0.0
         every_s = _AGAIN_S if failed else by_clock
         return 0 < every_s < time.perf_counter() - self._saved
 

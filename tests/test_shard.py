@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import resource
 import socket
@@ -101,15 +100,16 @@ def test_from_no_sequence_to_two(tmp_path: Path, tokens: int, count: int) -> Non
         dataset.sequences([count], 8)
     with pytest.raises(IndexError):
         dataset.sequences([-1], 8)
-    with pytest.raises(ValueError, match="seq_len is 0"):
-        dataset.num_sequences(0)
+    for call in (dataset.num_sequences, lambda seq_len: dataset.sequences([0], seq_len)):
+        with pytest.raises(ValueError, match="seq_len is 0"):
+            call(0)
 
 
 def _read(dataset: TokenDataset, seq_len: int) -> np.ndarray:
     return dataset.sequences(range(dataset.num_sequences(seq_len)), seq_len)
 
 
-def test_threads_and_copies_read_the_same(tmp_path: Path, parts: list[np.ndarray]) -> None:
+def test_threads_read_the_same(tmp_path: Path, parts: list[np.ndarray]) -> None:
     """Threads close each other's files all the time where only one may be open."""
     make_dataset(tmp_path, parts)
     expected = _read(TokenDataset(tmp_path), 16)
@@ -117,7 +117,6 @@ def test_threads_and_copies_read_the_same(tmp_path: Path, parts: list[np.ndarray
     with ThreadPoolExecutor(8) as pool:
         for got in pool.map(lambda _: _read(dataset, 16), range(40)):
             np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(_read(pickle.loads(pickle.dumps(dataset)), 16), expected)
 
 
 FORKED = """
@@ -154,7 +153,7 @@ def test_open_files_are_bounded_and_closed(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_too_many_open_files_close_the_oldest(tmp_path: Path) -> None:
+def test_too_many_open_files_are_closed(tmp_path: Path) -> None:
     make_dataset(tmp_path, [np.arange(9)] * 40)
     dataset = TokenDataset(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -176,7 +175,10 @@ def test_a_file_system_that_fails_over_is_waited_for(
     make_dataset(tmp_path / "data", parts)
     expected, dataset = _read(TokenDataset(tmp_path / "data"), 16), TokenDataset(tmp_path / "data")
     _read(dataset, 16)
-    stale, read, pauses = [file.fd for file in dataset._open.values()], os.preadv, list[float]()
+    links = Path("/proc/self/fd").iterdir()
+    stale = [int(fd.name) for fd in links if fd.is_symlink() and str(tmp_path) in os.readlink(fd)]
+    read, pauses = os.preadv, list[float]()
+    assert stale
 
     def fail_over(fd: int, buffers: list, place: int) -> int:
         if fd in stale and len(pauses) < 2:

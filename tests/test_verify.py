@@ -102,7 +102,7 @@ def test_inspect_names_the_file_and_line_of_every_token(dataset: Path, seq_len: 
     seen = 0
     for i in range(tokens.num_sequences(seq_len)):
         ids, at = tokens.sequences([i], seq_len)[0].tolist(), 0
-        for part in tokens.documents(i, seq_len):
+        for part in tokens.documents(i * seq_len, seq_len + 1):
             document = kept[part.source_file, part.line]
             assert ids[at : at + part.tokens] == document[part.first : part.first + part.tokens]
             assert part.document_tokens == len(document)
