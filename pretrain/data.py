@@ -46,12 +46,14 @@ def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
     Raises:
         FileNotFoundError: a folder has no manifest.
         ValueError: another tokenizer than the first source's, a vocabulary larger than the model's, another policy on
-            BOS and EOS, or a split too short for one sequence.
+            BOS and EOS, a split too short for one sequence, or validation data that the source also trains on.
     """
     sources = []
     for entry in config.sources:
         train = _open(entry.train, config.seq_len, vocab_size)
         validation = None if entry.validation is None else _open(entry.validation, config.seq_len, vocab_size)
+        if validation is not None:
+            _check_held_out(train, validation)
         sources.append(Source(entry.name, train, validation))
     first = sources[0].train
     for dataset in (d for s in sources for d in (s.train, s.validation) if d is not None):
@@ -87,6 +89,30 @@ def _check_same_tokens(first: TokenDataset, other: TokenDataset) -> None:
         raise ValueError(
             f"{other.directory} has prepend_bos={b.prepend_bos}, append_eos={b.append_eos}, and {first.directory} has "
             f"prepend_bos={a.prepend_bos}, append_eos={a.append_eos}; prepare one of them again"
+        )
+
+
+def _check_held_out(train: TokenDataset, validation: TokenDataset) -> None:
+    """By what the manifests know: that one is not the other, and that a hash of file and row tells both apart."""
+    a, b = train.manifest, validation.manifest
+    problem = None
+    if a.fingerprint == b.fingerprint:
+        problem = "the same tokens"
+    elif (a.split, b.split) == ("validation", "train"):
+        problem = "a validation split to train on, and a train split to validate on"
+    elif a.name == b.name and "holdout" in {**a.settings, **b.settings}:
+        shares = [manifest.settings.get("holdout", 0) for manifest in (a, b)]
+        if shares[0] != shares[1]:
+            problem = f"prepared with --holdout {shares[0]} and {shares[1]}: each document is in the first, or in both"
+        elif {shard.source_file for shard in a.shards}.isdisjoint(shard.source_file for shard in b.shards):
+            problem = (
+                f"prepared from other folders ({a.shards[0].source_file}, {b.shards[0].source_file}), and a document is held "
+                "out by its path below --input"
+            )
+    if problem is not None:
+        raise ValueError(
+            f"{train.directory} and {validation.directory} are {problem}. Validation would say nothing: prepare both splits "
+            "with the same --input and --holdout, or leave validation out"
         )
 
 
@@ -359,36 +385,3 @@ def _read_ahead(
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def validation_indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:
-    """The sequences that validation looks at: at most `max_sequences`, spread evenly over the split; int64."""
-    available = dataset.num_sequences(seq_len)
-    count = min(available, max_sequences)
-    return np.arange(count, dtype=np.int64) * available // count
-
-
-def validation_batches(
-    dataset: TokenDataset, seq_len: int, max_sequences: int, micro_batch_size: int, rank: int, world_size: int
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """One rank's share of the validation sequences: micro-batches (B, T + 1) int64 and how many of their rows count.
-
-    Every rank gets the same number of micro-batches of the same shape, since they forward together; rows that fill up a
-    batch stand after those that count.
-    """
-    indices = validation_indices(dataset, seq_len, max_sequences)
-    stride = world_size * micro_batch_size
-    for first in range(rank * micro_batch_size, -(-len(indices) // stride) * stride, stride):
-        mine = indices[first : first + micro_batch_size]
-        filled = np.concatenate([mine, np.full(micro_batch_size - len(mine), indices[0])])
-        yield torch.from_numpy(dataset.sequences(filled, seq_len)), len(mine)
-
-
-def unigram_entropy(dataset: TokenDataset, seq_len: int, max_sequences: int) -> float:
-    """Entropy of the tokens that validation predicts, each for itself, in nats: the loss of the best model without context."""
-    counts = np.zeros(dataset.manifest.tokenizer.vocab_size, dtype=np.int64)
-    for index in validation_indices(dataset, seq_len, max_sequences):
-        targets = dataset.sequences(np.array([index]), seq_len)[0, 1:]
-        counts += np.bincount(targets, minlength=len(counts))
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())

@@ -1,11 +1,15 @@
 """Validation: the loss of each source on its own split, and what it is to be compared with."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from data_prep.shard import TokenDataset
 from pretrain import data, ranks
 from pretrain.ops import IGNORE_INDEX
 from pretrain.sections import ValidationConfig
@@ -30,7 +34,7 @@ def losses(
         if source.validation is None:
             continue
         total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # loss x sequences, sequences
-        for batch, counted in data.validation_batches(
+        for batch, counted in micro_batches(
             source.validation, seq_len, config.max_sequences, micro_batch_size, fabric.global_rank, fabric.world_size
         ):
             at(f"validation on {source.name}")
@@ -44,6 +48,22 @@ def losses(
     return result
 
 
+def micro_batches(
+    dataset: TokenDataset, seq_len: int, max_sequences: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """One rank's share of the validation sequences: micro-batches (B, T + 1) int64 and how many of their rows count.
+
+    Every rank gets the same number of micro-batches of the same shape, since they forward together; rows that fill up a
+    batch stand after those that count.
+    """
+    indices = _indices(dataset, seq_len, max_sequences)
+    stride = world_size * micro_batch_size
+    for first in range(rank * micro_batch_size, -(-len(indices) // stride) * stride, stride):
+        mine = indices[first : first + micro_batch_size]
+        filled = np.concatenate([mine, np.full(micro_batch_size - len(mine), indices[0])])
+        yield torch.from_numpy(dataset.sequences(filled, seq_len)), len(mine)
+
+
 def describe_sources(
     sources: list[data.Source], mixture: data.Mixture, step: int, seq_len: int, config: ValidationConfig
 ) -> dict[str, dict[str, Any]]:
@@ -52,7 +72,7 @@ def describe_sources(
     for source, share in zip(sources, mixture.shares_at(step)):
         entropy = None
         if source.validation is not None and config.every_steps > 0:
-            entropy = data.unigram_entropy(source.validation, seq_len, config.max_sequences)
+            entropy = unigram_entropy(source.validation, seq_len, config.max_sequences)
         described[source.name] = {
             "share": float(share),
             "train_tokens": source.train.num_tokens,
@@ -62,3 +82,22 @@ def describe_sources(
             "unigram_entropy": entropy,
         }
     return described
+
+
+def unigram_entropy(dataset: TokenDataset, seq_len: int, max_sequences: int) -> float:
+    """Entropy of the tokens that validation predicts, each for itself, in nats: the loss of the best model without context."""
+    counts = np.zeros(dataset.manifest.tokenizer.vocab_size, dtype=np.int64)
+    with ThreadPoolExecutor(16) as pool:  # what takes long is the file system
+        for rows in pool.map(
+            lambda i: dataset.sequences([i], seq_len), _indices(dataset, seq_len, max_sequences).tolist()
+        ):
+            counts += np.bincount(rows[0, 1:], minlength=len(counts))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:
+    """The sequences that validation looks at: at most `max_sequences`, spread evenly over the split; int64."""
+    available = dataset.num_sequences(seq_len)
+    count = min(available, max_sequences)
+    return np.arange(count, dtype=np.int64) * available // count

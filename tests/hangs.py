@@ -99,7 +99,7 @@ def arm(kind: str, trial: Path, limit_s: float) -> Callable[[int], None]:
         elif kind == "collective":
             before_call(ranks, "all_reduce_max", sleep, late)
         elif kind == "validation":
-            before_call(validation.data, "validation_batches", sleep, late)
+            before_call(validation, "micro_batches", sleep, late)
         elif kind == "save":
             before_call(saver, "_Writer", sleep)
         elif kind == "load":

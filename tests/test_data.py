@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from conftest import VOCAB_SIZE, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shard import TokenDataset
-from pretrain import data
+from data_prep.shard import Manifest, TokenDataset
+from pretrain import data, validation
 from pretrain.sections import DataConfig, SourceConfig
 
 
@@ -304,7 +305,7 @@ def test_validation_counts_each_sequence_once_on_any_number_of_ranks(datasets: P
         counted: Counter[bytes] = Counter()
         lengths = set()
         for rank in range(world_size):
-            batches = list(data.validation_batches(dataset, 32, 1000, 4, rank, world_size))
+            batches = list(validation.micro_batches(dataset, 32, 1000, 4, rank, world_size))
             lengths.add(len(batches))
             for batch, count in batches:
                 assert batch.shape == (4, 33)
@@ -317,8 +318,8 @@ def test_unigram_entropy_of_known_tokens(tmp_path: Path) -> None:
     dataset = TokenDataset(write_dataset(tmp_path / "d", 3_000, 3))
     tokens = dataset.sequences(np.arange(dataset.num_sequences(10)), 10)[:, 1:].ravel()
     p = np.bincount(tokens)[np.bincount(tokens) > 0] / len(tokens)
-    assert data.unigram_entropy(dataset, 10, 10**6) == pytest.approx(-(p * np.log(p)).sum())
-    assert data.unigram_entropy(dataset, 10, 10**6) < np.log(VOCAB_SIZE)
+    assert validation.unigram_entropy(dataset, 10, 10**6) == pytest.approx(-(p * np.log(p)).sum())
+    assert validation.unigram_entropy(dataset, 10, 10**6) < np.log(VOCAB_SIZE)
 
 
 def open_two(a: Path, b: Path, seq_len: int = 32, vocab_size: int = 320) -> None:
@@ -339,6 +340,35 @@ def test_what_does_not_fit_is_refused_with_the_numbers(datasets: Path, tmp_path:
         open_two(good, tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"0\.800 sequences a step.* 8 to at least 10"):
         make_mixture([10, 10], [9, 1], 8)
+
+
+def test_validation_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+    """As far as the manifests can tell: the same tokens, splits given the wrong way round, documents told apart differently."""
+
+    def dataset(name: str, seed: int, split: str = "train", **settings: object) -> Path:
+        folder = write_dataset(tmp_path / name, 500, seed)
+        replace(Manifest.load(folder), name="text", split=split, settings=settings).save(folder)
+        return folder
+
+    def opened(train: Path, validation: Path) -> None:
+        data.open_sources(DataConfig(32, sources=[SourceConfig("a", str(train), validation=str(validation))]), 320)
+
+    train, held_out = dataset("t", 0, holdout=0.01), dataset("v", 1, "validation", holdout=0.01)
+    opened(train, held_out)
+    opened(dataset("t0", 0), dataset("v0", 1))  # packed by others, each under the name of train
+    with pytest.raises(ValueError, match="are the same tokens"):
+        opened(train, train)
+    with pytest.raises(ValueError, match="a validation split to train on"):
+        opened(held_out, train)
+    with pytest.raises(ValueError, match=r"--holdout 0\.01 and 0\.05"):
+        opened(train, dataset("other", 1, "validation", holdout=0.05))
+    with pytest.raises(ValueError, match=r"--holdout 0 and 0\.01"):
+        opened(dataset("all", 0), held_out)
+    manifest = Manifest.load(held_out)
+    moved = [replace(shard, source_file=f"below/{shard.source_file}") for shard in manifest.shards]
+    replace(manifest, shards=tuple(moved)).save(held_out)
+    with pytest.raises(ValueError, match=r"from other folders \(part-0.txt, below/part-0.txt\)"):
+        opened(train, held_out)
 
 
 def test_an_id_beyond_the_vocabulary_is_named(datasets: Path, tmp_path: Path) -> None:
