@@ -23,6 +23,7 @@ import orjson
 
 from data_prep.documents import index_path
 from data_prep.lock import LOCK_NAME, locked
+from data_prep.readers import BROKEN_GROUP, UNREADABLE
 from data_prep.shard import (
     MANIFEST_NAME,
     TOKENIZER_DIR,
@@ -96,6 +97,11 @@ class UnitRecord:
     def documents_read(self) -> int:
         """Documents kept and dropped."""
         return self.shard.documents + sum(self.shard.dropped.values())
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the input file could not be read to its end, or a part of it could not."""
+        return any(bad.reason in (UNREADABLE, BROKEN_GROUP) for bad in self.bad)
 
 
 class Folder:

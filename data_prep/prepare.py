@@ -5,7 +5,8 @@
                              Folder.finish: manifest <---------+  (a single task; an array: data-prep finish)
 
 A unit is done when its record is there, its shard has the recorded length and the input file still has the recorded
-size; a rerun redoes the others. So the result is the same whatever the number of workers, tasks and restarts.
+size; a rerun redoes the others, and those whose input file was damaged: it may have been replaced by a whole one of the
+same size. So the result is the same whatever the number of workers, tasks and restarts.
 """
 
 from __future__ import annotations
@@ -172,13 +173,14 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
 
 
 def _begun(folder: Folder, inputs: dict[str, int], max_bad: float) -> tuple[dict[str, UnitRecord], Budget]:
-    """What earlier runs have done, counted in a new budget.
+    """What earlier runs have done with files that were whole, counted in a new budget.
 
-    When their bad documents exceed it already, the files with bad documents are done again: they may have been mended,
+    When their bad documents exceed it already, all files with bad documents are done again: they may have been mended,
     and a repaired file can have its old size.
     """
     total = sum(inputs.values())
     done, budget = folder.records(inputs), Budget(max_bad, total)
+    done = {unit: record for unit, record in done.items() if not record.is_damaged}
     for record in done.values():
         budget.add(record, say=False)
     if not budget.is_exceeded(final=False):

@@ -5,8 +5,9 @@
     text          --> documents between separator lines ---------------------------> (line number, text)
 
 A record that can't be read is not an exception but a `Bad` in its place, with the reason; the reader goes on behind it.
-So whoever counts decides how much is too much. Everything streams: memory is that of the largest record, and both a
-record and a decompressed file have a largest size.
+So whoever counts decides how much is too much. What the machine can't do now (a failing disk, a stale handle, too many
+open files) says nothing about the record: it is an OSError with its errno. Everything streams: memory is that of the
+largest record, and both a record and a decompressed file have a largest size.
 
 pyarrow is imported where it is used: the command that starts the workers reads nothing itself.
 """
@@ -130,6 +131,14 @@ def _as_text(document: bytearray, too_long: bool, position: Position) -> str | B
 
 UNREADABLE = "unreadable file"
 """The reason of a `Bad` that stands for all the rest of a file."""
+BROKEN_GROUP = "broken row group"
+"""The reason of a `Bad` that stands for the rest of a row group."""
+
+
+def _raise_machines(error: Exception, path: Path) -> None:
+    """Raise what has an errno, with the file's name: it is the machine's fault. pyarrow gives damage none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 def _too_long() -> Bad:
@@ -137,7 +146,10 @@ def _too_long() -> Bad:
 
 
 def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Bad]]:
-    """Lines without their line end, in a buffer that is theirs; a line beyond MAX_RECORD_BYTES is skipped in passing."""
+    """Lines without their line end, in a buffer that is theirs; a line beyond MAX_RECORD_BYTES is skipped in passing.
+
+    Raises OSError, naming the file, for what is the machine's fault.
+    """
     row, line, too_long = 0, bytearray(), False
     try:
         for block in _blocks(path, position):
@@ -150,6 +162,7 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
             else:
                 line += head
     except OSError as error:
+        _raise_machines(error, path)
         lost = max(0, path.stat().st_size - position.bytes)
         yield row, Bad(UNREADABLE, f"can't be read from line {row + 1} on: {error}", lost_bytes=lost)
         return
@@ -169,8 +182,8 @@ def _blocks(path: Path, position: Position) -> Iterator[bytes]:
                     raise OSError(f"it decompresses to more than {MAX_EXPANSION} times its size: no text does that")
                 position.bytes = raw.tell()
                 yield block
-    except OSError:
-        if codec is None or size > limit:
+    except OSError as error:
+        if codec is None or size > limit or error.errno is not None:
             raise
         yield from _last_bytes(path, codec, size, position)
         raise
@@ -186,7 +199,8 @@ def _last_bytes(path: Path, codec: str, start: int, position: Position) -> Itera
             while byte := stream.read(1):
                 tail += byte
                 position.bytes = raw.tell()
-    except OSError:
+    except OSError as error:
+        _raise_machines(error, path)
         yield bytes(tail)
 
 
@@ -212,7 +226,10 @@ class _stream:
 
 
 def read_parquet(path: Path, column: str, position: Position | None = None) -> Iterator[Record]:
-    """The row number and the value of `column` of each row. What is damaged in a row group costs its rows from there."""
+    """The row number and the value of `column` of each row. What is damaged in a row group costs its rows from there.
+
+    Raises OSError, naming the file, for what is the machine's fault.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -220,6 +237,7 @@ def read_parquet(path: Path, column: str, position: Position | None = None) -> I
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK_BYTES, memory_map=False)
     except (pa.ArrowInvalid, OSError) as error:
+        _raise_machines(error, path)
         yield 0, Bad(UNREADABLE, f"not a readable parquet file: {error}", lost_bytes=size)
         return
     with file:
@@ -231,12 +249,14 @@ def read_parquet(path: Path, column: str, position: Position | None = None) -> I
             return
         start = 0
         for group in range(file.num_row_groups):
-            yield from _row_group(file, group, column, start, position)
+            yield from _row_group(file, path, group, column, start, position)
             start += file.metadata.row_group(group).num_rows
             position.bytes = size * start // max(1, rows)
 
 
-def _row_group(file: pq.ParquetFile, group: int, column: str, start: int, position: Position) -> Iterator[Record]:
+def _row_group(
+    file: pq.ParquetFile, path: Path, group: int, column: str, start: int, position: Position
+) -> Iterator[Record]:
     """The rows of one group, the first of which has the number `start`."""
     import pyarrow as pa
 
@@ -262,7 +282,8 @@ def _row_group(file: pq.ParquetFile, group: int, column: str, start: int, positi
                 yield row, texts.pop()
                 row += 1
     except (pa.ArrowException, OSError) as error:
-        yield row, Bad("broken row group", f"rows from {row + 1} to {end} can't be read: {error}", documents=end - row)
+        _raise_machines(error, path)
+        yield row, Bad(BROKEN_GROUP, f"rows from {row + 1} to {end} can't be read: {error}", documents=end - row)
 
 
 def _one(value: pa.Scalar) -> Any:

@@ -10,6 +10,9 @@ What runs once a document is Python, what runs once a token is not.
 
 from __future__ import annotations
 
+import errno
+import sys
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +22,18 @@ import numpy as np
 from data_prep.documents import index_path
 from data_prep.encoder import Difference, Encoder, Uncuttable
 from data_prep.folder import BadDocument, Counts, Folder, Settings, UnitRecord, frozen
-from data_prep.readers import Position
+from data_prep.readers import BROKEN_GROUP, UNREADABLE, Position
 from data_prep.shard import DTYPES, ShardWriter, token_dtype
 from data_prep.sources import Document, Source
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _MAX_BAD_LISTED = 1000
+
+RETRY_S = 300.0
+"""So long a file that the machine cannot read now is tried again (seconds): a file system that fails over takes minutes."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EMFILE, errno.ENFILE)
 
 Report = Callable[[int, int], None]
 """Told how many more bytes of input were read and how many more tokens made."""
@@ -45,10 +53,32 @@ class Job:
 
 
 def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitRecord:
-    """Turn one input file into its shard and record.
+    """Turn one input file into its shard and record; tried again for RETRY_S where the machine fails for a while.
 
     Raises OSError, naming the file, and Difference, naming the document, where the encoder and the reference disagree.
     """
+    until, pause_s = 0.0, _FIRST_PAUSE_S
+    while True:
+        told = [0, 0]
+
+        def counted(more_bytes: int, more_tokens: int, told: list[int] = told) -> None:
+            told[0] += more_bytes
+            told[1] += more_tokens
+            report(more_bytes, more_tokens)
+
+        try:
+            return _prepare_once(job, encoder, unit, counted)
+        except OSError as error:
+            until = until or time.monotonic() + RETRY_S
+            if error.errno not in _PASSING or time.monotonic() >= until:
+                raise
+            print(f"data-prep: {unit}: {error}; it is tried again for {RETRY_S:,.0f} s", file=sys.stderr, flush=True)
+        report(-told[0], -told[1])
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _prepare_once(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitRecord:
     source_bytes = job.source.source_bytes(unit)
     out, dtype = job.folder.out, token_dtype(job.settings.tokenizer.vocab_size)
     position, counts, faults = Position(make_room=encoder.make_room), dict[str, Counts](), _Faults()
@@ -173,7 +203,7 @@ class _Faults:
             return
         self.documents += bad.documents
         self.lost_bytes += bad.lost_bytes
-        if len(self.listed) < _MAX_BAD_LISTED:
+        if len(self.listed) < _MAX_BAD_LISTED or bad.reason in (UNREADABLE, BROKEN_GROUP):
             self.listed.append(BadDocument(document.row + 1, bad.reason, bad.detail, bad.documents))
 
 

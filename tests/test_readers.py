@@ -1,7 +1,10 @@
 """Readers: what is good comes out as it is, what is broken is named by its line, and nothing grows without bound."""
 
+import errno
 import gzip
 import itertools
+import os
+import resource
 from pathlib import Path
 
 import orjson
@@ -131,3 +134,64 @@ def test_bad_utf8_in_a_row_costs_that_row(tmp_path: Path) -> None:
     assert (found[0], found[2]) == ("one", "three")
     assert isinstance(found[1], Bad)
     assert found[1].reason == "bad UTF-8"
+
+
+MACHINE = "/proc/self/mem"
+"""A file that opens and whose first page fails with EIO: a real error of the machine."""
+
+
+@pytest.mark.parametrize("name", ["a.zst", "a.gz", "a.jsonl", "a.parquet"])
+def test_what_the_machine_cannot_read_is_no_fault_of_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    read = {"parquet": lambda path: read_parquet(path, "content")}.get(path.suffix[1:], read_jsonl)
+    with pytest.raises(FileNotFoundError, match=name):
+        list(read(path))
+    path.write_bytes(b"x")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    list(read(path))  # so that all is imported
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=name) as many:
+            list(read(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert many.value.errno == errno.EMFILE
+    if path.suffix != ".jsonl":
+        return
+    path.unlink()
+    path.symlink_to(MACHINE)
+    with pytest.raises(OSError, match=name) as failing:
+        list(read(path))
+    assert failing.value.errno == errno.EIO
+
+
+def test_a_disk_that_fails_within_a_file_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second block, and the second row group, fail with EIO; also while what lies before damage is read again."""
+    pq.write_table(pa.table({"content": [f"{n}" for n in range(300)]}), tmp_path / "a.parquet", row_group_size=100)
+    (tmp_path / "a.zst").write_bytes(compress("zst", b"\n".join(MANY)))
+    (tmp_path / "cut.zst").write_bytes(compress("zst", b"\n".join(MANY))[:-20])
+    failing = OSError(errno.EIO, "Input/output error")
+
+    class Failing:
+        def __init__(self, stream: object, reads: int) -> None:
+            self.stream, self.left = stream, reads
+
+        def read(self, size: int) -> bytes:
+            self.left -= 1
+            if self.left < 0:
+                raise failing
+            return self.stream.read(size)
+
+    enter, left = readers._stream.__enter__, []
+    monkeypatch.setattr(readers._stream, "__enter__", lambda self: (self._raw, Failing(enter(self)[1], left.pop())))
+    for name, reads in (("a.zst", [1]), ("cut.zst", [1]), ("cut.zst", [1, 99])):
+        left[:] = reads
+        with pytest.raises(OSError, match=name) as raised:
+            list(read_jsonl(tmp_path / name))
+        assert (raised.value.errno, left) == (errno.EIO, [])
+    monkeypatch.setattr(readers, "_check_size", lambda meta, column: (_ for _ in ()).throw(failing))
+    with pytest.raises(OSError, match=r"a\.parquet") as raised:
+        list(read_parquet(tmp_path / "a.parquet", "content"))
+    assert raised.value.errno == errno.EIO

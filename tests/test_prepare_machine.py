@@ -1,0 +1,80 @@
+"""What the machine does to preparation: a disk that fails is no fault of the file, and what it hid is read in the end."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_prepare import options
+from test_prepare_faults import assert_same_bytes_of_any_size, clean  # noqa: F401  clean: a fixture
+
+from data_prep import readers
+from data_prep.prepare import run
+from data_prep.readers import Position, Record
+
+
+def test_a_damaged_file_that_was_borne_is_read_again_once_it_is_whole(
+    clean: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(clean.parent / "in", tmp_path / "in")
+    shutil.copy(tmp_path / "in/train/chunk1/a.jsonl.zst", tmp_path / "in/train/chunk1/b.jsonl.zst")
+    run(options(tmp_path / "in", tmp_path / "expected"))
+    path = tmp_path / "in/train/chunk1/a.jsonl.zst"
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2].ljust(len(good), b"\0"))
+    manifest = run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=1.0))
+    assert manifest is not None
+    assert manifest.dropped == {"unreadable file": 1}
+    path.write_bytes(good)
+    run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=1.0))
+    assert_same_bytes_of_any_size(tmp_path / "out", tmp_path / "expected")
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, times: int, number: int = errno.EIO) -> list[float]:
+    """Let each file's reading fail so often, behind its first 100 documents; gives the pauses that are made."""
+    real, left, pauses = readers.read_jsonl, [times], []
+
+    def failing(path: Path, position: Position) -> Iterator[Record]:
+        for record in real(path, position):
+            if record[0] == 100 and left[0]:
+                left[0] -= 1
+                raise OSError(number, os.strerror(number), str(path))
+            yield record
+
+    monkeypatch.setattr("data_prep.sources.read_jsonl", failing)
+    monkeypatch.setattr("data_prep.unit.time.sleep", pauses.append)
+    return pauses
+
+
+def test_a_disk_that_fails_for_a_while_costs_nothing(
+    clean: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    pauses = fail(monkeypatch, times=3)
+    run(options(clean.parent / "in", tmp_path / "out"))
+    assert pauses == [1, 2, 4]
+    assert "a.jsonl.zst'; it is tried again for 300 s" in capsys.readouterr().err
+    assert_same_bytes_of_any_size(tmp_path / "out", clean)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
+def test_a_disk_that_fails_for_good_fails_the_work_and_records_nothing(
+    clean: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.unit.RETRY_S", 0.0)
+        pauses = fail(patch, times=99, number=number)
+        with pytest.raises(OSError, match=r"a\.jsonl\.zst") as raised:
+            run(options(clean.parent / "in", tmp_path / "out", max_bad_documents=1.0))
+    assert (raised.value.errno, pauses) == (number, [])
+    assert not [path for path in (tmp_path / "out").rglob("train/*/*") if path.is_file()]
+    run(options(clean.parent / "in", tmp_path / "out"))
+    assert_same_bytes_of_any_size(tmp_path / "out", clean)
