@@ -1,7 +1,8 @@
 """A dataset's folder while it is made: what is wanted, what is there, and when it is complete.
 
     begin:   OUT/tokenizer/      the tokenizer
-             OUT/inputs.json     the input files and their sizes: the units of work, in order
+             OUT/inputs.json     the input files and their sizes: the units of work, in order; other ones are said,
+                                 fewer ones refused, and a task of an array takes no other names than those
              OUT/settings.json   what was asked for; a run with other settings is refused, it would mix two datasets
     a unit:  OUT/shards/UNIT.npy, OUT/documents/UNIT.npy, and OUT/units/UNIT.json, the record, after both
     finish:  OUT/manifest.json   over the records of all units, in their order, last
@@ -129,17 +130,50 @@ class Folder:
             if any(not entry.name.startswith(ours_begun) for entry in self.out.iterdir()):
                 raise ValueError(f"{self.out} is not empty and was not begun by data-prep; give another --out")
 
-    def begin(self, settings: Settings, tokenizer: Tokenizer, inputs: dict[str, int]) -> None:
-        """Write down what is wanted, unless it stands there; `inputs` are the input files and their sizes in bytes."""
+    def begin(
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        inputs: dict[str, int],
+        tasks: int = 1,
+        allow_other_inputs: bool = False,
+    ) -> None:
+        """Write down what is wanted, unless it stands there; `inputs` are the input files and their sizes in bytes.
+
+        Raises ValueError for input files that are gone, and in one of several `tasks` for new ones, unless they are allowed.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out / f"{LOCK_NAME}.begin", wait=True):  # tasks of an array begin at the same moment
             self.check(settings)
             path, content = self.out / INPUTS_NAME, orjson.dumps(inputs, option=orjson.OPT_INDENT_2)
             if not path.is_file() or path.read_bytes() != content:
+                if path.is_file():
+                    self._compare(inputs, tasks, allow_other_inputs)
                 write_atomically(path, content)
             if not (self.out / SETTINGS_NAME).is_file():
                 tokenizer.save(self.out / TOKENIZER_DIR, settings.prepend_bos)
                 write_atomically(self.out / SETTINGS_NAME, (json.dumps(asdict(settings), indent=1) + "\n").encode())
+
+    def _compare(self, inputs: dict[str, int], tasks: int, allow_other_inputs: bool) -> None:
+        """Say what is other about `inputs` than when OUT was begun; raises as `begin` does."""
+        before = self.inputs()
+        gone = [unit for unit in before if unit not in inputs]
+        new = [unit for unit in inputs if unit not in before]
+        changed = [unit for unit in inputs if unit in before and before[unit] != inputs[unit]]
+        if gone and not allow_other_inputs:
+            raise ValueError(
+                f"{len(gone):,} of the {len(before):,} input files that {self.out} was begun with are gone: {named(gone)}. "
+                "Bring them back, or give --allow_other_inputs true to leave them out"
+            )
+        if new and tasks > 1 and not allow_other_inputs and self.recorded():
+            raise ValueError(
+                f"{len(new):,} input files are new since {self.out} was begun with {len(before):,}: {named(new)}. They shift "
+                "which files a task does: run it whole, without --task, or all tasks again with --allow_other_inputs true"
+            )
+        words = {"new": new, "of another size": changed, "gone": gone}
+        said = "; ".join(f"{len(units):,} {word}: {named(units, 5)}" for word, units in words.items() if units)
+        if said:
+            print(f"{self.out}: input files since it was begun: {said}", flush=True)
 
     def settings(self) -> Settings:
         """What the folder was begun with. Raises FileNotFoundError when it was not."""
@@ -177,6 +211,12 @@ class Folder:
         """The records of all units that are done, in the order of `inputs`."""
         return {unit: record for unit, size in inputs.items() if (record := self.record(unit, size)) is not None}
 
+    def recorded(self) -> set[str]:
+        """The units that have a record, whole or not: their names alone, read in a moment."""
+        root = self.out / "units"
+        names = (os.path.relpath(os.path.join(at, name), root) for at, _, files in os.walk(root) for name in files)
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
     def write_record(self, record: UnitRecord) -> None:
         """The last thing that happens to a unit. Without fsync: a torn record is none, and its shard is durable."""
         path = self._record_path(record.shard.source_file)
@@ -212,6 +252,11 @@ class Folder:
         for lock in self.out.glob(f"{LOCK_NAME}.*"):
             lock.unlink()
         return manifest
+
+
+def named(units: list[str], most: int = 20) -> str:
+    """Their names, the first ones of many."""
+    return ", ".join(units[:most]) + (f" and {len(units) - most:,} more" if len(units) > most else "")
 
 
 @dataclass

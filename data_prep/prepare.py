@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from data_prep.budget import Budget
 from data_prep.encoder import Encoder, fast_encoder
-from data_prep.folder import Folder, Settings, UnitRecord
+from data_prep.folder import Folder, Settings, UnitRecord, named
 from data_prep.lock import only_run
 from data_prep.progress import Display, print_totals
 from data_prep.shard import DTYPES, Manifest, token_dtype
@@ -54,6 +54,9 @@ class WorkOptions:
     """Every so many documents are encoded by the reference too, and a difference stops the work; 0 for none."""
     check_space: bool = True
     """Estimate before and during the work whether the disk has room for the shards."""
+
+    allow_other_inputs: bool = False
+    """Take the input files as they are now, though some are gone since the folder was begun, or new in an array."""
 
     def source(self) -> Source:
         """The source that these options describe."""
@@ -117,7 +120,7 @@ def run(options: WorkOptions) -> Manifest | None:
     folder.check(settings)
     encoder = _choose(tokenizer, options.encoder)
     with only_run(folder.out, task, tasks):
-        folder.begin(settings, tokenizer, inputs)
+        folder.begin(settings, tokenizer, inputs, tasks, options.allow_other_inputs)
         mine = dict(list(inputs.items())[task - 1 :: tasks])
         job = Job(folder, source, settings, encoder.engine, options.check_every)
         records = _prepare(job, encoder, mine, options)
@@ -211,9 +214,8 @@ def finish(options: FinishOptions) -> Manifest:
         records = folder.records(inputs)
         missing = [unit for unit in inputs if unit not in records]
         if missing:
-            named = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
             raise ValueError(
-                f"{len(missing):,} of {len(inputs):,} input files are not done: {named}. Run the command that was begun "
+                f"{len(missing):,} of {len(inputs):,} input files are not done: {named(missing)}. Run the command that was begun "
                 "in this folder again, all of it or the task that has them; it does these and no others"
             )
         budget = Budget(options.max_bad_documents, sum(inputs.values()))

@@ -1,0 +1,92 @@
+"""Input files that come, go and change between runs: what is done again is said, what is gone is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
+from test_sources import line, write_jsonl
+
+from data_prep.prepare import FinishOptions, finish, run
+from data_prep.shard import Manifest
+
+NEW = "train/chunk1/example_train_00.jsonl.zst"
+
+
+@pytest.fixture
+def mine(corpus: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """A copy of the corpus, to change."""
+    return shutil.copytree(corpus, tmp_path / "corpus")
+
+
+def test_input_files_that_are_gone_are_refused(
+    mine: Path,
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    (mine / "train/chunk2").rename(tmp_path / "away")
+    words = (
+        r"3 of the 6 input files that .*out was begun with are gone: train/chunk2/example_train_1\.jsonl\.zst, .*5.*zst\. "
+        "Bring them back, or give --allow_other_inputs true to leave them out"
+    )
+    for task in ("1/1", "2/3"):
+        with pytest.raises(ValueError, match=words):
+            run(options(mine, out, task=task))
+    for name in ("inputs.json", "manifest.json"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+    manifest = run(options(mine, out, allow_other_inputs=True))
+    assert manifest is not None
+    assert [shard.source_file[:12] for shard in manifest.shards] == ["train/chunk1"] * 3
+    assert "input files since it was begun: 3 gone: train/chunk2/example_train_1.jsonl.zst, " in capsys.readouterr().out
+
+
+def test_fewer_files_at_one_node_of_an_array_are_refused_though_nothing_is_done(mine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(options(mine, out, task="7/7")) is None
+    assert not (out / "units").exists()
+    (mine / "train/chunk2").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="3 of the 6 input files"):
+        run(options(mine, out, task="1/7"))
+
+
+def test_new_and_changed_files_are_said_and_done(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    run(options(mine, out))
+    write_jsonl(mine / NEW, line("new"))
+    write_jsonl(mine / "train/chunk2/example_train_1.jsonl.zst", line("another"))
+    capsys.readouterr()
+    run(options(mine, out))
+    said = f"1 new: {NEW}; 1 of another size: train/chunk2/example_train_1.jsonl.zst\n"
+    assert f"{out}: input files since it was begun: {said}" in capsys.readouterr().out
+    run(options(mine, tmp_path / "fresh"))
+    assert_same_bytes(out, tmp_path / "fresh")
+    capsys.readouterr()
+    run(options(mine, out))
+    assert "since it was begun" not in capsys.readouterr().out
+
+
+def test_new_files_shift_no_share_of_an_array(mine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(options(mine, out, task="3/7")) is None
+    write_jsonl(mine / "train/chunk2/example_train_1.jsonl.zst", line("of another size, by the same name"))
+    assert run(options(mine, out, task="1/7")) is None
+    write_jsonl(mine / NEW, line("new"))
+    with pytest.raises(
+        ValueError, match=r"1 input files are new since .*out was begun with 6: train/chunk1/.*00\.jsonl"
+    ):
+        run(options(mine, out, task="2/7"))
+    for task in range(1, 8):
+        assert run(options(mine, out, task=f"{task}/7", allow_other_inputs=True)) is None
+    finish(FinishOptions(directory=str(out)))
+    run(options(mine, tmp_path / "fresh"))
+    assert_same_bytes(out, tmp_path / "fresh")
+    assert len(Manifest.load(out).shards) == 7
+
+
+def test_new_files_before_anything_is_done_are_taken(mine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(options(mine, out, task="7/7")) is None
+    write_jsonl(mine / NEW, line("new"))
+    assert run(options(mine, out, task="1/7")) is None
