@@ -173,7 +173,10 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
 def _blocks(path: Path, position: Position) -> Iterator[bytes]:
     """The decompressed content in blocks. Raises OSError for a cut or damaged stream, after all that was good in it."""
     codec = _CODECS.get(path.suffix)
-    size, limit = 0, MAX_EXPANSION * path.stat().st_size + FREE_EXPANSION_BYTES
+    packed = path.stat().st_size
+    if codec and not packed:
+        raise OSError("it has 0 bytes; even nothing, compressed, has more")
+    size, limit = 0, MAX_EXPANSION * packed + FREE_EXPANSION_BYTES
     try:
         with _stream(path, codec) as (raw, stream):
             while block := stream.read(_BLOCK_BYTES):

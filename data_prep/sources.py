@@ -13,6 +13,7 @@ streams: a unit of any size takes the memory of its largest document and one buf
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,10 +150,25 @@ def document(row: int, subset: str, text: Any, dropped: str = "") -> Document:
 
 
 def find(root: Path, folder: str, suffix: str) -> list[str]:
-    """All files below root/folder with the suffix, relative to root, sorted: no order of a directory listing."""
-    found = [path.relative_to(root).as_posix() for path in (root / folder).rglob(f"*{suffix}") if path.is_file()]
+    """All files below root/folder with the suffix, relative to root, sorted: no order of a directory listing.
+
+    Links are followed, to each folder once. Raises FileNotFoundError for no file, OSError for a folder that can't be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    top, found, seen = root / folder, [], set[tuple[int, int]]()
+    for at, folders, files in os.walk(top, onerror=refuse, followlinks=True) if top.is_dir() else ():
+        facts = os.stat(at)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders.sort()  # so that of two ways to a folder the same one counts every time
+        found += [(Path(at) / name).relative_to(root).as_posix() for name in files if name.endswith(suffix)]
     if not found:
-        raise FileNotFoundError(f"there is no *{suffix} file in {root / folder}")
+        raise FileNotFoundError(f"there is no *{suffix} file in {top}")
     return sorted(found)
 
 

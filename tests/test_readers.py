@@ -64,6 +64,21 @@ def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
     assert bad.reason == readers.UNREADABLE
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
+def test_an_empty_compressed_file_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    ((row, bad),) = read_parquet(tmp_path / name, "content") if "parquet" in name else read_jsonl(tmp_path / name)
+    assert isinstance(bad, Bad)
+    assert (row, bad.reason) == (0, readers.UNREADABLE)
+    assert "0 bytes" in bad.detail
+
+
+def test_nothing_compressed_and_an_empty_plain_file_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b""))
+    assert [*read_jsonl(tmp_path / "a.jsonl"), *read_jsonl(tmp_path / "a.jsonl.zst")] == []
+
+
 def test_too_long_a_line_is_skipped_in_passing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 3 << 20)
     for size, codec in itertools.product(((3 << 20) - 2, (3 << 20) - 1, 9 << 20), ("zst", "jsonl")):

@@ -73,6 +73,20 @@ def test_slimpajama_is_read_in_sorted_order_and_github_dropped(tmp_path: Path) -
     assert [d.text for _, d in everything(SlimPajama(tmp_path, "validation"))] == ["held out"]
 
 
+def test_linked_folders_are_read_once_and_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "disk2/chunk2/b.jsonl.zst", line("b"))
+    write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", line("a"))
+    (tmp_path / "in/train/chunk2").symlink_to(tmp_path / "disk2/chunk2")
+    (tmp_path / "in/train/chunk2/circle").symlink_to(tmp_path / "in/train")
+    (tmp_path / "in/train/twice").symlink_to(tmp_path / "disk2/chunk2")
+    source = SlimPajama(tmp_path / "in", "train")
+    assert source.units() == ["train/chunk1/a.jsonl.zst", "train/chunk2/b.jsonl.zst"]
+    assert [d.text for _, d in everything(source)] == ["a", "b"]
+    (tmp_path / "in/train/chunk1/c.jsonl.zst").symlink_to(tmp_path / "disk3/c.jsonl.zst")  # a disk that is not mounted
+    with pytest.raises(FileNotFoundError, match=r"c\.jsonl\.zst"):
+        source.source_bytes(source.units()[1])
+
+
 def test_jsonl_of_several_frames_and_a_long_line(tmp_path: Path) -> None:
     texts = ["x" * 5_000_000, "é\u2028\x85\\n", "third", "\ud7ff\U0010ffff"]
     path = write_jsonl(tmp_path / "a.jsonl.zst", *(line(text) for text in texts), frames=4)
