@@ -152,7 +152,8 @@ class Encoder:
             first = int(np.argmax(np.append(got[:n] != expected[:n], True)))
             raise Difference(
                 f"gigatoken gives {got[first : first + 4].tolist()} at token {first:,}, {self.tokenizer.info.kind} gives "
-                f"{expected[first : first + 4].tolist()}; prepare with --encoder reference and report the document"
+                f"{expected[first : first + 4].tolist()}; report the document, and run the same command with --encoder "
+                "reference: it does the files that gigatoken encoded again"
             )
 
 

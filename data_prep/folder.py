@@ -93,6 +93,8 @@ class UnitRecord:
     """Bytes of the input file behind damage that nobody could read past."""
     bad: list[BadDocument] = field(default_factory=list)
     """The first of them, one by one."""
+    engine: str = ""
+    """What encoded it, "gigatoken" or "reference"; empty in records of before this was written down."""
 
     @property
     def documents_read(self) -> int:

@@ -6,7 +6,8 @@
 
 A unit is done when its record is there, its shard has the recorded length and the input file still has the recorded
 size; a rerun redoes the others, and those whose input file was damaged: it may have been replaced by a whole one of the
-same size. So the result is the same whatever the number of workers, tasks and restarts.
+same size. Asked for the reference, it redoes those that gigatoken encoded. So the result is the same whatever the number
+of workers, tasks and restarts.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class WorkOptions:
     max_bad_documents: float = 0.0001
     """Share of the documents that may be broken: they are named and skipped, more of them stop the work."""
     encoder: str = "auto"
-    """auto takes gigatoken where it is exact; "reference" takes SentencePiece or tokenizers, ten times slower."""
+    """auto takes gigatoken where it is exact; "reference" takes SentencePiece or tokenizers, ten times slower, and does
+    files again that gigatoken has encoded."""
     check_every: int = 1000
     """Every so many documents are encoded by the reference too, and a difference stops the work; 0 for none."""
     check_space: bool = True
@@ -146,7 +148,7 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
     """Do those of `inputs` that are not done, within the budget; gives the records of all."""
     start = time.monotonic()
     folder, bytes_a_token = job.folder, DTYPES[token_dtype(job.settings.tokenizer.vocab_size)].itemsize
-    done, budget = _begun(folder, inputs, options.max_bad_documents)
+    done, budget = _begun(folder, inputs, options)
     todo = {unit: size for unit, size in inputs.items() if unit not in done}
     new: list[UnitRecord] = []
     checked = start
@@ -175,15 +177,17 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
     return done
 
 
-def _begun(folder: Folder, inputs: dict[str, int], max_bad: float) -> tuple[dict[str, UnitRecord], Budget]:
-    """What earlier runs have done with files that were whole, counted in a new budget.
+def _begun(folder: Folder, inputs: dict[str, int], options: WorkOptions) -> tuple[dict[str, UnitRecord], Budget]:
+    """What earlier runs have done with files that were whole, by the encoder asked for, counted in a new budget.
 
     When their bad documents exceed it already, all files with bad documents are done again: they may have been mended,
     and a repaired file can have its old size.
     """
-    total = sum(inputs.values())
+    max_bad, total = options.max_bad_documents, sum(inputs.values())
     done, budget = folder.records(inputs), Budget(max_bad, total)
     done = {unit: record for unit, record in done.items() if not record.is_damaged}
+    if options.encoder == "reference":
+        done = {unit: record for unit, record in done.items() if record.engine == "reference"}
     for record in done.values():
         budget.add(record, say=False)
     if not budget.is_exceeded(final=False):

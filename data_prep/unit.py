@@ -107,7 +107,8 @@ def _prepare_once(job: Job, encoder: Encoder, unit: str, report: Report) -> Unit
     subsets = frozen(counts)
     dropped = sum((count.dropped for count in counts.values()), Counts().dropped)
     written = shard.shard(unit, sum(s.documents for s in subsets.values()), dict(sorted(dropped.items())))
-    record = UnitRecord(source_bytes, written, subsets, faults.documents, faults.lost_bytes, faults.listed)
+    bad = (faults.documents, faults.lost_bytes, faults.listed)
+    record = UnitRecord(source_bytes, written, subsets, *bad, engine=job.engine)
     job.folder.write_record(record)
     return record
 

@@ -1,5 +1,6 @@
-"""Input files that come, go and change between runs: what is done again is said, what is gone is refused."""
+"""What a rerun does again: new and changed input files, which is said, and other encoders'; what is gone is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
 from test_sources import line, write_jsonl
 
+from data_prep.folder import Folder
 from data_prep.prepare import FinishOptions, finish, run
 from data_prep.shard import Manifest
 
@@ -90,3 +92,38 @@ def test_new_files_before_anything_is_done_are_taken(mine: Path, tmp_path: Path)
     assert run(options(mine, out, task="7/7")) is None
     write_jsonl(mine / NEW, line("new"))
     assert run(options(mine, out, task="1/7")) is None
+
+
+def test_the_reference_does_again_what_gigatoken_encoded_and_is_kept(
+    corpus: Path,  # noqa: F811
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    victim = out / Manifest.load(out).shards[0].path
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1  # what gigatoken is to have made otherwise
+    victim.write_bytes(data)
+    run(options(corpus, out, task="1/2", encoder="reference"))
+    assert "3 of 3 input files done now" in capsys.readouterr().out
+    for encoder, todo in (("auto", 0), ("reference", 3), ("reference", 0), ("auto", 0)):
+        run(options(corpus, out, encoder=encoder))
+        assert f"{todo} of 6 input files done now" in capsys.readouterr().out
+    assert_same_bytes(out, undisturbed, but="units/")
+    assert all(record.engine == "reference" for record in Folder(out).records(Folder(out).inputs()).values())
+
+
+def test_records_of_before_the_encoder_stood_in_them_count(
+    corpus: Path,  # noqa: F811
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    for path in (out / "units").rglob("*.json"):
+        record = json.loads(path.read_text())
+        assert record.pop("engine") == "gigatoken"
+        path.write_text(json.dumps(record))
+    run(options(corpus, out))
+    assert "0 of 6 input files done now" in capsys.readouterr().out
