@@ -28,13 +28,22 @@ def cluster() -> Iterator[slurm.Slurm]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: slurm.Slurm, corpus: Path, out: Path, logs: Path, *more: str) -> str:  # noqa: F811
-    """Submit an array of three tasks."""
+def submit(
+    cluster: slurm.Slurm,
+    corpus: Path,  # noqa: F811
+    out: Path,
+    logs: Path,
+    *more: str,
+    array: str = "1-3",
+    export: str = "",
+) -> str:
+    """Submit an array, of three tasks."""
     arguments = ["slimpajama", "--input", corpus, "--split", "train", "--tokenizer", LLAMA_MODEL, "--out", out]
-    where = [*more, "--array=1-3", "--cpus-per-task=1", "--mem-per-cpu=100M", f"--output={logs}/%a.log"]
+    where = [*more, f"--array={array}", "--cpus-per-task=1", "--mem-per-cpu=100M", f"--output={logs}/%a.log"]
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    environment = f"--export=ALL,PATH={path}"
-    done = cluster.run("sbatch", "--parsable", environment, *where, LAUNCH / "prepare.sbatch", *arguments, cwd=logs)
+    environment = f"--export=ALL,PATH={path}{export}"
+    script = [*where, "launch/prepare.sbatch", *arguments]
+    done = cluster.run("sbatch", "--parsable", environment, *script, cwd=LAUNCH.parent)
     return done.stdout.strip()
 
 
@@ -57,9 +66,15 @@ def test_an_array_makes_the_bytes_of_a_single_run(
     assert main(["finish", str(out)]) == 2
     missing = capsys.readouterr().err
     assert "2 of 6 input files are not done: train/chunk1/example_train_2.jsonl.zst, train/chunk2/" in missing
-    again = submit(cluster, corpus, out, tmp_path)
-    assert set(cluster.wait(again).values()) == {"COMPLETED"}
-    assert "task 3 of 3 is done" in (tmp_path / "3.log").read_text()
+    wrong = submit(cluster, corpus, out, tmp_path, array="2")
+    assert cluster.wait(wrong) == {f"{wrong}_2": "FAILED"}
+    said = (
+        "1 tasks from 2 to 2 are not all of 1-N; say how many there are in all: sbatch --array=... --export=ALL,TASKS=N"
+    )
+    assert said in (tmp_path / "2.log").read_text()
+    again = submit(cluster, corpus, out, tmp_path, array="2", export=",TASKS=3")
+    assert cluster.wait(again) == {f"{again}_2": "COMPLETED"}
+    assert "task 2 of 3 is done" in (tmp_path / "2.log").read_text()
     assert main(["finish", str(out)]) == 0
     assert_same_bytes(out, undisturbed)
 
@@ -67,7 +82,8 @@ def test_an_array_makes_the_bytes_of_a_single_run(
 def test_a_single_job_is_told_to_be_an_array(cluster: slurm.Slurm, tmp_path: Path) -> None:
     log = tmp_path / "log"
     small = ["--cpus-per-task=1", "--mem-per-cpu=100M", f"--output={log}"]
-    job = cluster.run("sbatch", "--parsable", *small, LAUNCH / "prepare.sbatch", "slimpajama").stdout.strip()
+    job = cluster.run("sbatch", "--parsable", *small, "launch/prepare.sbatch", "slimpajama", cwd=LAUNCH.parent)
+    job = job.stdout.strip()
     assert cluster.wait(job) == {job: "FAILED"}
     assert "submit it with --array=1-N" in log.read_text()
     assert os.access(LAUNCH / "prepare.sbatch", os.R_OK)
