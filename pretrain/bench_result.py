@@ -10,14 +10,13 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pretrain
 from pretrain.sections import Config
+from pretrain.versions import versions
 
 Row = dict[str, Any]
 
@@ -115,17 +114,11 @@ def notes(steps: int, warmup: int) -> list[str]:
 
 def machine() -> dict[str, Any]:
     """The chip, and the versions of what may matter; a library that is not installed is not named."""
-    versions = {"cria": pretrain.__version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    versions["torch"] = torch.__version__
+    found = {**versions(*LIBRARIES), "torch": torch.__version__}
     if torch.cuda.is_available():
-        versions["cuda"] = str(torch.version.cuda)
-        versions["cudnn"] = str(torch.backends.cudnn.version())
-    return {"chip": _chip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions}
+        found["cuda"] = str(torch.version.cuda)
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return {"chip": _chip(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "versions": found}
 
 
 def _chip() -> str:

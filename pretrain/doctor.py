@@ -10,14 +10,12 @@ a CPU the lines about GPUs are left out.
 
 import argparse
 import os
-import platform
 import shutil
 import socket
 import stat
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-import pretrain
 from pretrain import checkup, config, data, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
 from pretrain.memory import checkpoint_bytes, checkpoints_kept
 from pretrain.model import num_parameters
+from pretrain.versions import RUN_PACKAGES, versions
 
 _STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -107,12 +105,7 @@ def show(findings: list[Finding], world_size: int) -> None:
 
 def _versions() -> dict[str, str]:
     """Of everything whose difference between ranks is a bug to come."""
-    found = {"cria": pretrain.__version__, "python": platform.python_version()}
-    for name in ("torch", "lightning", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
+    found = versions(*RUN_PACKAGES, "numpy")
     commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
     found["commit"] = (commit or "none") + (" with changes" if changed else "")

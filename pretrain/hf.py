@@ -11,6 +11,8 @@ rotary embeddings, biases, other head sizes ...) is refused by name: a model tha
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ TOKENIZER_FILES = (
 )
 """What a tokenizer may consist of; the first two are needed."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights, as safetensors calls them."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -239,30 +242,64 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a Hugging Face folder of a Llama: its shape, and its weights as they are stored, under our (= their) names.
+class Weights:
+    """The weights of a Hugging Face folder of a Llama, under our (= their) names: found and checked at once, read one by one."""
 
-    Raises:
-        FileNotFoundError: no config.json, or no safetensors.
-        ValueError: a model that Cria cannot represent; weights that are missing, too many, or of another shape.
-    """
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; name a folder that `pretrain export` wrote")
-    model = from_hf_config(_read_json(directory / "config.json"))
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read ({error}); export or download it again") from error
-    # Conversions of 2023 stored the rotary frequencies, which follow from the configuration.
-    weights = {name: t for name, t in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    head = weights.pop("lm_head.weight", None) if model.tie_word_embeddings else None
-    if head is not None and not same_bits(head, weights.get("model.embed_tokens.weight", head)):
-        raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight is not the embedding")
-    check_weights(model, weights)
-    return model, weights
+    def __init__(self, directory: Path) -> None:
+        """Read config.json and the names, shapes and types of the weights; they are held against each other.
+
+        Raises:
+            FileNotFoundError: no config.json, or no safetensors.
+            ValueError: a model that Cria cannot represent; weights that are missing, too many, or of another shape.
+        """
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} has no config.json; name a folder that `pretrain export` wrote")
+        self.model = from_hf_config(_read_json(directory / "config.json"))
+        """The shape."""
+        self._files: dict[str, Path] = {}
+        found: dict[str, Tensor] = {}
+        for file in _weight_files(directory):
+            for name, tensor in _headers(file).items():
+                # Conversions of 2023 stored the rotary frequencies, which follow from the configuration.
+                if not name.endswith("rotary_emb.inv_freq"):
+                    self._files[name], found[name] = file, tensor
+        if self.model.tie_word_embeddings and found.pop("lm_head.weight", None) is not None:
+            embedding = "model.embed_tokens.weight"
+            if embedding in found and not same_bits(self["lm_head.weight"], self[embedding]):
+                raise ValueError(
+                    f"{directory}: config.json ties the embeddings, but lm_head.weight is not the embedding"
+                )
+        check_weights(self.model, found)
+        self.names = tuple(found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight, whole, as it is stored."""
+        with _opened(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}); export or download it again") from error
+
+
+def _headers(file: Path) -> dict[str, Tensor]:
+    """Name -> an empty tensor of the shape and type of each weight in a file. Raises ValueError for a type that is no float."""
+    with _opened(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        if other := [f"{name} is {s.get_dtype()}" for name, s in slices.items() if s.get_dtype() not in _FLOATS]:
+            raise ValueError(f"{file}: {other[0]}; the weights must all be float32, all bfloat16 or all float16")
+        return {n: torch.empty(s.get_shape(), dtype=_FLOATS[s.get_dtype()], device="meta") for n, s in slices.items()}
+
+
+def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The shape and all weights of a Hugging Face folder of a Llama; see `Weights`, whose errors it raises."""
+    weights = Weights(directory)
+    return weights.model, {name: weights[name] for name in weights.names}
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
@@ -295,7 +332,7 @@ def check_weights(model: ModelConfig, weights: dict[str, Tensor]) -> None:
         if name in weights and weights[name].shape != shape
     ]
     dtypes = sorted({str(tensor.dtype) for tensor in weights.values()})
-    if len(dtypes) > 1 or not all(tensor.dtype in _FLOATS for tensor in weights.values()):
+    if len(dtypes) > 1 or not all(tensor.dtype in _FLOATS.values() for tensor in weights.values()):
         problems.append(f"the weights are {', '.join(dtypes)}; they must all be float32, all bfloat16 or all float16")
     if problems:
         rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""

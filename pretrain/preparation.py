@@ -10,22 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.fabric import Fabric
-from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
-from pretrain import checkpoint, config, data, hf, metrics, pace, parallel, ranks, saver, scheduler
+from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
 from pretrain.lock import Lock
-from pretrain.model import fill, num_parameters
+from pretrain.model import num_parameters
 from pretrain.optim import make_optimizer
 from pretrain.sharding import Sharding
-from pretrain.trainer import Begun, Run, versions
+from pretrain.trainer import Begun, Run
 from pretrain.watchdog import Watchdog, alive, at
 
 _SHARED_S = 60.0
@@ -69,9 +67,9 @@ def _build(
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
     run_dir = Path(settings.run_dir)
-    facts = {"model": settings.model.shape(), "data": _data_facts(settings, sources, mixture)}
+    facts = going_on.facts(settings, sources, mixture)
     at("choosing a checkpoint")
-    found = _choose_checkpoint(run_dir, settings, facts, sources, say=fabric.print)
+    found = going_on.choose(run_dir, settings, facts, sources, say=fabric.print)
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
@@ -90,7 +88,7 @@ def _build(
         if settings.init_from is not None:
             fabric.print(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     elif settings.init_from is not None:
-        _init_from(Path(settings.init_from), parallel.unwrap(model), settings.model)
+        going_on.init_from(settings, sources, parallel.unwrap(model), say=fabric.print)
     return Run(
         config=settings,
         run_dir=run_dir,
@@ -265,118 +263,3 @@ def _signature(dataset: TokenDataset) -> str:
     if problem is not None:
         raise OSError(problem)
     return signature
-
-
-def _data_facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, Any]:
-    """What the order of the data depends on, besides the step."""
-    return {
-        "seed": settings.seed,
-        "seq_len": settings.data.seq_len,
-        "global_batch_size": settings.train.global_batch_size,
-        "manifests": [source.train.manifest.fingerprint for source in sources],
-        "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
-    }
-
-
-_CONSEQUENCES = {
-    "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
-    "seq_len": "the sequences would be cut in other places",
-    "global_batch_size": "step k would mean another place in the data, and the schedule would not fit",
-    "manifests": "the shards are not those that were trained on: sequences would be seen twice or not at all",
-    "mixture": "the shares of the sources would change, also for steps that lie behind",
-}
-
-
-def _choose_checkpoint(
-    run_dir: Path, settings: config.Config, facts: dict[str, Any], sources: list[data.Source], say: Any
-) -> Path | None:
-    """What to go on from, the same on all ranks: `resume`, or the newest whole checkpoint of the run's folder, or None."""
-    found = checkpoint.find(run_dir, warn=say, needed=settings.resume is None)
-    if settings.resume is not None and not _went_back(found, settings.resume):
-        found = Path(settings.resume)
-        problem = checkpoint.verify_together(found)
-        if problem is not None:
-            raise ValueError(f"--resume {found} is not a whole checkpoint: {problem}")
-    if found is None:
-        return None
-    before = checkpoint.read_state(found)
-    others = [
-        f"{n} {v}, now {versions()[n]}" for n, v in before.get("versions", {}).items() if versions().get(n, v) != v
-    ]
-    if others:
-        say(
-            f"{found.name} was written with other versions: {'; '.join(others)}; figures may differ in their last digits"
-        )
-    if before["step"] > settings.train.max_steps:
-        raise ValueError(
-            f"{found} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {before['step']}, or "
-            "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
-        )
-    for part, now in facts.items():
-        for key, value in now.items():
-            was = before[part].get(key)
-            if key == "mixture":  # stages still to come are nobody's past
-                was, value = ([stage for stage in stages if stage[0] <= before["step"]] for stages in (was, value))
-            if was == value:
-                continue
-            change = f"{found} was trained {_difference(part, key, was, value, sources)}"
-            if part == "model":
-                raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
-            if not settings.data.allow_change:
-                raise ValueError(
-                    f"{change}; {_CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
-                    "begin a new run with --init_from and another run_dir"
-                )
-            say(f"allowed: {change}; {_CONSEQUENCES[key]}")
-    return found
-
-
-def _difference(part: str, key: str, was: Any, now: Any, sources: list[data.Source]) -> str:
-    """What was, and what the configuration says: "with data seed = 1 and the configuration says 2"."""
-    if key == "manifests" and len(was) == len(now):
-        changed = [f"{s.name} ({s.train.directory})" for s, a, b in zip(sources, was, now) if a != b]
-        return f"on other shards of {' and '.join(changed)} than are there now"
-    if key == "manifests":
-        was, now = (f"{len(prints)} sources" for prints in (was, now))
-    if key == "mixture":
-        was, now = (_stages_in_words(stages, sources) for stages in (was, now))
-    return f"with {part} {key} = {was} and the configuration says {now}"
-
-
-def _stages_in_words(stages: list[list[Any]], sources: list[data.Source]) -> str:
-    return (
-        ", ".join(
-            f"{':'.join(str(round(100 * float(Fraction(share)), 2)) for share in shares)} from step {first}"
-            for first, *shares in stages
-        )
-        + f" ({':'.join(source.name for source in sources)}, percent)"
-    )
-
-
-def _went_back(found: Path | None, resume: str) -> bool:
-    """Whether the newest checkpoint comes of a start with the same --resume, and the scheduler repeats that command."""
-    return found is not None and scheduler.repeated() and checkpoint.read_state(found).get("resume") == resume
-
-
-def _init_from(source: Path, model: nn.Module, expected: config.ModelConfig) -> None:
-    """Take the weights of a Cria checkpoint or of a Hugging Face folder into the model, sharded as it is."""
-    if (source / "manifest.json").is_file():
-        problem = checkpoint.verify_together(source)
-        if problem is not None:
-            raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
-        _check_shape(source, checkpoint.read_state(source)["model"], expected)
-        checkpoint.load_into(source, model)
-        return
-    shape, weights = hf.load(source)
-    _check_shape(source, shape.shape(), expected)
-    for name, parameter in model.named_parameters():
-        fill(parameter, weights[name].float())
-
-
-def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
-    free = {"max_position_embeddings"}  # no weight depends on it
-    for key, value in expected.shape().items():
-        if found[key] != value and key not in free:
-            raise ValueError(
-                f"--init_from {source} has {key} = {found[key]} and the configuration says model.{key} = {value}"
-            )

@@ -8,12 +8,10 @@ finish the step they are in, save, and leave. Started again with the same config
 """
 
 import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-import pretrain
 from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
 from pretrain.model import num_parameters
 from pretrain.optim import clip_gradients, learning_rate, step_if_usable
@@ -29,6 +26,7 @@ from pretrain.progress import Display
 from pretrain.saver import Saver
 from pretrain.scheduler import TAKEN, Stop
 from pretrain.sharding import Sharding, before_micro_step
+from pretrain.versions import RUN_PACKAGES, versions
 from pretrain.watchdog import alive, at, first_step_done
 
 
@@ -232,7 +230,7 @@ def _log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "tokens_per_step": tokens_per_step,
-        "versions": versions(),
+        "versions": versions(*RUN_PACKAGES),
         "sources": validation.describe_sources(
             run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
         )
@@ -313,12 +311,6 @@ def _validate(run: Run, display: Display) -> None:
     run.clock.go_on()
 
 
-def versions() -> dict[str, str]:
-    """Of what a run's figures hang on."""
-    packages = {name: version(name) for name in ("torch", "lightning")}
-    return {"cria": pretrain.__version__, "python": platform.python_version(), **packages}
-
-
 _PAUSES_S = (5.0, 15.0, 25.0)
 """Before the last save is tried again, while there is time."""
 
@@ -362,7 +354,7 @@ def _save(run: Run, saver: Saver) -> None:
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "resume": run.config.resume,
         "world_size": run.fabric.world_size,
-        "versions": versions(),
+        "versions": versions(*RUN_PACKAGES),
     }
     saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
     run.clock.go_on()

@@ -18,7 +18,6 @@ import faulthandler
 import json
 import mmap
 import os
-import platform
 import secrets
 import socket
 import subprocess
@@ -30,15 +29,14 @@ import traceback
 import weakref
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import pretrain
 from pretrain import ranks
 from pretrain.crash import Facts
 from pretrain.sections import Config
+from pretrain.versions import RUN_PACKAGES, versions
 from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
 
 _current: "weakref.ref[Watchdog] | None" = None
@@ -97,8 +95,9 @@ class Watchdog:
         self._control, theirs = socket.socketpair()
         self._catch_stack_signal()
         batch = settings.train
-        versions = {"cria": pretrain.__version__, "python": platform.python_version(), "torch": version("torch")}
-        facts = Facts(str(Path(settings.run_dir)), batch.micro_batch_size, batch.global_batch_size, versions)
+        facts = Facts(
+            str(Path(settings.run_dir)), batch.micro_batch_size, batch.global_batch_size, versions(*RUN_PACKAGES)
+        )
         places = {"memory": memory.fileno(), "stacks": self._stacks.fileno(), "control": theirs.fileno()}
         if listener is not None:
             places["listener"] = listener.fileno()

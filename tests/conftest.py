@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 from processes import Process
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from data_prep.shard import Manifest, ShardWriter, TokenizerInfo, token_dtype
 
@@ -78,7 +80,8 @@ def write_dataset(
     policy = {"append_eos": True, "prepend_bos": False, **policy}
     Manifest("synthetic", "train", info, shards=tuple(written), **policy).save(folder)
     (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
+    words.save(str(folder / "tokenizer" / "tokenizer.json"))
     return folder
 
 

@@ -176,7 +176,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, tokenizer: Path) -> N
     refuses({**weights, "model.layers.2.self_attn.q_proj.weight": weights[norm].clone()}, "is not a parameter")
     refuses({**weights, norm: torch.ones(7)}, r"shape \(7,\)")
     refuses({**weights, norm: weights[norm].half()}, "must all be float32")
-    refuses({**weights, "lm_head.weight": weights["lm_head.weight"].to(torch.int8)}, "int8")
+    refuses({**weights, "lm_head.weight": weights["lm_head.weight"].to(torch.int8)}, "lm_head.weight is I8")
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         hf.load(tmp_path / "out")

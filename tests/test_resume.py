@@ -11,9 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY_MODEL, pretrain, records, start, tiny_config, trajectory, wait_for, write_config
+from conftest import (
+    TINY_MODEL,
+    pretrain,
+    records,
+    start,
+    tiny_config,
+    trajectory,
+    wait_for,
+    write_config,
+    write_dataset,
+)
 
 from pretrain import checkpoint, config, preparation, trainer
+from pretrain.__main__ import main
 from pretrain.scheduler import REQUEUE
 
 
@@ -137,6 +148,29 @@ def test_init_from_takes_the_weights_and_nothing_else(
     train = records(tmp_path / "run", "train")
     assert sorted(train) == [1, 2, 3, 4]
     assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "hugging face"])
+def test_init_from_weights_of_other_tokens_is_refused(
+    datasets: Path, straight: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A vocabulary of the same size fits every shape, and means other words."""
+    source, tree = straight / "checkpoints" / "step-00000020", tiny_config(datasets, tmp_path / "run")
+    if kind == "checkpoint":
+        other = write_dataset(tmp_path / "other", 2_000, 5, tokenizer="b")
+        tree["data"]["sources"] = [{"name": "other", "train": str(other)}]
+    else:
+        source = write_hf_folder(tmp_path / "hf", checkpoint.load_weights(source))
+        theirs = json.loads((datasets / "a" / "train" / "tokenizer" / "tokenizer.json").read_text())
+        theirs["model"]["vocab"] |= {"7": 8, "8": 7}
+        (source / "tokenizer.json").write_text(json.dumps(theirs))
+    tree["train"]["max_steps"] = tree["optim"]["warmup_steps"] = 1
+    words = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree)), "--init_from", str(source)]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "was trained with another tokenizer than the shards are of; the ids would mean" in capsys.readouterr().err
+    assert main([*words, "--data.allow_change", "true"]) == 0
+    assert "allowed: --init_from" in capsys.readouterr().out
 
 
 def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
