@@ -24,6 +24,7 @@ import orjson
 
 from data_prep.documents import index_path
 from data_prep.lock import LOCK_NAME, locked
+from data_prep.manifest import is_left_over, staged_path
 from data_prep.readers import BROKEN_GROUP, UNREADABLE
 from data_prep.shard import (
     MANIFEST_NAME,
@@ -177,6 +178,13 @@ class Folder:
         if said:
             print(f"{self.out}: input files since it was begun: {said}", flush=True)
 
+    def sweep(self) -> None:
+        """Remove what killed runs left half written; for whoever is the only run in the folder."""
+        for at, _, files in os.walk(self.out):
+            for path in (Path(at) / name for name in files if name.endswith(".tmp")):
+                if is_left_over(path):
+                    path.unlink(missing_ok=True)
+
     def settings(self) -> Settings:
         """What the folder was begun with. Raises FileNotFoundError when it was not."""
         raw = self._load(SETTINGS_NAME)
@@ -223,7 +231,7 @@ class Folder:
         """The last thing that happens to a unit. Without fsync: a torn record is none, and its shard is durable."""
         path = self._record_path(record.shard.source_file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(path.name + ".tmp")
+        staged = staged_path(path)
         staged.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
         os.replace(staged, path)
 

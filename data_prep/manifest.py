@@ -14,7 +14,10 @@ import gc
 import hashlib
 import json
 import os
+import secrets
+import socket
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -286,9 +289,26 @@ def check_inside(path: str) -> None:
         raise ValueError(f"shard path {path!r} leads out of the dataset's folder")
 
 
+def staged_path(path: Path) -> Path:
+    """Where to write what is then renamed to `path`: another file each time, so that two writers never mix in one."""
+    return path.with_name(f"{path.name[:40]}{_staged_here()}{secrets.token_hex(4)}.tmp")
+
+
+def is_left_over(staged: Path) -> bool:
+    """Whether a file of this kind is a killed writer's, when nobody else writes on this host: others' live for a day."""
+    try:
+        return _staged_here() in staged.name or time.time() - staged.stat().st_mtime > 86400
+    except FileNotFoundError:
+        return False
+
+
+def _staged_here() -> str:
+    return f".{socket.gethostname()[:60]}-"
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, at once or not at all: stage beside it, fsync, rename, fsync the folder."""
-    staged = path.with_name(path.name + ".tmp")
+    staged = staged_path(path)
     with open(staged, "wb") as file:
         file.write(data)
         file.flush()

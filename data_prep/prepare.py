@@ -122,6 +122,8 @@ def run(options: WorkOptions) -> Manifest | None:
     folder.check(settings)
     encoder = _choose(tokenizer, options.encoder)
     with only_run(folder.out, task, tasks):
+        if tasks == 1:
+            folder.sweep()
         folder.begin(settings, tokenizer, inputs, tasks, options.allow_other_inputs)
         mine = dict(list(inputs.items())[task - 1 :: tasks])
         job = Job(folder, source, settings, encoder.engine, options.check_every)
@@ -215,6 +217,7 @@ def finish(options: FinishOptions) -> Manifest:
     folder = Folder(options.directory)
     settings, inputs = folder.settings(), folder.inputs()
     with only_run(folder.out, 1, 1):
+        folder.sweep()
         records = folder.records(inputs)
         missing = [unit for unit in inputs if unit not in records]
         if missing:

@@ -48,6 +48,7 @@ from data_prep.manifest import (
     SubsetTotals,
     TokenizerInfo,
     check_inside,
+    staged_path,
     write_atomically,
 )
 from data_prep.scan import Stretch, scan_all
@@ -89,7 +90,7 @@ class ShardWriter:
             writer.append(ids)                                      # any integer array (n,)
         shard = writer.shard(source_file="a.jsonl.zst", documents=1)
 
-    The staged name is the same every time, so that a rerun overwrites what a killed run left. Memory: that of one call.
+    The staged file is this writer's own; Folder.sweep removes what a killed one left. Memory: that of one call.
     """
 
     def __init__(self, directory: str | os.PathLike[str], path: str, dtype: str, durable: bool = True) -> None:
@@ -101,7 +102,7 @@ class ShardWriter:
         self._durable = durable
         self.path, self.dtype, self.tokens = path, dtype, 0
         self._target = Path(directory) / path
-        self._staged = self._target.with_name(self._target.name + ".tmp")
+        self._staged = staged_path(self._target)
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
 

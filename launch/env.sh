@@ -1,4 +1,4 @@
-# What a site must set, once; sourced by slurm.sbatch, torchrun.sh and prepare.sbatch on every node. A variable that is set already wins.
+# What a site must set, once; sourced by slurm.sbatch, torchrun.sh and prepare.sbatch. A variable that is set already wins.
 
 # The network between the nodes, for NCCL's and gloo's first handshake. Without it they take the first interface that is up,
 # and on a node with several that may be one that the others cannot reach: the start hangs. See `ip -brief address`.

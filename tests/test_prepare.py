@@ -20,6 +20,7 @@ from test_sources import line, write_jsonl, write_parquet
 from test_tokenizer import LLAMA_MODEL
 
 from data_prep.__main__ import COMMANDS, main
+from data_prep.manifest import staged_path
 from data_prep.prepare import SlimPajamaOptions, StarCoderOptions, run
 from data_prep.shard import Manifest, TokenDataset
 from data_prep.tokenizer import load
@@ -137,7 +138,7 @@ def test_a_rerun_does_what_is_unfinished_and_nothing_else(corpus: Path, undistur
     shards[1].unlink()
     os.truncate(shards[2], 200)  # torn by a power failure
     records[3].write_text('{"source_by')
-    shards[0].with_name(shards[0].name + ".tmp").write_bytes(b"half a shard")
+    staged_path(shards[0]).write_bytes(b"half a shard")
     (out / "manifest.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in shards[4:]}
     run(options(corpus, out))

@@ -11,7 +11,8 @@ from test_prepare import options
 from test_prepare_faults import assert_same_bytes_of_any_size, clean  # noqa: F401  clean: a fixture
 
 from data_prep import readers
-from data_prep.prepare import run
+from data_prep.manifest import staged_path
+from data_prep.prepare import FinishOptions, finish, run
 from data_prep.readers import Position, Record
 
 
@@ -78,3 +79,27 @@ def test_a_disk_that_fails_for_good_fails_the_work_and_records_nothing(
     assert not [path for path in (tmp_path / "out").rglob("train/*/*") if path.is_file()]
     run(options(clean.parent / "in", tmp_path / "out"))
     assert_same_bytes_of_any_size(tmp_path / "out", clean)
+
+
+def test_what_killed_runs_left_is_swept_and_what_others_write_is_not(
+    clean: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = shutil.copytree(clean, tmp_path / "out")
+    (shard,) = out.glob("shards/train/*/*.npy")
+    mine = [staged_path(path) for path in (shard, out / "manifest.json")]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.manifest.socket.gethostname", lambda: "elsewhere")
+        living, old = staged_path(shard), staged_path(shard)
+    for path in (*mine, living, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    run(options(clean.parent / "in", out, task="1/2"))
+    assert all(path.exists() for path in (*mine, living, old))
+    for alone in (lambda: run(options(clean.parent / "in", out)), lambda: finish(FinishOptions(directory=str(out)))):
+        for path in (*mine, old):
+            path.touch()
+        os.utime(old, (0, 0))
+        alone()
+        assert [path.exists() for path in (*mine, living, old)] == [False, False, True, False]

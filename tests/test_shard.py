@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.manifest import staged_path
 from data_prep.shard import DTYPES, Manifest, Shard, ShardWriter, SubsetTotals, TokenDataset, TokenizerInfo, token_dtype
 
 DIGEST = "sha256:" + "0" * 64
@@ -62,6 +63,21 @@ def test_what_is_written_is_what_numpy_loads(tmp_path: Path, parts: list[np.ndar
         assert len(data) == shard.end
     assert Manifest.load(tmp_path) == manifest
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_writers_of_one_shard_make_one_of_the_two(tmp_path: Path) -> None:
+    """A job that lives on where its node counts as lost, and the one in its place."""
+    with ShardWriter(tmp_path, "shards/a.npy", "uint16") as first:
+        first.append(np.arange(50_000))
+        with ShardWriter(tmp_path, "shards/a.npy", "uint16") as second:
+            second.append(np.arange(1000))
+            first.append(np.arange(50_000))
+        np.testing.assert_array_equal(np.load(tmp_path / "shards/a.npy"), np.arange(1000))
+    np.testing.assert_array_equal(np.load(tmp_path / "shards/a.npy"), np.tile(np.arange(50_000), 2))
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["a.npy"]
+    long = tmp_path / ("é" * 120)
+    assert len({staged_path(long), staged_path(long)}) == 2
+    staged_path(long).touch()
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 2048, 3574])
