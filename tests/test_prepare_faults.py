@@ -19,10 +19,8 @@ from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa
 from test_sources import line, write_jsonl, write_parquet
 from test_tokenizer import LLAMA_MODEL
 
-from data_prep import space
 from data_prep.budget import Budget
 from data_prep.encoder import WHOLE_BYTES, WHOLE_CHARACTERS, Difference, Encoder, Uncuttable
-from data_prep.folder import Folder
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
 from data_prep.shard import Manifest, TokenDataset
@@ -292,7 +290,7 @@ def test_kills_at_random_moments_change_nothing(corpus: Path, undisturbed: Path,
     assert_same_bytes(out, undisturbed, but="units/")  # they say what encoded them
 
 
-# --- tasks, locks, room ----------------------------------------------------------------------------------------------
+# --- tasks, locks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tasks", [2, 7])
@@ -331,28 +329,3 @@ def test_two_runs_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> Non
         pass
     with locked(out / "lock"):
         pass
-
-
-def test_too_little_room_is_said_before_the_work(
-    corpus: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage._replace(free=200_000_000))
-    with pytest.raises(
-        OSError, match=r"has 0\.2 GB free, the 6 input files to do need about 0\.0 GB and 0\.3 GB must stay"
-    ):
-        run(options(corpus, tmp_path / "out"))
-    assert not (tmp_path / "out/shards").exists()
-    assert run(options(corpus, tmp_path / "out", check_space=False)) is not None
-
-
-def test_room_is_estimated_by_what_was_made(undisturbed: Path) -> None:  # noqa: F811
-    assert space.estimate({"a.jsonl": 1000, "b.jsonl.zst": 1000}, [], 2) == 2650
-    assert space.estimate({"a.parquet": 1000}, [], 4) == 4000
-    records = list(Folder(undisturbed).records(Folder(undisturbed).inputs()).values())
-    assert len(records) == 6
-    large = [type(records[0])(100 << 20, record.shard, record.subsets) for record in records]
-    written = sum(2 * record.shard.tokens + 8 * record.shard.documents for record in records)
-    assert space.estimate({"a": 6 * (100 << 20)}, large, 2) == pytest.approx(written)
