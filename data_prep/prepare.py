@@ -28,7 +28,7 @@ from data_prep.tokenizer import Tokenizer, load
 from data_prep.unit import Job
 from data_prep.workers import prepare_units, start_server
 
-_SPACE_CHECK_SECONDS = 10.0
+_SPACE_CHECK_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,8 @@ def run(options: WorkOptions) -> Manifest | None:
         if tasks == 1:
             folder.sweep()
         folder.begin(settings, tokenizer, inputs, tasks, options.allow_other_inputs)
-        mine = dict(list(inputs.items())[task - 1 :: tasks])
         job = Job(folder, source, settings, encoder.engine, options.check_every)
-        records = _prepare(job, encoder, mine, options)
+        records = _prepare(job, encoder, inputs, options)
         if tasks > 1:
             print(f"{folder.out}: task {task} of {tasks} is done; after the last one: data-prep finish {folder.out}")
             return None
@@ -147,17 +146,23 @@ def _choose(tokenizer: Tokenizer, encoder: str) -> Encoder:
 
 
 def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOptions) -> dict[str, UnitRecord]:
-    """Do those of `inputs` that are not done, within the budget; gives the records of all."""
+    """Do those of `inputs` that are this task's and not done; gives the records of all that are this task's.
+
+    Room and budget are those of all inputs, whoever does them: the other tasks fill the same disk, and whether so many bad
+    documents are borne must not depend on how the array is cut. `finish` has the last word on them.
+    """
     start = time.monotonic()
     folder, bytes_a_token = job.folder, DTYPES[token_dtype(job.settings.tokenizer.vocab_size)].itemsize
-    done, budget = _begun(folder, inputs, options)
-    todo = {unit: size for unit, size in inputs.items() if unit not in done}
+    task, tasks = options.task_of()
+    mine = dict(list(inputs.items())[task - 1 :: tasks])
+    done, budget = _begun(folder, mine, sum(inputs.values()), options)
+    todo = {unit: size for unit, size in mine.items() if unit not in done}
     new: list[UnitRecord] = []
     checked = start
     if todo:
         folder.unfinish()
         if options.check_space:
-            require_space(folder.out, todo, done.values(), bytes_a_token)
+            require_space(folder.out, _left(folder, inputs, todo), done.values(), bytes_a_token)
     workers = min(options.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
     with Display(f"{job.source.name} {job.source.split}", len(todo), sum(todo.values())) as display:
         for record in prepare_units(job, encoder, todo, workers, display.tick):
@@ -169,24 +174,34 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
             if options.check_space and time.monotonic() - checked > _SPACE_CHECK_SECONDS:
                 checked = time.monotonic()
                 left = {unit: size for unit, size in todo.items() if unit not in done}
-                require_space(folder.out, left, new, bytes_a_token)
-    budget.enforce(final=True)
+                require_space(folder.out, _left(folder, inputs, left), new, bytes_a_token)
+    budget.enforce(final=tasks == 1)
     seconds, tokens = time.monotonic() - start, sum(record.shard.tokens for record in new)
     print(
-        f"{folder.out}: {len(todo):,} of {len(inputs):,} input files done now in {seconds:.1f} s (workers: {workers}), "
+        f"{folder.out}: {len(todo):,} of {len(mine):,} input files done now in {seconds:.1f} s (workers: {workers}), "
         f"{tokens:,} tokens, {tokens / seconds / 1e6:.2f}M tokens/s"
     )
     return done
 
 
-def _begun(folder: Folder, inputs: dict[str, int], options: WorkOptions) -> tuple[dict[str, UnitRecord], Budget]:
-    """What earlier runs have done with files that were whole, by the encoder asked for, counted in a new budget.
+def _left(folder: Folder, inputs: dict[str, int], todo: dict[str, int]) -> dict[str, int]:
+    """`todo`, and what other tasks have still to do."""
+    recorded = folder.recorded()
+    return {unit: size for unit, size in inputs.items() if unit in todo or unit not in recorded}
+
+
+def _begun(
+    folder: Folder, mine: dict[str, int], total: int, options: WorkOptions
+) -> tuple[dict[str, UnitRecord], Budget]:
+    """What earlier runs have done of `mine` with files that were whole, by the encoder asked for, in a new budget.
+
+    The budget is that of all inputs, `total` bytes.
 
     When their bad documents exceed it already, all files with bad documents are done again: they may have been mended,
     and a repaired file can have its old size.
     """
-    max_bad, total = options.max_bad_documents, sum(inputs.values())
-    done, budget = folder.records(inputs), Budget(max_bad, total)
+    max_bad = options.max_bad_documents
+    done, budget = folder.records(mine), Budget(max_bad, total)
     done = {unit: record for unit, record in done.items() if not record.is_damaged}
     if options.encoder == "reference":
         done = {unit: record for unit, record in done.items() if record.engine == "reference"}

@@ -169,6 +169,25 @@ def test_a_budget_is_judged_by_what_is_to_come() -> None:
     assert budget.is_exceeded(final=False)
 
 
+def test_how_an_array_is_cut_does_not_decide_what_is_borne(tmp_path: Path) -> None:
+    """5 files of 40 documents, of which 1 in 200 may be bad: 1 in a task of 40 is borne, 2 in 2 tasks are not."""
+    for n in range(5):
+        bad = [BAD_LINES["bad JSON"]] if n == 0 else [line("good")]
+        write_jsonl(tmp_path / f"in/train/chunk1/{n}.jsonl.zst", *(line(f"{n * 100 + k:04d}") for k in range(39)), *bad)
+    out, share = tmp_path / "out", 0.006
+    for task in range(1, 6):
+        assert run(options(tmp_path / "in", out, task=f"{task}/5", max_bad_documents=share)) is None
+    assert finish(FinishOptions(directory=str(out), max_bad_documents=share)).dropped == {"bad JSON": 1}
+    write_jsonl(tmp_path / "in/train/chunk1/1.jsonl.zst", *(line(f"{k:04d}") for k in range(39)), b"{")
+    assert run(options(tmp_path / "in", out, task="2/5", max_bad_documents=share)) is None
+    with pytest.raises(ValueError, match=r"2 of 200 documents are bad \(1\.0000%\); max_bad_documents bears 0\.6000%"):
+        finish(FinishOptions(directory=str(out), max_bad_documents=share))
+    assert not (out / "manifest.json").exists()
+    write_jsonl(tmp_path / "in/train/chunk1/1.jsonl.zst", *(line(f"{k:04d}") for k in range(37)), b"{", b"[", b"[[")
+    with pytest.raises(ValueError, match=r"3 of 40 documents are bad"):
+        run(options(tmp_path / "in", out, task="2/5", max_bad_documents=share))
+
+
 MEMORY = """
 import sys
 from data_prep.__main__ import main

@@ -53,6 +53,30 @@ def test_too_few_inodes_are_said_before_the_work(
     assert run(options(corpus, tmp_path / "out", check_space=not refused)) is not None
 
 
+def test_a_task_of_an_array_looks_for_room_for_all_that_is_left(
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage, out = shutil.disk_usage(tmp_path), tmp_path / "out"
+    room = Room(1000, 18)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(space.os, "statvfs", lambda path: room)
+    assert run(options(corpus, out, task="1/3")) is None
+    room = Room(1000, 11)
+    with pytest.raises(OSError, match="the 4 input files to do become 12"):
+        run(options(corpus, out, task="2/3"))
+    room = Room(1000, 12)
+    monkeypatch.setattr("data_prep.prepare._SPACE_CHECK_SECONDS", 0.0)  # and again after each file
+    asked: list[int] = []
+    real = space.require_space
+    monkeypatch.setattr(
+        "data_prep.prepare.require_space", lambda out, todo, *more: (asked.append(len(todo)), real(out, todo, *more))
+    )
+    assert run(options(corpus, out, task="2/3")) is None
+    assert asked == [4, 3, 2]
+
+
 def test_room_is_estimated_by_what_was_made(undisturbed: Path) -> None:  # noqa: F811
     assert space.estimate({"a.jsonl": 1000, "b.jsonl.zst": 1000}, [], 2) == 2650
     assert space.estimate({"a.parquet": 1000}, [], 4) == 4000
