@@ -7,7 +7,9 @@ weights and tokens ---> epochs of each ---------------'
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from data_prep.shard import Manifest
 
 _BINS = np.unique(np.logspace(0, 8, 81).astype(np.int64))  # document lengths in tokens, ten bins a decade
 _PERCENTILES = (1, 50, 99)
+_SHORT = 1 << 20
+"""Documents of fewer tokens are counted in an array, the few longer ones by their length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,13 @@ def run(options: StatsOptions) -> None:
         raise ValueError(f"{len(options.weight)} weights for {len(options.directory)} datasets: give one for each")
     if any(weight < 0 for weight in options.weight) or (options.weight and not sum(options.weight)):
         raise ValueError(f"weights {options.weight} must not be negative, nor all 0")
+    if bool(options.weight) != bool(options.train_tokens):
+        given, other = ("--weight", "--train_tokens") if options.weight else ("--train_tokens", "--weight")
+        raise ValueError(
+            f"{given} without {other} gives no epochs: give both, such as --weight 7 3 --train_tokens 3e12"
+        )
+    if options.train_tokens < 0:
+        raise ValueError(f"train_tokens {options.train_tokens:g} must not be below 0")
     twice = [folder for folder in options.directory if options.directory.count(folder) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given twice")
@@ -64,7 +75,7 @@ def run(options: StatsOptions) -> None:
     console = Console()
     console.print(_subsets(manifests))
     console.print(_documents(manifests, lengths))
-    if options.weight and options.train_tokens:
+    if options.weight:
         console.print(_mixture(manifests, options.weight, options.train_tokens))
     if options.picture:
         draw(manifests, lengths, Path(options.picture))
@@ -72,18 +83,33 @@ def run(options: StatsOptions) -> None:
 
 
 def document_lengths(root: Path, manifest: Manifest) -> Lengths | None:
-    """The lengths of all documents, None where nobody wrote them down (imported data). Memory: 4 bytes a document."""
-    parts = []
+    """The lengths of all documents, None where nobody wrote them down (imported data).
+
+    They are counted file by file. Memory: that of the largest file's list, and 8 MB.
+    """
+    counts, long = np.zeros(_SHORT, np.int64), Counter[int]()
     for shard in manifest.shards:
         path = root / index_path(shard.source_file)
         if not path.is_file():
             return None
-        parts.append(np.load(path)[1::2])
-    lengths = np.concatenate(parts)
-    if not len(lengths):
+        lengths, documents = np.unique(np.load(path)[1::2], return_counts=True)
+        short = int(np.searchsorted(lengths, _SHORT))
+        counts[lengths[:short]] += documents[:short]
+        long.update(dict(zip(lengths[short:].tolist(), documents[short:].tolist(), strict=True)))
+    values = np.append(np.flatnonzero(counts), np.array(sorted(long), np.int64))
+    documents = np.append(counts[counts > 0], np.array([long[length] for length in sorted(long)], np.int64))
+    if not len(values):
         return None
-    percentiles = dict(zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES).tolist(), strict=True))
-    return Lengths(np.histogram(lengths, _BINS)[0], percentiles, int(lengths.max()))
+    percentiles = {p: _percentile(values, documents, p) for p in _PERCENTILES}
+    return Lengths(np.histogram(values, _BINS, weights=documents)[0], percentiles, int(values[-1]))
+
+
+def _percentile(values: np.ndarray, counts: np.ndarray, p: float) -> float:
+    """What np.percentile gives for `values` (n,), ascending, each of them `counts` (n,) times: linear between neighbours."""
+    ends = np.cumsum(counts)
+    place = p / 100 * (int(ends[-1]) - 1)
+    low, high = (int(values[np.searchsorted(ends, n, side="right")]) for n in (floor(place), ceil(place)))
+    return low + (high - low) * (place - floor(place))
 
 
 def _subsets(manifests: dict[str, Manifest]) -> Table:

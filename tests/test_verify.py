@@ -2,7 +2,9 @@
 
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,3 +146,50 @@ def test_stats_add_up(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "2 weights for 1 datasets" in capsys.readouterr().err
     assert main(["stats", str(dataset), str(dataset)]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("short", [1, 50, 1 << 20])
+def test_lengths_counted_file_by_file_are_those_of_all_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    monkeypatch.setattr(stats, "_SHORT", short)
+    rng = np.random.default_rng(short)
+    parts = [rng.geometric(0.01, n).astype(np.uint32) for n in (1, 500, 0, 33, 1000)]
+    parts[3][7] = 2**21 + 5
+    shards = []
+    for n, lengths in enumerate(parts):
+        (tmp_path / "documents").mkdir(exist_ok=True)
+        np.save(
+            tmp_path / f"documents/{n}.npy", np.stack((np.arange(len(lengths), dtype=np.uint32), lengths), 1).ravel()
+        )
+        shards.append(SimpleNamespace(source_file=str(n)))
+    found = stats.document_lengths(tmp_path, SimpleNamespace(shards=shards))
+    every = np.concatenate(parts)
+    assert found is not None
+    assert found.percentiles == {p: pytest.approx(np.percentile(every, p), abs=0, rel=1e-12) for p in (1, 50, 99)}
+    assert found.longest == 2**21 + 5
+    np.testing.assert_array_equal(found.histogram, np.histogram(every, stats._BINS)[0])
+
+
+def test_stats_of_many_documents_take_no_memory_for_each(tmp_path: Path) -> None:
+    """10 files of a million documents, whose lists are 80 MB, take no more memory than two of them."""
+    (tmp_path / "documents").mkdir()
+    shards = [SimpleNamespace(source_file=str(n)) for n in range(10)]
+    for n in range(10):
+        np.save(tmp_path / f"documents/{n}.npy", np.arange(2 << 20, dtype=np.uint32) % 5000)
+    peaks = []
+    for count in (2, 10):
+        tracemalloc.start()
+        assert stats.document_lengths(tmp_path, SimpleNamespace(shards=shards[:count])) is not None
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + (1 << 20)
+    assert peaks[1] < 10 * (8 << 20)
+
+
+def test_half_a_mixture_is_refused(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    for given, missing in ((["--weight", "1"], "--train_tokens"), (["--train_tokens", "1e9"], "--weight")):
+        assert main(["stats", str(dataset), *given]) == 2
+        assert f"{given[0]} without {missing} gives no epochs" in capsys.readouterr().err
+    assert main(["stats", str(dataset), "--weight", "1", "--train_tokens", "-5"]) == 2
+    assert "train_tokens -5 must not be below 0" in capsys.readouterr().err
