@@ -193,7 +193,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     z_loss: the gradient, not the value, is that of the mean of cross-entropy + z_loss * log(sum exp logits)^2 (PaLM,
     arXiv 2204.02311, section 5).
     """
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)
+    # A function's inputs want gradients even under no_grad: it has to be told.
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss, wanted)
     return total / (targets != IGNORE_INDEX).sum()
 
 
@@ -201,11 +203,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies, with both gradients computed along with it and kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-        """hidden: (N, D); weight: (V, D); targets: (N,). Returns a fp32 scalar."""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, wanted: bool) -> Tensor:
+        """hidden: (N, D); weight: (V, D); targets: (N,); wanted: whether there will be a backward. Returns a fp32 scalar."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         compute = weight.to(hidden.dtype)
-        wanted = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         keeps_parts = hidden.device.type == "cuda" and torch.compiler.is_compiling()
@@ -232,10 +233,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """Both gradients, times that of the sum."""
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None, None
+        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None, None, None
 
 
 def _minus_one_hot(softmax: Tensor, index: Tensor, counted: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     """The learning rate of step `step`, counted from 1: linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5).
 
-    It is max_lr at step warmup_steps and min_lr at step max_steps.
+    It is max_lr at step warmup_steps and min_lr at step max_steps, unless the warm-up takes that long.
     """
     if step <= config.warmup_steps:
         return config.max_lr * step / config.warmup_steps

@@ -29,7 +29,7 @@ from pretrain import backends, float8, ops, ranks, sharding
 from pretrain.model import Layer, Llama, num_parameters
 from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
-from pretrain.sharding import Sharding
+from pretrain.sharding import Sharding, agree_on_weights
 
 
 def launch(
@@ -174,6 +174,8 @@ def build(
         model.materialize(fabric.device)
     wrapped = fabric.setup_module(model)  # shards and materializes, see sharding.shard
     model.init_weights(seed, fabric.device)  # with cpu_offload too: another device draws other numbers
+    if sharded:
+        agree_on_weights(model, fabric.device)
     if parallel.compile and not sharded:
         model.compile(dynamic=False, fullgraph=True)
     return wrapped

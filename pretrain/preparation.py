@@ -20,8 +20,10 @@ from lightning.fabric import Fabric
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
 from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
 from pretrain.lock import Lock
+from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
-from pretrain.optim import make_optimizer
+from pretrain.optim import learning_rate, make_optimizer
+from pretrain.sections import OptimConfig
 from pretrain.sharding import Sharding
 from pretrain.trainer import Begun, Run
 from pretrain.watchdog import Watchdog, alive, at
@@ -73,7 +75,7 @@ def _build(
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
-    _describe(settings, run_dir, sources, fabric, done=found is not None and _is_done(found, settings))
+    _describe(settings, run_dir, sources, fabric, 0 if found is None else checkpoint.read_state(found)["step"])
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
@@ -161,14 +163,10 @@ def _sees(run_dir: Path, mark: str) -> bool:
         time.sleep(0.5)
 
 
-def _is_done(found: Path, settings: config.Config) -> bool:
-    return checkpoint.read_state(found)["step"] >= settings.train.max_steps
-
-
-def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, done: bool) -> None:
+def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, step: int) -> None:
     """Have rank 0 put into the run's folder what an export and a person need besides the weights.
 
-    done: there is nothing left to train, or to save.
+    step: after which the run goes on.
 
     Raises:
         OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
@@ -176,11 +174,11 @@ def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source]
     problem = None
     if fabric.is_global_zero:
         try:
-            _keep_config(settings, run_dir, say=fabric.print)
+            _keep_config(settings, run_dir, step, say=fabric.print)
             _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
             saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
-            if not done:
-                saver.check_room(run_dir / "checkpoints", 3 * 4 * num_parameters(settings.model)[0])
+            if step < settings.train.max_steps:
+                saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
         except OSError as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):
@@ -197,8 +195,8 @@ def _keep_tokenizer(source: Path, target: Path) -> None:
             write_atomically(copy, content)
 
 
-def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
-    """Write config.yaml; where the run goes on with another one, say what changed and keep the one before."""
+def _keep_config(settings: config.Config, run_dir: Path, step: int, say: Any) -> None:
+    """Write config.yaml; where the run goes on, after `step`, with another one, say what changed and keep the one before."""
     path = run_dir / "config.yaml"
     if path.exists():
         before, now = _read_config(path, say), asdict(settings)
@@ -212,7 +210,18 @@ def _keep_config(settings: config.Config, run_dir: Path, say: Any) -> None:
         if changes:
             kept = checkpoint.set_aside(path, "before")
             say(f"the configuration changed ({'; '.join(changes)}); the one before is kept as {kept.name}")
+            if step:
+                _say_learning_rate(settings, before, step + 1, say)
     config.write(replace(settings, resume=None), path)  # who starts from this file goes on, and not back once more
+
+
+def _say_learning_rate(settings: config.Config, before: dict[str, Any], step: int, say: Any) -> None:
+    """Name a jump in the schedule that another max_steps, warm-up or rate makes at the next step."""
+    with suppress(KeyError, TypeError, ZeroDivisionError):  # of an earlier version of Cria, with other keys
+        was = learning_rate(step, OptimConfig(**before["optim"]), before["train"]["max_steps"])
+        now = learning_rate(step, settings.optim, settings.train.max_steps)
+        if was != now:
+            say(f"the learning rate of step {step:,} is {now:.3g} by the new schedule and was {was:.3g} by the old one")
 
 
 def _read_config(path: Path, say: Any) -> dict[str, Any]:

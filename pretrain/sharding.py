@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from pretrain import ranks
 from pretrain.model import Llama
@@ -145,6 +147,20 @@ def shard(model: Llama, mesh: DeviceMesh, sharding: Sharding, compute: torch.dty
     model.materialize(torch.device("cpu") if cpu_offload else device)
     model.model.rope = model.model.rope.to(device)
     return model
+
+
+def agree_on_weights(model: nn.Module, device: torch.device) -> None:
+    """Give all replicas of hybrid sharding the first one's weights; called by all ranks.
+
+    They drew the same numbers only if their GPUs are of one kind; and replicas that begin apart never meet, for they exchange
+    gradients alone.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
+            mine = parameter.to_local().detach()
+            sent = mine.to(device)  # with cpu_offload it lies on the host
+            dist.broadcast(sent, group=parameter.device_mesh.get_group("replicate"), group_src=0)
+            mine.copy_(sent)
 
 
 def before_micro_step(model: nn.Module, sharding: Sharding, last: bool) -> None:

@@ -17,6 +17,7 @@ import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import checkpoint, parallel, preparation, trainer
+from pretrain import model as model_module
 from pretrain.optim import clip_gradients, make_optimizer
 from pretrain.ranks import all_reduce_sum, rank
 from pretrain.sections import Config, ModelConfig, OptimConfig, ParallelConfig
@@ -85,6 +87,26 @@ def built(out: Path, shape: dict, settings: dict) -> None:
     fabric.backward(model(mine[:, :-1], mine[:, 1:]))
     facts["grad_norm"] = clip_gradients(model, 1.0).item()
     write(out, facts, weights)
+
+
+def unlike(shape: dict, settings: dict) -> None:
+    """Build where every rank draws other numbers, as GPUs of different kinds do; replicas must all the same begin alike."""
+    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
+    fabric, _ = parallel.launch(parallel_config, model_config, [])
+    with mock.patch.object(
+        model_module, "_fill_normal", lambda p, std, seed, *rest: FILL_NORMAL(p, std, seed + rank(), *rest)
+    ):
+        built = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=7))
+    for name, parameter in built.named_parameters():
+        mine = parameter.to_local()
+        replicas = parameter.device_mesh.get_group("replicate")
+        all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size(replicas))]
+        dist.all_gather(all_of_them, mine.contiguous(), group=replicas)
+        assert len(all_of_them) == 2
+        assert torch.equal(*all_of_them), name
+
+
+FILL_NORMAL = model_module._fill_normal
 
 
 def counted(out: Path, shape: dict, settings: dict) -> None:
@@ -159,7 +181,14 @@ def write(out: Path, facts: dict, weights: dict[str, torch.Tensor] | None = None
         (out / "facts.json").write_text(json.dumps(facts))
 
 
-JOBS = {"built": built, "counted": counted, "trained": trained, "stepped": stepped, "resharded": resharded}
+JOBS = {
+    "built": built,
+    "counted": counted,
+    "trained": trained,
+    "stepped": stepped,
+    "resharded": resharded,
+    "unlike": unlike,
+}
 
 
 def be_rank(number: int, world_size: int, node_size: int, jobs: list[list], start: Connection) -> None:

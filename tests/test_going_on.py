@@ -55,6 +55,9 @@ def test_another_mixture_is_refused_allowed_and_counted(
     assert "the shares of the sources would change" in said
     assert "--data.allow_change true" in said
     assert train(datasets, tmp_path / "run", "--data.allow_change", "true", weights=(1, 1)) == 0
+    said = capsys.readouterr().out
+    assert "train.max_steps: 10 -> 20" in said
+    assert "the learning rate of step 11 is 0.00191 by the new schedule and was 0.0003 by the old one" in said
     after = state(tmp_path / "run")
     assert after["step"] == 20
     assert after["tokens_per_source"] == {"a": (56 + 40) * 32, "b": (24 + 40) * 32}, (

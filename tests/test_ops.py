@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import ops
 
@@ -53,8 +54,10 @@ def test_linear_cross_entropy_is_the_plain_one(
 def test_linear_cross_entropy_without_gradient_is_the_same() -> None:
     hidden, weight = torch.randn(2, 40, 8), torch.randn(30, 8)
     targets = torch.randint(0, 30, (2, 40))
-    with torch.no_grad():
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
         loss = ops.linear_cross_entropy(hidden, weight, targets)
+    assert counted.get_total_flops() == 2 * 80 * 8 * 30, "the logits, and no gradients"
     torch.testing.assert_close(loss, plain_cross_entropy(hidden, weight, targets))
     assert math.isnan(ops.linear_cross_entropy(hidden, weight, torch.full_like(targets, ops.IGNORE_INDEX)))
 

@@ -100,6 +100,7 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
                 four += [steps(f"{strategy}-{number}-4", settings, 3 // micro_steps, clip)]
     four += [steps(f"{name}-4", settings, 1, 0.5) for name, settings in OTHERWISE.items() if name != "offloaded"]
     four += [["counted", folder / f"counted-{name}", TINY_MODEL, settings] for name, settings in COUNTED.items()]
+    four += [["unlike", TINY_MODEL, {"strategy": "hybrid", "cpu_offload": offload}] for offload in (False, True)]
     again = [["resharded", TINY_MODEL, {"strategy": strategy}, checkpoints] for strategy in STRATEGIES]
     plan = [
         (1, 1, one),
