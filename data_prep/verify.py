@@ -2,7 +2,8 @@
 
 manifest.json --> Manifest.load: itself consistent, all files there and long enough
 --> every shard: header, checksum, ids below the vocabulary size, as many EOS (BOS) as documents
---> every documents file: as many rows as documents, their lengths the shard's tokens
+--> every documents file: as many rows as documents, their lengths the shard's tokens. What data-prep has prepared must
+    have them all; imported data has none, which is said.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.documents import index_path
+from data_prep.folder import SETTINGS_NAME
 from data_prep.progress import Display
 from data_prep.scan import Scan, Stretch, scan_all
 from data_prep.shard import DTYPES, Manifest, Shard
@@ -43,6 +45,11 @@ def run(options: VerifyOptions) -> None:
             display.tick(read, tokens)
     for problem in problems:
         print(problem)
+    lists = (
+        ""
+        if any((root / index_path(s.source_file)).is_file() for s in manifest.shards)
+        else ", without lists of documents"
+    )
     seconds = max(time.monotonic() - start, 1e-9)
     speed = f"{read / 1e9:.2f} GB in {seconds:.1f} s, {read / seconds / 1e6:,.0f} MB/s"
     if problems:
@@ -52,7 +59,7 @@ def run(options: VerifyOptions) -> None:
         )
     print(
         f"{root}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in {len(stretches):,} shards are what "
-        f"the manifest says ({speed})"
+        f"the manifest says{lists} ({speed})"
     )
 
 
@@ -73,6 +80,8 @@ def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iter
     index = root / index_path(shard.source_file)
     if index.is_file():
         yield from _index_problems(index, shard)
+    elif (root / SETTINGS_NAME).is_file():
+        yield f"its list of documents, {index.relative_to(root)}, is missing"
 
 
 def _header_problems(root: Path, shard: Shard) -> Iterator[str]:

@@ -89,6 +89,24 @@ def test_each_other_fault_has_its_words(dataset: Path, tmp_path: Path, capsys: p
     assert "not in order" in found("order")
 
 
+def test_a_missing_list_of_documents_is_a_problem_where_data_was_prepared(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    shard = Manifest.load(copy).shards[1]
+    name = f"documents/{shard.source_file}.npy"
+    (copy / name).unlink()
+    assert main(["verify", str(copy)]) == 2
+    assert f"{shard.path}: its list of documents, {name}, is missing\n" in capsys.readouterr().out
+    prepare(prepare_options(dataset.parent / "in", copy))  # the remedy
+    assert main(["verify", str(copy)]) == 0
+    assert "without lists" not in capsys.readouterr().out
+    shutil.rmtree(copy / "documents")
+    (copy / "settings.json").unlink()
+    assert main(["verify", str(copy)]) == 0
+    assert "are what the manifest says, without lists of documents (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("seq_len", [16, 100, 2000])
 def test_inspect_names_the_file_and_line_of_every_token(dataset: Path, seq_len: int) -> None:
     tokens = TokenDataset(dataset)
@@ -123,6 +141,9 @@ def test_the_inspect_command(dataset: Path, capsys: pytest.CaptureFixture) -> No
     assert "train_0.jsonl.zst line 2," in output
     assert main(["inspect", str(dataset), "--sequence", "100000"]) == 2
     assert "which has" in capsys.readouterr().err
+    for length in ("-5", "0"):
+        assert main(["inspect", str(dataset), "--sequence", "0", "--seq_len", length]) == 2
+        assert capsys.readouterr().err == f"data-prep: error: seq_len is {length}; it must be at least 1 token\n"
 
 
 def test_stats_add_up(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
