@@ -2,7 +2,7 @@
 
     ModelConfig ── to_hf_config ──> config.json, generation_config.json ─┐
     weights ── our names are theirs ────────────────> model*.safetensors ├─ write ─> FOLDER ─ load ─> ModelConfig, weights
-    tokenizer/ ── copied ──────> tokenizer.json, tokenizer_config.json ──┘             └─ compared with what was meant
+    tokenizer/ ────────────────> tokenizer.json, tokenizer_config.json ──┘             └─ compared with what was meant
 
 A folder that transformers' `save_pretrained` wrote for a Llama loads the same way. What Cria cannot represent (scaled
 rotary embeddings, biases, other head sizes ...) is refused by name: a model that loads and is wrong is worse than none.
@@ -10,7 +10,6 @@ rotary embeddings, biases, other head sizes ...) is refused by name: a model tha
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +151,7 @@ def _not_representable(config: dict[str, Any]) -> list[str]:
 
 
 def tokenizer_facts(folder: Path) -> TokenizerFacts:
-    """Vocabulary size and special ids of a Hugging Face tokenizer folder.
+    """Vocabulary size and special ids of a Hugging Face tokenizer folder; no BOS where texts do not begin with it.
 
     Raises:
         FileNotFoundError: where tokenizer.json or tokenizer_config.json is missing.
@@ -174,8 +173,29 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'} names {token!r} as {key}; tokenizer.json does not have it"
             )
+    if not _begins_with_bos(config):
+        ids["bos_token"] = None
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     return TokenizerFacts(vocab_size, ids["bos_token"], ids["eos_token"])
+
+
+def _begins_with_bos(tokenizer_config: dict[str, Any]) -> bool:
+    return tokenizer_config.get("add_bos_token") is not False  # which data-prep writes for shards without BOS
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer. Where texts do not begin with BOS none is named: the model has never seen it.
+
+    Evaluations put a tokenizer's BOS before a text that has nothing before it, and EOS where there is no BOS, which is what
+    stands before every document but the first in shards without BOS.
+    """
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not _begins_with_bos(_read_json(folder / "tokenizer_config.json")):
+        for name in {"tokenizer_config.json", "special_tokens_map.json"} & files.keys():
+            content = _read_json(folder / name)
+            content.pop("bos_token", None)
+            files[name] = _as_json(content)
+    return files
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -219,12 +239,12 @@ def write(
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
     except SafetensorError as error:  # how it says that the disk is full
         raise OSError(f"{folder}: the weights cannot be written ({error})") from error
-    copied = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-    for name in copied:
-        shutil.copyfile(tokenizer / name, folder / name)
+    files = _tokenizer_files(tokenizer)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
     read_model, read_weights = load(folder)
-    wrong = [name for name in copied if (tokenizer / name).read_bytes() != (folder / name).read_bytes()]
+    wrong = [name for name, content in files.items() if (folder / name).read_bytes() != content]
     wrong += [name for name, tensor in weights.items() if not same_bits(tensor, read_weights[name])]
     wrong += ["config.json"] * (read_model != model or _read_json(folder / "config.json") != config)
     if wrong:
@@ -363,4 +383,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(_as_json(content))
+
+
+def _as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

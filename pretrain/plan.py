@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
             raise ValueError("say what to plan: --config FILE; or --published")
         settings = _for_tokens(config.load(args.config), args.tokens)
         basis, gpus = _probed(settings, args.chip) if args.probe else (_known(args.chip, settings.parallel.compile), 8)
+        if args.network_gbits is not None and not (math.isfinite(args.network_gbits) and args.network_gbits > 0):
+            raise ValueError(f"--network_gbits {args.network_gbits:g} must be a number of Gbit/s above 0")
         if args.network_gbits is not None:
             basis = replace(basis, chip=replace(basis.chip, network_gbits=args.network_gbits))
         _print_plan(console, settings, basis, args.nodes, gpus if args.gpus_per_node is None else args.gpus_per_node)

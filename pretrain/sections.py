@@ -123,7 +123,8 @@ class DataConfig:
     """Number of threads a rank that read ahead; with 0 the training thread reads. The order of the data does not depend on it."""
     intra_document: bool = False
     """No attention across the documents of a sequence, and positions counted from each document's start; in validation too.
-    Documents end with EOS, which the shards must have."""
+    Documents end with EOS, which the shards must have; prepare them with BOS too if the model is to begin texts of its own, for
+    no document sees the EOS of the one before."""
 
 
 @dataclass(frozen=True)

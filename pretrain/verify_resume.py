@@ -29,9 +29,10 @@ from rich.table import Table
 
 from pretrain import checkpoint, config
 from pretrain.cli import Parser, fail
+from pretrain.hf import same_bits
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 2e-2}
-"""By precision: largest difference of a loss (nats a token) between numbers of ranks, from the order in which is summed."""
+"""By precision: largest difference of a loss (nats a token) between numbers of ranks, which sum in another order."""
 
 
 def main(argv: list[str]) -> int:
@@ -60,9 +61,10 @@ def main(argv: list[str]) -> int:
     try:
         settings = config.parse(["--config", str(args.config), *args.overrides])
         numbers = _numbers_of_ranks(settings) if args.ranks is None else args.ranks
-        if args.steps < 4 or not numbers:
+        if args.steps < 4 or args.kills < 0 or not numbers:
             raise ValueError(
-                f"--steps is {args.steps} and --ranks {numbers}; at least 4 steps and one number are needed"
+                f"--steps is {args.steps}, --kills {args.kills} and --ranks {numbers}; at least 4 steps, no kills and one number "
+                "are needed"
             )
         for number in numbers:
             config.grad_accum_steps(settings.train, number)
@@ -74,7 +76,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
     trial = Trial(args.config, args.overrides, args.steps, out, LOSS_TOLERANCE[settings.parallel.precision])
-    outcomes = trial.all(numbers, args.kills, random.Random(args.seed))
+    try:
+        outcomes = trial.all(numbers, args.kills, random.Random(args.seed))
+    except RuntimeError as error:  # a run that should have ended well did not
+        fail(parser.prog, error, 1)
     Console(width=None if sys.stdout.isatty() else 160).print(_table(outcomes, args.steps))
     bad = [outcome.name for outcome in outcomes if not outcome.holds]
     print(
@@ -145,7 +150,7 @@ class Trial:
         expected, got = read_trajectory(reference), read_trajectory(self.run(name, ranks, stops))
         same_ranks = set(ranks) == {_world_size(reference)}
         complete = list(got) == list(expected) == list(range(1, self.steps + 1))
-        differences = [abs(got[k]["loss"] - expected[k]["loss"]) for k in expected if k in got]
+        differences = [_difference(got[k]["loss"], expected[k]["loss"]) for k in expected if k in got]
         bits = ("loss", "grad_norm", "lr")
         return Outcome(
             name=name,
@@ -153,7 +158,7 @@ class Trial:
             kills=len(stops),
             same_sequences=complete and all(got[k]["data_hash"] == expected[k]["data_hash"] for k in expected),
             same_bits=complete
-            and all(got[k][figure] == expected[k][figure] for k in expected for figure in bits)
+            and all(_bits(got[k][figure]) == _bits(expected[k][figure]) for k in expected for figure in bits)
             and (not same_ranks or _same_tensors(reference, self.out / name.replace(" ", "-"))),
             loss_difference=max(differences, default=float("inf")),
             must_be_same_bits=same_ranks,
@@ -197,6 +202,17 @@ class Trial:
         return [*command, *self.overrides, "--train.deterministic", "true", *options]
 
 
+def _bits(figure: float | None) -> str | None:
+    """None, which stands for one that is not finite, as it is."""
+    return None if figure is None else float(figure).hex()
+
+
+def _difference(a: float | None, b: float | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a == b else float("inf")
+    return abs(a - b)
+
+
 def read_trajectory(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Step -> its line of metrics; of a step that was trained twice the last."""
     lines = sorted(_read_lines(run_dir), key=lambda record: record["step"])
@@ -238,7 +254,7 @@ def _world_size(run_dir: Path) -> int:
 def _same_tensors(a: Path, b: Path) -> bool:
     """Whether the newest checkpoints of two runs hold the same bits: weights and optimizer."""
     first, second = (checkpoint.load_tensors(checkpoint.latest(run_dir, warn=print)) for run_dir in (a, b))
-    return first.keys() == second.keys() and all(bool((first[name] == second[name]).all()) for name in first)
+    return first.keys() == second.keys() and all(same_bits(first[name], second[name]) for name in first)
 
 
 def _table(outcomes: list[Outcome], steps: int) -> Table:

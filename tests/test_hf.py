@@ -125,6 +125,21 @@ def test_the_special_ids_are_the_tokenizers(tmp_path: Path, special_ids: bool) -
     assert loaded.decode(loaded("a young llama")["input_ids"], skip_special_tokens=True) == "a young llama"
 
 
+def test_a_bos_that_training_never_saw_is_not_named(tmp_path: Path) -> None:
+    """Evaluations put BOS before a text with nothing before it, where there is one, and else EOS."""
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    write(tmp_path / "out", TINY, folder)
+    assert hf.special_ids(tmp_path / "out") == (None, (2,))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] is None
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (None, 2)
+
+
 def test_transformers_4_and_5_find_their_own_keys() -> None:
     written = hf.to_hf_config(TINY, torch.bfloat16, 1, 2)
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == TINY.rope_theta

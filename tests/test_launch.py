@@ -173,6 +173,21 @@ def agents(config_file: Path, logs: Path) -> list[subprocess.Popen]:
     return started
 
 
+@pytest.mark.parametrize("gpus", [None, 0])
+def test_torchrun_without_a_gpu_says_what_to_set(tmp_path: Path, gpus: int | None) -> None:
+    """No nvidia-smi, or one that finds nothing."""
+    if gpus is not None:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC_PER_NODE"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    done = subprocess.run([ROOT / "launch" / "torchrun.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "nvidia-smi lists no GPU" in line
+    assert "NPROC_PER_NODE=N" in line
+
+
 @pytest.mark.parametrize("users", [{}, {"MASTER_ADDR": "users", "CRIA_WARNING_S": "900"}])
 def test_a_job_that_is_submitted_again_inherits_only_what_the_user_had_set(users: dict[str, str]) -> None:
     script = (Path(__file__).parent.parent / "launch" / "slurm.sbatch").read_text()

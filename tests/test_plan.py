@@ -242,6 +242,7 @@ def test_tokens_set_the_length(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--chip", "A100-40G", "--nodes", "0"], "must be at least 1"),
         (["--chip", "A100-40G", "--tokens", "5"], "must be at least one step's 2,097,152"),
+        (["--chip", "A100-40G", "--network_gbits", "0"], "--network_gbits 0 must be a number of Gbit/s above 0"),
         (["--chip", "A100-40G", "--probe"], "--probe measures this machine's chip"),
     ],
 )

@@ -63,6 +63,31 @@ def test_a_folder_of_something_else_is_left_alone(
     assert kept.read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    ("options", "moved", "status", "message"),
+    [
+        (["--kills", "-1"], "", 2, "--kills -1"),
+        (["--ranks", "[1]"], "nowhere", 1, "straight ended with status 2; see"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(
+    datasets: Path,
+    tmp_path: Path,
+    options: list[str],
+    moved: str,
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run")
+    tree["data"]["sources"][0]["train"] += moved
+    with pytest.raises(SystemExit) as stopped:
+        verify_resume.main(["--config", str(write_config(tmp_path / "c.yaml", tree)), *options])
+    assert stopped.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 @pytest.mark.long
 def test_on_other_numbers_of_ranks_too_in_bf16(datasets: Path, tmp_path: Path) -> None:
     config_file = write_config(
