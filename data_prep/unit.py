@@ -11,6 +11,7 @@ What runs once a document is Python, what runs once a token is not.
 from __future__ import annotations
 
 import errno
+import socket
 import sys
 import time
 import zlib
@@ -69,10 +70,16 @@ def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitR
         try:
             return _prepare_once(job, encoder, unit, counted)
         except OSError as error:
-            until = until or time.monotonic() + RETRY_S
-            if error.errno not in _PASSING or time.monotonic() >= until:
+            if error.errno not in _PASSING:
                 raise
-            print(f"data-prep: {unit}: {error}; it is tried again for {RETRY_S:,.0f} s", file=sys.stderr, flush=True)
+            if not until:
+                until = time.monotonic() + RETRY_S
+                line = f"data-prep: {unit}: {error} on {socket.gethostname()}; it is tried again for {RETRY_S:,.0f} s"
+                print(line, file=sys.stderr, flush=True)
+            if time.monotonic() >= until:
+                why = f"{error.strerror} on {socket.gethostname()}, for {RETRY_S:,.0f} s"
+                remedy = "run the same command again when this can be read; finished files are kept"
+                raise OSError(error.errno, f"{why}: {remedy}", error.filename) from error
         report(-told[0], -told[1])
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
