@@ -36,6 +36,12 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of the coming update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a scalar on the device.
 

@@ -23,9 +23,9 @@ from pretrain.lock import Lock
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate, make_optimizer
+from pretrain.run import Begun, Run
 from pretrain.sections import OptimConfig
 from pretrain.sharding import Sharding
-from pretrain.trainer import Begun, Run
 from pretrain.watchdog import Watchdog, alive, at
 
 _SHARED_S = 60.0

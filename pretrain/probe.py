@@ -21,8 +21,9 @@ from lightning.fabric import Fabric
 from pretrain import config, data, metrics, parallel, sharding
 from pretrain.memory import Layout, count, layer_keeps
 from pretrain.optim import make_optimizer
+from pretrain.run import Run
 from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
-from pretrain.trainer import Run, optimizer_step
+from pretrain.trainer import optimizer_step
 
 FITTED, HELD_OUT = (2, 6), 4
 """Depths (layers): two that the line goes through, one to test it on."""

@@ -1,4 +1,4 @@
-"""The loop.
+"""The step, and the loop around it.
 
     prepare(config) ─> Run ─> train(run): optimizer_step ... log, validate, save, stop ─> exit status
 
@@ -7,121 +7,54 @@ finish the step they are in, save, and leave. Started again with the same config
 (`preparation` sees to that).
 """
 
-import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
-from pretrain.model import num_parameters
-from pretrain.optim import clip_gradients, learning_rate, step_if_usable
+from pretrain import data, logbook, parallel, ranks, validation
+from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
+from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
 from pretrain.scheduler import TAKEN, Stop
-from pretrain.sharding import Sharding, before_micro_step
+from pretrain.sharding import before_micro_step
 from pretrain.versions import RUN_PACKAGES, versions
 from pretrain.watchdog import alive, at, first_step_done
 
 
-@dataclass(frozen=True)
-class Begun:
-    """Where this process took the run up."""
-
-    step: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    """Taken from each source until then, by its name; the data may have been other ones since."""
-
-
-@dataclass
-class Run:
-    """What a run consists of. `step` counts finished optimizer steps; everything else stays as it was prepared."""
-
-    config: config.Config
-    run_dir: Path
-    fabric: Fabric
-    sharding: Sharding
-    model: nn.Module
-    optimizer: torch.optim.AdamW
-    sources: list[data.Source]
-    mixture: data.Mixture
-    grad_accum_steps: int
-    facts: dict[str, Any]
-    """What must be the same when the run goes on: the model's shape and what the order of the data depends on."""
-    flops_per_token: dict[str, float]
-    log: metrics.MetricsLog
-    clock: metrics.Clock
-    comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
-    """Names slow ranks; not by itself."""
-    at_end: ExitStack = field(default_factory=ExitStack)
-    """Gives the run's folder free."""
-    step: int = 0
-    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Steps of the run that were left out because the gradient was not finite, or 0; a scalar on the device."""
-    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """How many of them came last, one after the other; a scalar on the device."""
-    begun: Begun = field(default_factory=Begun)
-
-    def updates(self) -> int:
-        """How often the weights were updated, in all of the run; waits for the device."""
-        return self.step - int(self.skipped_steps)
-
-    def tokens_per_source(self) -> dict[str, int]:
-        """Tokens taken from each source so far, by its name."""
-        then, now = self.mixture.drawn(self.begun.step), self.mixture.drawn(self.step)
-        taken = {s.name: (b - a) * self.config.data.seq_len for s, a, b in zip(self.sources, then, now)}
-        return {name: self.begun.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.begun.tokens, **taken}}
-
-
-@dataclass
-class StepResult:
-    """What is known after a step, without having waited for the device."""
-
-    loss: Tensor
-    """This rank's mean loss over the step, in nats a token; a scalar on the device."""
-    grad_norm: Tensor
-    """The L2 norm of the whole gradient before clipping; a scalar on the device."""
-    data_hash: int
-    """Fingerprint of this rank's sequences; the sum over the ranks says which sequences the step was made of."""
-
-
-def optimizer_step(run: Run, micro_batches: Iterator[tuple[Tensor, int]]) -> StepResult:
+def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
     """One optimizer step. Nothing of ours in here waits for the device; some libraries' operations do (`kernels`)."""
     loss_sum = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):
-        at("waiting for data", run.step + 1)
-        waiting = time.perf_counter()
-        batch, fingerprint = next(micro_batches)  # (B, T + 1) int64
-        run.clock.data_wait_s += time.perf_counter() - waiting
+        input_ids, targets, fingerprint = next_micro_batch(run, micro_batches)  # (B, T) int64 each
         data_hash += fingerprint
-        at("forward and backward", run.step + 1)
-        batch = batch.to(run.fabric.device, non_blocking=True)
-        input_ids, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
 
-        last = micro_step == run.grad_accum_steps - 1
-        before_micro_step(parallel.unwrap(run.model), run.sharding, last)
+        at("forward and backward", run.step + 1)
+        before_micro_step(parallel.unwrap(run.model), run.sharding, last=micro_step == run.grad_accum_steps - 1)
         loss = run.model(input_ids, targets) / run.grad_accum_steps
         run.fabric.backward(loss)
         loss_sum += loss.detach()
 
     at("clipping and update", run.step + 1)
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps)
+    set_learning_rate(run.optimizer, learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps))
     skipped = step_if_usable(run.optimizer, grad_norm)
-    run.skipped_steps += skipped
-    run.skipped_in_a_row = (run.skipped_in_a_row + 1) * skipped
     run.optimizer.zero_grad()
-    run.step += 1
-    run.clock.steps += 1
+    run.count_step(skipped)
     return StepResult(loss_sum, grad_norm.to(loss_sum.device), data_hash)  # parallel.cpu_offload clips on the host
+
+
+def next_micro_batch(run: Run, micro_batches: Iterator[data.MicroBatch]) -> tuple[Tensor, Tensor, int]:
+    """Tokens and the tokens that follow them, (B, T) int64 each, on the device, and their sequences' fingerprint."""
+    at("waiting for data", run.step + 1)
+    waiting = time.perf_counter()
+    batch, fingerprint = next(micro_batches)  # (B, T + 1) int64
+    run.clock.data_wait_s += time.perf_counter() - waiting
+    batch = batch.to(run.fabric.device, non_blocking=True)
+    return batch[:, :-1], batch[:, 1:], fingerprint
 
 
 def train(run: Run, stop: Stop | None = None) -> int:
@@ -147,7 +80,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         run.at_end.callback(saver.wait)  # before the folder is free for another job
     saved_step, begun_updates = run.step, run.updates()
     micro_batches = make_loader(run)
-    _log_start(run, display)
+    logbook.log_start(run, display)
     if run.step == 0 and not _stop_agreed(run, stop, saver, display):
         _validate(run, display)
     run.clock.reset()
@@ -157,13 +90,12 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         display.step(run.step)
         last = run.step == settings.train.max_steps
         if last or run.step % settings.train.log_every == 0:
-            try:
-                _log_step(run, display, result)
-            except FloatingPointError:  # on all ranks
+            problem = logbook.log_step(run, display, result)
+            if problem is not None:  # on all ranks
                 if run.updates() > begun_updates:  # else restart after restart would push out those that are good
                     _save(run, saver)
                 saver.close()
-                raise
+                raise FloatingPointError(problem)
         if _due(run.step, settings.validation.every_steps, last):
             _validate(run, display)
         if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
@@ -212,83 +144,6 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     agreed = ranks.all_reduce_max(torch.tensor([asked, saver.overdue()]))  # on the CPU: the GPU's queue goes on
     stop.reason, stop.save_now = int(agreed[0]), bool(agreed[1])
     return stop.reason != 0
-
-
-def _log_start(run: Run, display: Display) -> None:
-    """Say what is about to run, before the first step."""
-    settings = run.config
-    parameters, _ = num_parameters(settings.model)
-    tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
-    device = parallel.device_name(run.fabric.device)
-    operations = parallel.unwrap(run.model).operations.choices
-    record = {
-        "world_size": run.fabric.world_size,
-        "device": device,
-        "operations": [asdict(choice) for choice in operations],
-        "sharding": asdict(run.sharding),
-        "parameters": parameters,
-        **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
-        "max_steps": settings.train.max_steps,
-        "tokens_per_step": tokens_per_step,
-        "versions": versions(*RUN_PACKAGES),
-        "sources": validation.describe_sources(
-            run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
-        )
-        if run.fabric.is_global_zero  # it reads the validation data, for a log that rank 0 alone writes
-        else {},
-    }
-    run.log.write("start", run.step, record)
-    if run.fabric.is_global_zero:
-        (run.run_dir / "operations.json").write_text(json.dumps(record["operations"], indent=1) + "\n")
-    mixture = ", ".join(
-        f"{s.name} {100 * float(share):.1f}%" for s, share in zip(run.sources, run.mixture.shares_at(run.step + 1))
-    )
-    display.say(
-        f"{parameters:,} parameters on {run.fabric.world_size} x {device}; "
-        f"{settings.train.global_batch_size} sequences = {tokens_per_step:,} tokens a step, "
-        f"{run.grad_accum_steps} micro-steps of {settings.train.micro_batch_size} sequences; {mixture}"
-    )
-    display.say(backends.table(operations))
-    display.say(str(run.sharding))
-    if run.step:
-        display.say(f"resumed after step {run.step}")
-
-
-def _log_step(run: Run, display: Display, result: StepResult) -> None:
-    """Write a line of metrics: the loss over all ranks of this step alone, so that a resumed run logs the same line.
-
-    The one place where a step waits for the device, and once.
-    """
-    at("metrics", run.step)
-    # Every rank counts the same number of tokens a step, so the mean over ranks is the mean over tokens.
-    mean = ranks.all_reduce_sum(result.loss.clone()) / run.fabric.world_size
-    data_hash = ranks.all_reduce_sum(torch.tensor(result.data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
-    figures = torch.stack((mean, result.grad_norm, run.skipped_steps, run.skipped_in_a_row)).tolist()
-    run.clock.pause(finished=True)
-    tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
-    record = {
-        "loss": figures[0],
-        "grad_norm": figures[1],
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "skipped_steps": int(figures[2]),
-        "data_hash": f"{int(data_hash) % 2**63:016x}",
-        "tokens": sum(run.tokens_per_source().values()),
-        **metrics.train_metrics(
-            run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device
-        ),
-    }
-    run.log.write("train", run.step, record)
-    display.train_line(run.step, record)
-    for slow in run.comparison.add(run.clock.steps, run.clock.train_s, run.clock.data_wait_s, run.clock.work_s):
-        run.log.write("straggler", run.step, slow)
-        display.say(pace.words(slow))
-    run.clock.reset()
-    if figures[3] >= run.config.train.max_skipped_steps:
-        raise FloatingPointError(
-            f"the gradient was not finite, or 0, in the last {int(figures[3])} steps up to step {run.step}, where its norm was "
-            f"{figures[1]:g} (train.max_skipped_steps {run.config.train.max_skipped_steps}); nothing was updated in them. Their "
-            f"documents: pretrain order --config {run.run_dir / 'config.yaml'} --step {run.step}"
-        )
 
 
 def _validate(run: Run, display: Display) -> None:

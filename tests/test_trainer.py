@@ -15,7 +15,7 @@ from conftest import TINY_MODEL, pretrain, records, tiny_config, trajectory, wri
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import config, data, preparation, trainer
+from pretrain import config, data, logbook, preparation, trainer
 from pretrain.progress import Display
 
 
@@ -169,7 +169,7 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
         assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
         assert transfers == []
         seen.clear()
-        trainer._log_step(run, Display(20, 4, show=False), result)
+        logbook.log_step(run, Display(20, 4, show=False), result)
         # The fingerprint's sum is a CPU tensor; of what lies on the device one stacked tensor is fetched.
         assert [name for name, _ in transfers] == ["numpy", "tolist"]
         assert [shape for name, shape in transfers if name == "tolist"] == [(4,)]

@@ -1,0 +1,85 @@
+"""A run: what it is made of, and how far it is.
+
+`preparation` makes it, `trainer` moves it on, `logbook` says what came of each step.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from pretrain import config, data, metrics, pace
+from pretrain.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where this process took the run up."""
+
+    step: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Taken from each source until then, by its name; the sources may have been replaced since."""
+
+
+@dataclass
+class Run:
+    """What a run consists of, and what counts its steps."""
+
+    config: config.Config
+    run_dir: Path
+    fabric: Fabric
+    sharding: Sharding
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    sources: list[data.Source]
+    mixture: data.Mixture
+    grad_accum_steps: int
+    facts: dict[str, Any]
+    """What must be the same when the run goes on: the model's shape and what the order of the data depends on."""
+    flops_per_token: dict[str, float]
+    log: metrics.MetricsLog
+    clock: metrics.Clock
+    comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
+    """Names slow ranks; off unless `watchdog.stragglers_every` is set."""
+    at_end: ExitStack = field(default_factory=ExitStack)
+    """Ends the watchdog and releases the run's folder."""
+    step: int = 0
+    """Finished optimizer steps."""
+    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Steps of the run that were left out because the gradient was not finite, or 0; a scalar on the device."""
+    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """How many of them came last, one after the other; a scalar on the device."""
+    begun: Begun = field(default_factory=Begun)
+
+    def count_step(self, skipped: Tensor) -> None:
+        """Count a step that is done; `skipped`: 1.0 if it updated nothing, else 0.0, a scalar on the device."""
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        self.step += 1
+        self.clock.steps += 1
+
+    def updates(self) -> int:
+        """How often the weights were updated, in all of the run; waits for the device."""
+        return self.step - int(self.skipped_steps)
+
+    def tokens_per_source(self) -> dict[str, int]:
+        """Tokens taken from each source so far, by its name."""
+        then, now = self.mixture.drawn(self.begun.step), self.mixture.drawn(self.step)
+        taken = {s.name: (b - a) * self.config.data.seq_len for s, a, b in zip(self.sources, then, now)}
+        return {name: self.begun.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.begun.tokens, **taken}}
+
+
+@dataclass
+class StepResult:
+    """What is known after a step, without having waited for the device."""
+
+    loss: Tensor
+    """This rank's mean loss over the step, in nats a token; a scalar on the device."""
+    grad_norm: Tensor
+    """The L2 norm of the whole gradient before clipping; a scalar on the device."""
+    data_hash: int
+    """Fingerprint of this rank's sequences; the sum over the ranks says which sequences the step was made of."""
