@@ -48,6 +48,7 @@ from data_prep.manifest import (
     SubsetTotals,
     TokenizerInfo,
     check_inside,
+    lstat_all,
     staged_path,
     write_atomically,
 )
@@ -253,8 +254,9 @@ class TokenDataset:
     def signature(self) -> str:
         """Changes when a shard's file is written: sizes and modification times, without reading a token."""
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
-        for path, shard in zip(self._paths, self._shards):
-            facts = os.stat(path)
+        for shard, facts in zip(self._shards, lstat_all(self._paths)):
+            if isinstance(facts, OSError):
+                raise facts
             digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 

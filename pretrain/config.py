@@ -136,7 +136,7 @@ def check(config: Config) -> None:
             f"{config.model.max_position_embeddings}; set the latter to at least {config.data.seq_len}"
         )
     if not problems:
-        _check_batch(config.train, world_size=1, problems=problems)
+        problems = _check_batch(config.train, world_size=1)
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -242,20 +242,18 @@ def grad_accum_steps(train: TrainConfig, world_size: int) -> int:
     Raises:
         ValueError: when that is not whole, with the nearest batch sizes that are.
     """
-    problems: list[str] = []
-    _check_batch(train, world_size, problems)
-    if problems:
-        raise ValueError(problems[0])
+    for problem in _check_batch(train, world_size):
+        raise ValueError(problem)
     return train.global_batch_size // (train.micro_batch_size * world_size)
 
 
-def _check_batch(train: TrainConfig, world_size: int, problems: list[str]) -> None:
+def _check_batch(train: TrainConfig, world_size: int) -> list[str]:
     unit = train.micro_batch_size * world_size
     below = train.global_batch_size // unit * unit
     if below == train.global_batch_size:
-        return
+        return []
     nearest = f"{below} or {below + unit}" if below else f"{unit}"
-    problems.append(
+    return [
         f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
         f"{train.micro_batch_size} x world_size {world_size} = {unit} sequences; nearest: {nearest}"
-    )
+    ]

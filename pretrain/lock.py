@@ -48,7 +48,7 @@ class Lock:
         self.ours[self._folder] = self.mark
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the lock."""
         self.ours.pop(self._folder, None)
         self._file.close()
 

@@ -69,7 +69,7 @@ class Attention(nn.Module):
         """x: (B, T, D); rope: (2, T, d) or (2, B, T, d); mask: of `Operations.document_mask`. Returns (B, T, D)."""
         B, T, D = x.shape
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
-        v = v.contiguous()  # so is it kept for the backward, without q and k around it
+        v = v.contiguous()  # the backward keeps v alone then, not the product of all three
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, H or H_kv, T, d)
         q, k = self.operations.rope(q, k, rope)
         if cache is not None:

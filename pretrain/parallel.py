@@ -23,6 +23,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import backends, float8, ops, ranks, sharding
@@ -56,15 +57,18 @@ def launch(
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
     parameters, _ = num_parameters(model)
-    chosen = sharding.choose(config, parameters, world_size, local_world_size, memory=None)
+    chosen = sharding.choose(
+        config, parameters, world_size, local_world_size, memory=None
+    )  # enough for what comes first
     sharded = chosen.strategy != "single"
     if sharded:
         # By default Fabric would shard within tensors over the node's devices; all of ours are data parallel.
         # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
+        def parallelize(module: Llama, mesh: DeviceMesh) -> Llama:  # called by `build`: `chosen` is final by then
+            return sharding.shard(module, mesh["data_parallel"], chosen, _compute_dtype(config), config.cpu_offload)
+
         strategy: Any = ModelParallelStrategy(
-            parallelize_fn=lambda model, mesh: sharding.shard(
-                model, mesh["data_parallel"], chosen, _compute_dtype(config), config.cpu_offload
-            ),
+            parallelize_fn=parallelize,
             data_parallel_size=world_size,
             tensor_parallel_size=1,
             process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",

@@ -132,16 +132,10 @@ def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator
     Raises:
         ValueError: the sequences of a step cannot be divided among the GPUs.
     """
-    world_size, sequences = nodes * gpus_per_node, settings.train.global_batch_size
+    world_size = nodes * gpus_per_node
     if nodes < 1 or gpus_per_node < 1:
         raise ValueError(f"--nodes {nodes} and --gpus_per_node {gpus_per_node} must be at least 1")
-    if sequences % world_size:
-        below = sequences // world_size * world_size
-        nearest = f"{below} or {below + world_size}" if below else f"{world_size}"
-        raise ValueError(
-            f"train.global_batch_size {sequences} sequences cannot be divided among {world_size} GPUs; nearest: {nearest}"
-        )
-    share = sequences // world_size
+    share = config.grad_accum_steps(replace(settings.train, micro_batch_size=1), world_size)
     for strategy, gather, reduce in _shardings(nodes, world_size):
         for micro_batch_size in (b for b in range(1, share + 1) if share % b == 0):
             for every, recompute in RECOMPUTED:

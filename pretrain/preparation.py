@@ -174,6 +174,8 @@ def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source]
     problem = None
     if fabric.is_global_zero:
         try:
+            for torn in (*run_dir.glob("*.tmp"), *run_dir.glob("tokenizer/*.tmp")):  # a killed start's
+                torn.unlink()
             _keep_config(settings, run_dir, step, say=fabric.print)
             _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
             saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too

@@ -65,7 +65,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
         OSError: the last checkpoint could not be saved.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
-    with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder free
+    with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
         at_end.callback(display.close)
         at_end.callback(run.log.close)
         return _train(run, stop or Stop(), display)

@@ -283,9 +283,11 @@ def test_a_damaged_copy_of_the_configuration_is_kept_and_replaced(
     copy = tmp_path / "run" / "config.yaml"
     good = copy.read_text()
     copy.write_text(content)
+    (tmp_path / "run" / "config.yaml.host-0a1b.tmp").write_text("a start was killed here")
     assert main(words) == 0
     assert "could not be read; it is kept as before-config.yaml.1" in capsys.readouterr().out
     assert copy.read_text() == good
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_other_versions_than_the_checkpoints_are_said(

@@ -238,7 +238,7 @@ def test_tokens_set_the_length(capsys: pytest.CaptureFixture[str]) -> None:
         (["--chip", "B300"], "--chip B300: there are A100-40G"),
         (
             ["--chip", "A100-40G", "--nodes", "3"],
-            "1024 sequences cannot be divided among 24 GPUs; nearest: 1008 or 1032",
+            "x world_size 24 = 24 sequences; nearest: 1008 or 1032",
         ),
         (["--chip", "A100-40G", "--nodes", "0"], "must be at least 1"),
         (["--chip", "A100-40G", "--tokens", "5"], "must be at least one step's 2,097,152"),
