@@ -28,7 +28,8 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*os.environ, "SLURM_RESTART_COUNT", "CRIA_FAILURES"):
         if name.startswith(("SLURM_", "CRIA_")):
             monkeypatch.delenv(name, raising=False)
-    handlers = {number: signal.getsignal(number) for number in scheduler._STOPS}
+    # A run that ended well in this process has left them ignored.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in scheduler._STOPS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

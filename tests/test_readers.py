@@ -164,7 +164,9 @@ def test_what_the_machine_cannot_read_is_no_fault_of_the_file(tmp_path: Path, na
     path.write_bytes(b"x")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     list(read(path))  # so that all is imported
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    with path.open("rb") as file:
+        lowest = file.fileno()  # the next one to be had
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
         with pytest.raises(OSError, match=name) as many:
             list(read(path))
