@@ -3,7 +3,6 @@
 import errno
 import gzip
 import itertools
-import os
 import resource
 from pathlib import Path
 
