@@ -128,7 +128,7 @@ def _name_hanging(ranks: list[Rank]) -> Cause:
     places = "; ".join(f"{rank.name} hangs at {rank.place!r}{_how(rank)}" for rank in hanging[:4])
     more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
     line = f"{places}{more} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
-    advice = "stopped" if stopped else "data" if "data" in first.place else "hangs"
+    advice = "stopped" if stopped else "data" if first.place == "waiting for data" else "hangs"
     return Cause("hangs", hanging, line, _ADVICE[advice])
 
 
