@@ -9,7 +9,7 @@ number in the compute, the residual stream too.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 
 from pretrain import ops
 from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
@@ -34,6 +34,7 @@ class Layout:
     """single, full_shard, shard_grad_op, hybrid: as in `parallel.strategy`."""
     nodes: int = 1
     gpus_per_node: int = 1
+    _: KW_ONLY
     micro_batch_size: int = 1
     """Sequences a GPU takes in one forward."""
     grad_accum_steps: int = 1
@@ -68,15 +69,15 @@ class Layout:
             chosen.strategy,
             nodes,
             gpus_per_node,
-            micro_batch_size,
-            steps,
-            parallel.activation_checkpointing,
-            parallel.precision,
-            parallel.compile,
-            chosen.gather,
-            chosen.reduce,
-            chosen.shard_size,
-            parallel.recompute,
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=steps,
+            activation_checkpointing=parallel.activation_checkpointing,
+            precision=parallel.precision,
+            compile=parallel.compile,
+            gather=chosen.gather,
+            reduce=chosen.reduce,
+            shard_size=chosen.shard_size,
+            recompute=parallel.recompute,
         )
 
     @property
@@ -99,8 +100,6 @@ class Layout:
 class Counts:
     """Numbers of parameters."""
 
-    embedding: int
-    """Of the input embedding, V D; the output projection has as many, or is the same when tied."""
     layer: int
     """Of one layer."""
     layer_in_products: int
@@ -118,7 +117,7 @@ def count(model: ModelConfig) -> Counts:
     matrices = 2 * D * D + 2 * D * model.num_key_value_heads * model.head_dim + 3 * D * F
     root = V * D * (1 if model.tie_word_embeddings else 2) + D
     layer = matrices + 2 * D
-    return Counts(V * D, layer, matrices, root, L * layer + root, L * matrices + V * D)
+    return Counts(layer, matrices, root, L * layer + root, L * matrices + V * D)
 
 
 def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:

@@ -52,9 +52,9 @@ def _mosaic(
         "full_shard",
         max(1, gpus // 8),
         min(8, gpus),
-        micro,
-        accum,
-        int(checkpointed),
+        micro_batch_size=micro,
+        grad_accum_steps=accum,
+        activation_checkpointing=int(checkpointed),
         compile=False,
         reduce="micro_step",
     )
@@ -66,7 +66,7 @@ PUBLISHED = [
         "TinyLlama-1.1B, 16 A100-40G",
         TINYLLAMA,
         "A100-40G",
-        Layout("full_shard", 2, 8, 8, 8, compile=False),
+        Layout("full_shard", 2, 8, micro_batch_size=8, grad_accum_steps=8, compile=False),
         24_000,
     ),
     _mosaic("125M", "A100-40G", 8, 26, 3, False, 136_334),
@@ -100,7 +100,7 @@ PUBLISHED = [
 def _nanotron(nodes: int, mfu: float, accum: int) -> Published:
     """MFU in the products' FLOPs: 6 N_matmul + 12 L D T, N_matmul 1.31e9, L 24, D 2048, T 4096."""
     tokens_per_second = mfu * 989e12 / (6 * 1.31e9 + 12 * 24 * 2048 * 4096)
-    layout = Layout("shard_grad_op", nodes, 8, 4, accum, compile=False, gather="step")
+    layout = Layout("shard_grad_op", nodes, 8, micro_batch_size=4, grad_accum_steps=accum, compile=False, gather="step")
     assumed = "its shape, T = 4096, 1M tokens a step, ZeRO-1"
     return Published(f"nanotron 1.3B, {8 * nodes} H100", MPT["1B"], "H100", layout, tokens_per_second, 4096, assumed)
 
@@ -110,7 +110,7 @@ PUBLISHED += [
         "nanochat d24 as TinyLlama-1.1B, 8 H100",
         TINYLLAMA,
         "H100",
-        Layout("full_shard", 1, 8, 16, 2),
+        Layout("full_shard", 1, 8, micro_batch_size=16, grad_accum_steps=2),
         68_000,
         assumed="the figure is scaled from its own shape; torch.compile's gain is fitted to it",
     ),

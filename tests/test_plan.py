@@ -90,7 +90,7 @@ def test_activations_are_those_that_the_model_keeps(model: ModelConfig, name: st
 
 
 def test_activations_grow_with_tokens_not_with_their_square() -> None:
-    layout = Layout("full_shard", 2, 8, 8)
+    layout = Layout("full_shard", 2, 8, micro_batch_size=8)
     once, twice = (kept_bytes(TINYLLAMA.model, T, layout) for T in (2048, 4096))
     assert twice == pytest.approx(2 * once, rel=1e-3)
     checkpointed = kept_bytes(TINYLLAMA.model, 2048, replace(layout, activation_checkpointing=1))
@@ -114,13 +114,13 @@ def test_micro_batch_16_fits_40_gb_where_the_mlp_is_computed_again() -> None:
 
 def test_sharding_divides_what_it_says() -> None:
     one, all_, inside = (
-        memory(TINYLLAMA.model, 2048, Layout(strategy, nodes, 8, 8, reduce="micro_step"))
+        memory(TINYLLAMA.model, 2048, Layout(strategy, nodes, 8, micro_batch_size=8, reduce="micro_step"))
         for strategy, nodes in (("full_shard", 1), ("full_shard", 2), ("hybrid", 2))
     )
     assert one.optimizer == pytest.approx(8 * count(TINYLLAMA.model).total / 8)
     assert all_.optimizer == pytest.approx(one.optimizer / 2)
     assert inside == one
-    whole = memory(TINYLLAMA.model, 2048, Layout("full_shard", 1, 8, 8, grad_accum_steps=2))
+    whole = memory(TINYLLAMA.model, 2048, Layout("full_shard", 1, 8, micro_batch_size=8, grad_accum_steps=2))
     assert whole.gradients - one.gradients == pytest.approx(4 * count(TINYLLAMA.model).total)
 
 
@@ -155,7 +155,7 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
     rates, slow = speed.A100, replace(CHIPS["A100-40G"], network_gbits=100)
     exchanged = {
         (strategy, chip.network_gbits): speed.communication_seconds(
-            TINYLLAMA.model, Layout(strategy, 2, 8, 8, 8), chip, rates
+            TINYLLAMA.model, Layout(strategy, 2, 8, micro_batch_size=8, grad_accum_steps=8), chip, rates
         )
         for strategy in ("full_shard", "hybrid")
         for chip in (slow, CHIPS["A100-40G"])
