@@ -10,6 +10,7 @@ training goes on with the checkpoints that there are. The thread's collectives h
 mix with training's.
 """
 
+import gc
 import json
 import math
 import os
@@ -218,10 +219,15 @@ class Saver:
             raise
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
-        # More than one writer thread can lose a full disk's error: save returns and shards are missing.
-        writer = _Writer(staging / "tensors", thread_count=1, sync_files=True, overwrite=True)
+        # More than one writer thread can lose a full disk's error: save returns and shards are missing. And copying ahead, to a
+        # host where all lies already, would wait for the GPU's queue of training hundreds of times.
+        writer = _Writer(staging / "tensors", thread_count=1, per_thread_copy_ahead=0, sync_files=True, overwrite=True)
         writer.fs = _Files(self._sign)
-        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        gc.disable()  # to collect what DCP makes of a large world's plans would hold up the training thread for seconds
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        finally:
+            gc.enable()
 
     def _took_s_with(self, seconds: float) -> tuple[float, ...]:
         return (*self._took_s, seconds)[-_REMEMBERED:]

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import gc
 import io
 import itertools
 import os
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
+from torch.distributed.checkpoint import filesystem
 
 from pretrain import checkpoint, saver
 from pretrain.lock import Lock
@@ -47,6 +50,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     saved = checkpoint.load_tensors(tmp_path / "checkpoints" / "step-00000007")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_a_save_holds_up_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, DCP would copy ahead and wait for the training's queue; its plans would make the collector run."""
+    dcp_save, calls = saver.dcp.save, []
+
+    def save_beside_a_gpu(*args: object, **options: object) -> object:
+        calls.append(gc.isenabled())
+        ahead = mock.patch.object(filesystem, "_OverlappingCpuLoader", side_effect=AssertionError("copies ahead"))
+        with ahead, mock.patch("torch.cuda.is_available", return_value=True):
+            return dcp_save(*args, **options)
+
+    monkeypatch.setattr(saver.dcp, "save", save_beside_a_gpu)
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    model, optimizer = make_state(3)
+    writer.save(7, model, optimizer, {"step": 7})
+    writer.close()
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [7]
+    assert calls == [False]
+    assert gc.isenabled()
 
 
 def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
