@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +78,7 @@ SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
 
 PARTS = (
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
-    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 130, ["--profile"], SHORT),
+    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 200, ["--profile"], SHORT),
     # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
     Part(
         "40gb",
@@ -122,24 +123,24 @@ def main() -> int:
     stem = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', chip.lower())}"
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     print(f"{chip}, torch {torch.__version__}; not installed: {', '.join(absent) or 'nothing'}", flush=True)
-    pages, failed = _run(args, stem, started + args.seconds)
-    Path(f"{stem}.md").write_text(f"Not installed: {', '.join(absent) or 'nothing'}.\n\n" + "\n".join(pages))
+    pages, failed = [f"Not installed: {', '.join(absent) or 'nothing'}.\n"], list[str]()
+    for name, page, good in _run(args, stem, started + args.seconds):
+        pages.append(page)
+        failed += [] if good else [name]
+        Path(f"{stem}.md").write_text("\n".join(pages))  # whatever becomes of the next one
     print(f"{stem}.md" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
-def _run(args: argparse.Namespace, stem: Path, deadline: float) -> tuple[list[str], list[str]]:
-    """The parts in their order, each within its own time and what is left of all; their pages, and which failed."""
-    pages, failed = [], []
+def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tuple[str, str, bool]]:
+    """The parts in their order, each within its own time and what is left of all: its name, its page, whether all is well."""
     args.out.mkdir(parents=True, exist_ok=True)
     if "operations" in args.parts.split(","):
         said, good = _operations(args, deadline)
-        pages.append(f"# Operations against the reference, in value and gradient\n\n{said}\n")
-        failed += [] if good else ["operations"]
+        yield "operations", f"# Operations against the reference, in value and gradient\n\n{said}\n", good
     if "resume" in args.parts.split(","):
         said, good = _resume(args, deadline)
-        pages.append(f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n")
-        failed += [] if good else ["resume"]
+        yield "resume", f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n", good
     for part in (part for part in PARTS if part.name in args.parts.split(",")):
         seconds = min(part.seconds, deadline - time.monotonic())
         out = Path(f"{stem}-{part.name}")
@@ -147,13 +148,11 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> tuple[list[st
             old.unlink(missing_ok=True)
         print(f"== {part.name}: {part.shows} ({seconds:.0f} s)", flush=True)
         if seconds < 15:
-            pages.append(f"# {part.name}: not begun, no time left\n")
+            yield part.name, f"# {part.name}: not begun, no time left\n", True
             continue
-        if not _bench(args, part, out, seconds):
-            failed.append(part.name)
+        good = _bench(args, part, out, seconds)
         page = out.with_name(f"{out.name}.md")
-        pages.append(page.read_text() if page.exists() else f"# {part.name}: no result\n")
-    return pages, failed
+        yield part.name, page.read_text() if page.exists() else f"# {part.name}: no result\n", good
 
 
 def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> bool:

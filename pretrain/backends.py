@@ -256,7 +256,7 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
             choice, kernel="flex_attention"
         )
     refused: list[str] = []
-    for kernel in sdpa_order(s):
+    for kernel in sdpa_order(s, torch.backends.cudnn.version() or 0):
         attention = partial(ops.attention, kernel=kernel)
         problem = _refusal(attention, ops.document_mask, s, shape)
         if problem is None:
@@ -269,13 +269,19 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
     )
 
 
-def sdpa_order(s: Situation) -> tuple[SDPBackend, ...]:
+_CUDNN_SOUND = 91501
+"""The backward of cuDNN's attention of before reads beyond its memory at lengths that are no multiple of 128: as PyTorch's own
+order has it (pytorch issue 169849)."""
+
+
+def sdpa_order(s: Situation, cudnn_version: int) -> tuple[SDPBackend, ...]:
     """PyTorch's fused kernels to try, the fastest first. Its unfused one, which holds all T x T scores, is never one of them."""
     cudnn, flash, efficient = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
     if s.dtype is torch.float32 or s.documents or s.capability is None or s.capability < (8, 0):
         return (efficient,)  # alone in taking fp32, and masks
     # cuDNN's is 1.7 to 2.3 times FlashAttention-2 on Hopper, and 0.8 of it on Ampere, where flash is FlashAttention-2.
-    return (cudnn, flash, efficient) if s.capability >= (9, 0) else (flash, efficient)
+    best = (9, 0) <= s.capability < (11, 0) and cudnn_version >= _CUDNN_SOUND
+    return (cudnn, flash, efficient) if best else (flash, efficient)
 
 
 def _refusal(

@@ -188,6 +188,9 @@ def time_steps(spec: Spec) -> dict[str, Any]:
     bench_timing.limit_memory(device, spec["memory_limit_gib"])
     model, loss_of = BUILDERS[spec["peer"]](spec)
     model.to(device).train()
+    if spec["options"].get("bf16_residual"):
+        for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+            embedding.register_forward_hook(lambda module, ids, hidden: hidden.to(torch.bfloat16))
     optimizer = make_optimizer(model, spec)
     batches = load_file(spec["batches"])["batches"][:, : spec["micro_batch_size"]].to(device)  # (steps, B, T + 1)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=spec["precision"] == "bf16")

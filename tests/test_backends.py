@@ -75,12 +75,14 @@ def test_auto_takes_the_fastest_that_is_there(versions: dict) -> None:
 
 def test_a_gpu_never_gets_attention_that_holds_all_scores() -> None:
     flash, cudnn, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    assert sdpa_order(on(H100)) == (cudnn, flash, efficient)
-    assert sdpa_order(on(A100)) == (flash, efficient)
+    assert sdpa_order(on(H100), 91900) == (cudnn, flash, efficient)
+    assert sdpa_order(on(H100), 91500) == (flash, efficient), "its backward reads beyond its memory"
+    assert sdpa_order(on((12, 0)), 91900) == (flash, efficient)
+    assert sdpa_order(on(A100), 91900) == (flash, efficient)
     for chip in (T4, A100, H100):
-        assert sdpa_order(on(chip, dtype=torch.float32)) == (efficient,)
+        assert sdpa_order(on(chip, dtype=torch.float32), 91900) == (efficient,)
         for documents in (False, True):
-            assert SDPBackend.MATH not in sdpa_order(on(chip, documents=documents))
+            assert SDPBackend.MATH not in sdpa_order(on(chip, documents=documents), 91900)
 
 
 @pytest.mark.parametrize(
