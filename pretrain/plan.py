@@ -158,8 +158,9 @@ def _shardings(nodes: int, world_size: int) -> list[tuple[str, str, str]]:
     """Strategy, gather and reduce to choose from."""
     if world_size == 1:
         return [("single", "step", "step")]
-    gathers = {"full_shard": "layer", "shard_grad_op": "step"} | ({"hybrid": "layer"} if nodes > 1 else {})
-    return [(strategy, gather, reduce) for strategy, gather in gathers.items() for reduce in ("step", "micro_step")]
+    gathers = [("full_shard", "layer"), ("shard_grad_op", "step")]
+    gathers += [("hybrid", "layer"), ("hybrid", "step")] if nodes > 1 else []
+    return [(strategy, gather, reduce) for strategy, gather in gathers for reduce in ("step", "micro_step")]
 
 
 def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Chip) -> Layout:

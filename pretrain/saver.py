@@ -157,7 +157,7 @@ class Saver:
             sizes = self._all_ranks(lambda: _bytes_of(tensors))
             self._rank_0(lambda: self._make_room(staging, sum(sizes)))
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
-            names = self._all_ranks(lambda: _files_of(staging))[0]  # rank 0's: what it commits
+            names = self._all_ranks(lambda: _files_of(staging) if ranks.rank() == 0 else [])[0]  # that it will commit
             parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
             entries = {name: entry for part in parts for name, entry in part.items()}
             state = {**state, "last_saves_s": self._took_s_with(time.perf_counter() - started)}

@@ -223,11 +223,12 @@ class ParallelConfig:
     gather: Literal["auto", "layer", "micro_step", "step"] = "auto"
     """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32): for a layer's forward and again for its
     backward; from a micro-step's forward to its backward; from a step's first forward to its last backward. auto: step for
-    shard_grad_op, else layer."""
+    shard_grad_op, and for hybrid where they take at most a sixth of the GPU's memory, else layer."""
     reduce: Literal["auto", "micro_step", "step"] = "auto"
     """When gradients are reduced: in every micro-step, so that a rank keeps its shard of the sum; or once a step, so that
     it keeps the whole sum between micro-steps (4 bytes a parameter). hybrid reduces over its replicas once a step in any case.
-    auto: micro_step for hybrid and where the whole sum is more than a sixth of the GPU's memory, else step."""
+    auto: micro_step where the whole sum, in hybrid with the gathered parameters, is more than a sixth of the GPU's memory, and in
+    hybrid on CPUs; else step."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the host's memory, and update them there: for models that do not fit,
     and slow. Needs a sharded strategy; on a CPU it changes nothing."""

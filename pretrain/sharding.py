@@ -29,6 +29,8 @@ SPARE = 1 / 6
 """What a rank may hold beyond its shard to save communication (share of the device's memory)."""
 HOME = 1 / 2
 """What weights, gradients and AdamW's state may take (share of the device's memory); the rest is the activations'."""
+GATHERED_BYTES, SUM_BYTES = 2, 4
+"""Whole parameters in bf16, and the whole sum of gradients in fp32 (bytes a parameter)."""
 STATE_BYTES = 16
 """Weight, gradient and AdamW's two moments, fp32 each (bytes a parameter)."""
 
@@ -90,11 +92,18 @@ def choose(config: ParallelConfig, parameters: int, world_size: int, node_size: 
             "divisor of the number of ranks, or parallel.strategy to full_shard"
         )
     replicas = world_size // shard_size
-    gather = config.gather if config.gather != "auto" else "step" if strategy == "shard_grad_op" else "layer"
-    reduce = config.reduce
-    if reduce == "auto":  # within a node a reduction hides behind the backward; what it saves is memory
-        fits = memory is None or 4 * parameters <= SPARE * memory
-        reduce = "step" if replicas == 1 and fits else "micro_step"
+    spare = None if memory is None or config.cpu_offload else SPARE * memory
+    gather, reduce = config.gather, config.reduce
+    if gather == "auto":
+        kept = strategy == "hybrid" and spare is not None and GATHERED_BYTES * parameters <= spare
+        gather = "step" if kept or strategy == "shard_grad_op" else "layer"
+    if reduce == "auto":
+        held = SUM_BYTES * parameters
+        if strategy == "hybrid":
+            held += GATHERED_BYTES * parameters if gather == "step" else 0
+            reduce = "step" if spare is not None and held <= spare else "micro_step"
+        else:
+            reduce = "step" if memory is None or held <= SPARE * memory else "micro_step"
     return Sharding(strategy, shard_size, replicas, gather, reduce, why)
 
 
@@ -112,7 +121,7 @@ def _choose_strategy(
                 f"{_gib(memory)} a rank"
             )
         return "hybrid", f"auto: {world_size} ranks in groups of {shard_size}; only gradients leave a group"
-    kept = 6 * parameters
+    kept = (GATHERED_BYTES + SUM_BYTES) * parameters
     if memory is None or config.cpu_offload:
         return "full_shard", f"auto: {world_size} ranks on one node"
     if kept <= SPARE * memory:
