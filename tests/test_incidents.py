@@ -208,6 +208,33 @@ def test_the_last_save_is_tried_again_while_there_is_time(
     assert len(tries) == 1
 
 
+def test_very_many_ranks_agree_every_few_steps(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As 512 would: a signal in step 6 stops the run after step 10, and the same command goes on to the same end."""
+    step, agreed = trainer.optimizer_step, []
+
+    def signalled(run: trainer.Run, *rest: object) -> object:
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(run, *rest)
+
+    def agree(values: torch.Tensor) -> torch.Tensor:
+        agreed.append(values.tolist())
+        return values
+
+    monkeypatch.setattr(trainer, "_RANKS_AGREE", 0.25)
+    monkeypatch.setattr(trainer, "optimizer_step", signalled)
+    monkeypatch.setattr(trainer.ranks, "all_reduce_max", agree)
+    words = command(datasets, tmp_path, checkpoint={"every_steps": 0})
+    assert main(words) == scheduler.REQUEUE
+    assert "stopped by SIGUSR1 after step 10" in capsys.readouterr().out
+    asked = [values for values in agreed if isinstance(values, list)]
+    assert asked == [[0, 0], [0, 0], [0, 0], [signal.SIGUSR1, 0]], "before the first validation, and steps 1, 6 and 11"
+    monkeypatch.setattr(trainer, "optimizer_step", step)
+    assert main(words) == 0
+
+
 def test_a_folder_that_another_job_has_taken_ends_the_run(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
