@@ -398,12 +398,3 @@ def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_start(
     assert status_of(command(datasets, tmp_path, **short)) == 0
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**30, used=2**30, free=0))
     assert status_of(command(datasets, tmp_path, **short)) == 0, "there is nothing left to save"
-
-
-def test_what_the_clock_has_saved_pushes_out_nothing_that_the_steps_have(tmp_path: Path) -> None:
-    for step in (10, 14, 18, 20, 23, 26, 29, 30, 33, 36):
-        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
-        saver.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
-    assert [step for step, _ in checkpoint.committed(tmp_path)] == [36, 33, 30, 20]

@@ -297,3 +297,12 @@ def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path: Path, mo
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(OSError, match="cannot be locked against a second job"):
         Lock(tmp_path)
+
+
+def test_what_the_clock_has_saved_pushes_out_nothing_that_the_steps_have(tmp_path: Path) -> None:
+    for step in (10, 14, 18, 20, 23, 26, 29, 30, 33, 36):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        saver.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [36, 33, 30, 20]
