@@ -40,6 +40,9 @@ def _tokenizer(sources: list[data.Source]) -> str:
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
 
+_SINCE = ("tokenizer",)
+"""Facts that checkpoints of earlier versions do not hold."""
+
 _CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
     "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
@@ -101,7 +104,7 @@ def _check_same_run(
 ) -> None:
     for part, facts_now in now.items():
         for key, value in facts_now.items():
-            was = before[part].get(key)
+            was = before[part].get(key, value if key in _SINCE else None)
             if key == "mixture":  # stages that have not begun may change
                 was, value = ([stage for stage in stages if stage[0] <= before["step"]] for stages in (was, value))
             if was == value:
@@ -154,7 +157,8 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
             raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
         state = checkpoint.read_state(source)
         _check_shape(source, state["model"], settings.model)
-        _check_tokens(source, state["data"]["tokenizer"] == _tokenizer(sources), settings.data.allow_change, say)
+        ours = _tokenizer(sources)
+        _check_tokens(source, state["data"].get("tokenizer", ours) == ours, settings.data.allow_change, say)
         checkpoint.load_into(source, model)
         return
     weights = hf.Weights(source)
@@ -163,8 +167,8 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
     if theirs is None:
         say(f"{source} has no tokenizer.json: whether its ids mean what the shards' do could not be checked")
     else:
-        ours = _vocabulary(sources[0].train.directory / TOKENIZER_DIR)
-        _check_tokens(source, theirs == ours, settings.data.allow_change, say)
+        same = theirs == _vocabulary(sources[0].train.directory / TOKENIZER_DIR)
+        _check_tokens(source, same, settings.data.allow_change, say)
     for name, parameter in model.named_parameters():
         fill(parameter, weights[name].float())
 

@@ -1,5 +1,6 @@
 """A second start with other words: --resume that a scheduler repeats, another mixture, stages still to come."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,22 @@ def test_another_mixture_is_refused_allowed_and_counted(
     )
     assert records(tmp_path / "run", "train")[20]["tokens"] == 20 * 8 * 32
     assert (tmp_path / "run" / "before-config.yaml.1").is_file(), "the configuration of the first half is kept"
+
+
+def test_a_checkpoint_that_does_not_name_its_tokenizer_is_taken(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of an earlier version; to go on from, and to begin with."""
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+    folder = checkpoint.latest(tmp_path / "run", pytest.fail)
+    said, manifest = state(tmp_path / "run"), json.loads((folder / "manifest.json").read_text())
+    del said["data"]["tokenizer"]
+    (folder / "state.json").write_text(json.dumps(said))
+    manifest["files"]["state.json"] = checkpoint.describe(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert train(datasets, tmp_path / "other", "--init_from", str(folder), **HALF) == 0
+    assert train(datasets, tmp_path / "run", train={"max_steps": 12}) == 0
+    assert "resumed after step 10" in capsys.readouterr().out
 
 
 def test_other_shards_are_named_refused_and_allowed(
