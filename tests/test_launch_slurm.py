@@ -104,13 +104,14 @@ echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP
 
 
 def run_stub(
-    cluster: slurm.Slurm, folder: Path, scontrol: bool, *options: str, stub: str = STUB, first: str = ""
+    cluster: slurm.Slurm, folder: Path, scontrol: bool | str, *options: str, stub: str = STUB, first: str = ""
 ) -> list[str]:
     """Run the script around the stub until nothing is queued any more; gives the lines of its ranks, sorted.
 
-    first: what launch/env.sh does besides.
+    scontrol: SLURM's own (True), none (False), or a script in its place. first: what launch/env.sh does besides.
     """
-    programs = {"python": stub} | ({} if scontrol else {"scontrol": "#!/bin/sh\nexit 127\n"})
+    instead = {True: {}, False: {"scontrol": "#!/bin/sh\nexit 127\n"}}.get(scontrol, {"scontrol": scontrol})
+    programs = {"python": stub} | instead
     (folder / "bin").mkdir()
     for name, text in programs.items():
         (folder / "bin" / name).write_text(text)
@@ -137,6 +138,14 @@ def run_stub(
         assert time.monotonic() < deadline, queued
         time.sleep(0.1)
     return sorted(line for path in folder.glob("logs/*/rank-*.log") for line in path.read_text().splitlines())
+
+
+def test_a_requeue_that_is_killed_while_it_asks_submits_no_second_job(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """SLURM ends a job that it requeues, and with it the program that asked, before that has its answer."""
+    killed = '#!/bin/sh\n[ "$1" != requeue ] || kill -TERM $$\n'
+    assert len(run_stub(cluster, tmp_path, killed)) == 2, "one start of two ranks"
+    (log,) = tmp_path.glob("pretrain-*.log")
+    assert "the job is requeued" in log.read_text()
 
 
 def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
