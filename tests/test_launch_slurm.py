@@ -1,5 +1,6 @@
 """The launch script on a real SLURM of two nodes: warned, timed out, cancelled, moved, crashing; always the same run."""
 
+import os
 import shutil
 import tempfile
 import time
@@ -95,6 +96,7 @@ def test_a_job_that_always_crashes_is_not_started_for_ever(
     assert (tmp_path / "logs" / "rank-0.log").read_text().count(said) == 1
 
 
+SCONTROL = shutil.which("scontrol", path=f"{os.environ['PATH']}:/usr/sbin")
 STUB = """#!/usr/bin/env bash
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP_RANK" \\
   "at $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads, warned $CRIA_WARNING_S s before $SLURM_JOB_END_TIME:" "$@"
@@ -140,12 +142,16 @@ def run_stub(
     return sorted(line for path in folder.glob("logs/*/rank-*.log") for line in path.read_text().splitlines())
 
 
-def test_a_requeue_that_is_killed_while_it_asks_submits_no_second_job(cluster: slurm.Slurm, tmp_path: Path) -> None:
-    """SLURM ends a job that it requeues, and with it the program that asked, before that has its answer."""
-    killed = '#!/bin/sh\n[ "$1" != requeue ] || kill -TERM $$\n'
-    assert len(run_stub(cluster, tmp_path, killed)) == 2, "one start of two ranks"
+@pytest.mark.parametrize(("kills", "starts"), [(99, 1), (1, 2)])
+def test_a_requeue_that_is_killed_while_it_asks_submits_no_second_job(
+    cluster: slurm.Slurm, tmp_path: Path, kills: int, starts: int
+) -> None:
+    """SLURM ends a job that it requeues, and with it the program that asked; or at the job's end, before it was heard."""
+    count = f'{tmp_path}/asked; [ "$(wc -l <{tmp_path}/asked)" -gt {kills} ]'
+    asked = f'#!/bin/sh\n[ "$1" != requeue ] || {{ echo >>{count} || kill -TERM $$; }}\nexec {SCONTROL} "$@"\n'
+    assert len(run_stub(cluster, tmp_path, asked)) == 2 * starts, "starts of two ranks"
     (log,) = tmp_path.glob("pretrain-*.log")
-    assert "the job is requeued" in log.read_text()
+    assert ("restart 1:" in log.read_text()) == (starts == 2)
 
 
 def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
