@@ -252,20 +252,20 @@ def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1
         "activations": measured * kept_bytes(model, seq_len, layout),
         "logits": loss_keeps(model, seq_len, layout) + chunk,
         "working": max(0, layer_backward(model, seq_len, layout) - chunk),
-        "communication": _communication(counts, layout) if sharded else 0,
+        "communication": _communication(model, layout) if sharded else 0,
         "context": CONTEXT + (NCCL if layout.world_size > 1 else 0),
     }
     allocated = sum(parts.values()) - parts["context"]
     return Memory(**{name: int(size) for name, size in parts.items()}, fragmentation=int(FRAGMENTATION * allocated))
 
 
-def _communication(counts: Counts, layout: Layout) -> float:
+def _communication(model: ModelConfig, layout: Layout) -> float:
     """Embedding and head stay gathered; of the layers three copies, or all where they are kept. Two reductions are in flight,
-    each a gradient in the compute's type and its fp32 copy, of a layer or of the root.
+    each a gradient in the compute's type and its fp32 copy: of a layer, and of another or of head or embedding.
     """
-    c = layout.compute_bytes
+    counts, c = count(model), layout.compute_bytes
     gathered = counts.total if layout.gather != "layer" else counts.root + 3 * counts.layer
-    return c * gathered + (c + FP32) * max(2 * counts.layer, counts.root)
+    return c * gathered + (c + FP32) * (counts.layer + max(counts.layer, model.vocab_size * model.hidden_size))
 
 
 def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:

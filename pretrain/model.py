@@ -144,6 +144,27 @@ class Decoder(nn.Module):
         return self.norm(h)
 
 
+class Head(Linear):
+    """The output projection and the loss, which is taken in here: where FSDP has the weight whole, and reduces its gradient
+    while the layers' backward runs.
+    """
+
+    def __init__(self, config: ModelConfig, operations: Operations):
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.operations = operations
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> logits (B, T, V); with targets, (B, T): their mean cross-entropy, scalar."""
+        return output(self.operations, hidden, self.weight, targets)
+
+
+def output(operations: Operations, hidden: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
+    """What `Head` returns, with a weight (V, D) that may be the embedding's."""
+    if targets is None:
+        return nn.functional.linear(hidden, weight.to(hidden.dtype))
+    return operations.cross_entropy(hidden, weight, targets)
+
+
 class Llama(nn.Module):
     """A Llama-family language model. Its forward returns the loss in training and logits otherwise.
 
@@ -162,7 +183,7 @@ class Llama(nn.Module):
         self.config, self.operations = config, operations
         self.model = Decoder(config, operations, dtype, eos_id)
         # Tied, there is one parameter and it is the embedding's: nothing to keep equal through sharding and saving.
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_word_embeddings else Head(config, operations)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """With targets: the mean cross-entropy in nats a token, fp32 scalar. Without: logits (B, T, V).
@@ -171,11 +192,9 @@ class Llama(nn.Module):
         cache: on its first call T tokens of prompt, then one token a call.
         """
         hidden = self.model(input_ids, cache)
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if targets is None:
-            return nn.functional.linear(hidden, weight.to(hidden.dtype))
-        # The loss is taken inside the root module's forward, where FSDP has the output projection's weight whole.
-        return self.operations.cross_entropy(hidden, weight, targets)
+        if self.lm_head is None:
+            return output(self.operations, hidden, self.model.embed_tokens.weight, targets)
+        return self.lm_head(hidden, targets)
 
     def materialize(self, device: torch.device) -> None:
         """Give every parameter, sharded or not, memory on `device` (with garbage in it), and compute the rotary table."""

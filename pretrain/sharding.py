@@ -1,7 +1,7 @@
 """Where parameters, gradients and optimizer state lie, and when the ranks exchange them: FSDP2.
 
     choose()            configuration, ranks, size of the model ─> Sharding, and why
-    shard()             a model on the meta device ─> each layer a group of FSDP2's, embedding, norm and head the root's
+    shard()             a model on the meta device ─> layers and head each a group of FSDP2's, embedding and last norm the root's
     before_micro_step() which of the exchanges the coming micro-step makes
 
 A rank of R keeps 1/R of every weight and of AdamW's state (fp32, 12 bytes a parameter in all), R being all ranks, or with
@@ -150,8 +150,10 @@ def shard(model: Llama, mesh: DeviceMesh, sharding: Sharding, compute: torch.dty
     for layer in model.model.layers:
         free = sharding.gather == "layer"
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
-    # The root's forward ends where its backward begins: it is never freed in between.
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    # The forward of head and root ends where their backward begins: they are not freed in between.
+    for rest in (model.lm_head, model):  # apart: the head's gradient is the first there is, the embedding's the last
+        if rest is not None:
+            fully_shard(rest, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     model.materialize(torch.device("cpu") if cpu_offload else device)
     model.model.rope = model.model.rope.to(device)

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_config, write_config, write_dataset
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
 from pretrain import config, float8, parallel, preparation
 from pretrain.model import Llama
@@ -73,6 +74,22 @@ def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.Monk
         assert (grad - sharded_grads[name]).norm() < 4e-3 * grad.norm(), name  # 2^-8: one rounding to bf16
 
 
+def test_under_fsdp2_each_gradient_is_reduced_behind_the_backward_of_what_lies_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Head first, then layer by layer; nothing but the embedding's and the last norm's waits for the end."""
+    with built(monkeypatch, "full_shard", layers=3, precision="bf16", compile=False) as model:
+        reduced = []
+        for layer in model.model.layers:  # called when its backward begins
+            layer.register_full_backward_pre_hook(
+                lambda *_: reduced.append({name for name, p in model.named_parameters() if isinstance(p.grad, DTensor)})
+            )
+        model(*batch(1)).backward()
+    of_layers = [{name for name, _ in model.named_parameters() if f"layers.{i}." in name} for i in range(3)]
+    head = {"lm_head.weight"}
+    assert reduced == [head, head | of_layers[2], head | of_layers[2] | of_layers[1]]
+
+
 @pytest.mark.parametrize(("strategy", "layers"), [("single", 2), ("full_shard", 10)])
 def test_compiled_there_are_no_graph_breaks_and_no_recompiles(
     monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int
@@ -120,7 +137,7 @@ def test_float8_keeps_names_and_master_weights_and_computes_nearly_the_same() ->
         if convert:
             float8.convert(model, torch.device("cpu"), emulate=True)
             assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Float8Linear"
-            assert type(model.lm_head).__name__ == "Linear"
+            assert type(model.lm_head).__name__ == "Head"
         model.materialize(torch.device("cpu"))
         model.init_weights(1)
         loss = model(*batch(2))

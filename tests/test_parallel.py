@@ -298,10 +298,10 @@ class Attentions(TorchDispatchMode):
 
 
 def test_parameters_and_gradients_travel_as_often_as_the_strategy_says(worlds: Worlds) -> None:
-    """FSDP2's collectives of each of three micro-steps; groups are the layers and the root, which is gathered once."""
+    """FSDP2's collectives of each of three micro-steps; groups are the layers; head and root, gathered once."""
     L = TINY_MODEL["num_hidden_layers"]
-    gather, gather_once = {"_allgather_base_": 2 * L + 1}, {"_allgather_base_": L + 1}
-    reduce, across = {"_reduce_scatter_base_": L + 1}, {"allreduce_": L + 1}
+    gather, gather_once = {"_allgather_base_": 2 * L + 2}, {"_allgather_base_": L + 2}
+    reduce, across = {"_reduce_scatter_base_": L + 2}, {"allreduce_": L + 2}
     assert {name: worlds.facts(f"counted-{name}")["exchanges"] for name in COUNTED} == {
         "full_shard": [gather, gather, gather | reduce],
         "reduced-often": [gather | reduce, gather | reduce, gather | reduce],
