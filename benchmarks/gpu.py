@@ -123,17 +123,22 @@ def main() -> int:
     stem = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', chip.lower())}"
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     print(f"{chip}, torch {torch.__version__}; not installed: {', '.join(absent) or 'nothing'}", flush=True)
-    pages, failed = [f"Not installed: {', '.join(absent) or 'nothing'}.\n"], list[str]()
+    pages, failed, left = [f"Not installed: {', '.join(absent) or 'nothing'}.\n"], list[str](), list[str]()
     for name, page, good in _run(args, stem, started + args.seconds):
         pages.append(page)
-        failed += [] if good else [name]
+        failed += [name] if good is False else []
+        left += [name] if good is None else []
         Path(f"{stem}.md").write_text("\n".join(pages))  # whatever becomes of the next one
     print(f"{stem}.md" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    if left:
+        print(f"no time was left for {', '.join(left)}: ask for them by themselves, --parts {','.join(left)}")
     return 1 if failed else 0
 
 
-def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tuple[str, str, bool]]:
-    """The parts in their order, each within its own time and what is left of all: its name, its page, whether all is well."""
+def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tuple[str, str, bool | None]]:
+    """The parts in their order, each within its own time and what is left of all: its name, its page, whether all is well; None:
+    not begun.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     if "operations" in args.parts.split(","):
         said, good = _operations(args, deadline)
@@ -148,7 +153,7 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
             old.unlink(missing_ok=True)
         print(f"== {part.name}: {part.shows} ({seconds:.0f} s)", flush=True)
         if seconds < 15:
-            yield part.name, f"# {part.name}: not begun, no time left\n", True
+            yield part.name, f"# {part.name}: not begun, no time left\n", None
             continue
         good = _bench(args, part, out, seconds)
         page = out.with_name(f"{out.name}.md")

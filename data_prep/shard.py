@@ -188,7 +188,9 @@ class TokenDataset:
         self.max_open_files = max_open_files
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
+        self._begins = [0, *self._ends[:-1]]
         self._dtypes = [DTYPES[shard.dtype] for shard in self._shards]
+        self._offsets = [shard.offset for shard in self._shards]
         self._paths = [f"{self.directory}/{shard.path}" for shard in self._shards]
         self.dtype = np.result_type(np.uint16, *set(self._dtypes))
         """Holds every token: the type of all shards, where they agree."""
@@ -230,8 +232,12 @@ class TokenDataset:
                 f"sequence {index} was asked of {self.directory}, which has {self.num_sequences(seq_len):,} "
                 f"sequences of {seq_len} + 1 tokens ({self.num_tokens:,} tokens)"
             )
+        number = bisect_right(self._ends, start)
+        if end <= self._ends[number]:  # nearly always: no more than this is done for it
+            self._read(number, start - self._begins[number], row)
+            return
         for number, low, high in self._pieces(start, end):
-            first = self._ends[number] - self._shards[number].tokens + low - start
+            first = self._begins[number] + low - start
             self._read(number, low, row[first : first + high - low])
 
     def documents(self, start: int, count: int) -> list[Part]:
@@ -246,7 +252,7 @@ class TokenDataset:
         """Where the dataset's tokens [start, end) lie: shard by shard, its number and its tokens [low, high)."""
         number = bisect_right(self._ends, start)
         while start < end:
-            first = self._ends[number] - self._shards[number].tokens
+            first = self._begins[number]
             until = min(end, self._ends[number])
             yield number, start - first, until - first
             start, number = until, number + 1
@@ -281,34 +287,43 @@ class TokenDataset:
         """Fill `into` with the tokens of shard `number` from its token `low` on."""
         dtype = self._dtypes[number]
         stored = into if into.dtype == dtype else np.empty(len(into), dtype)
-        place = self._shards[number].offset + low * dtype.itemsize
+        place = self._offsets[number] + low * dtype.itemsize
         path = self._paths[number]
-        if self._read_patiently(path, stored, place) != stored.nbytes:
+        try:
+            size = self._read_once(path, stored, place)
+        except OSError as error:
+            size = self._read_patiently(path, stored, place, error)
+        if size != stored.nbytes:
             raise OSError(f"{path} was cut short while in use: prepare or copy it again")
         if stored is not into:
             into[:] = stored
 
-    def _read_patiently(self, path: str, into: np.ndarray, place: int) -> int:
-        """Read a shard's bytes from `place` on; returns how many. Raises OSError when RETRY_S of trying are over."""
+    def _read_once(self, path: str, into: np.ndarray, place: int) -> int:
+        """Read a shard's bytes from `place` on; returns how many."""
+        file = self._file(path)  # held, so that no other thread's eviction closes it while it is read
+        self._opened = True
+        return os.preadv(file.fd, [into], place)  # type: ignore[list-item]  # an array is a buffer
+
+    def _read_patiently(self, path: str, into: np.ndarray, place: int, error: OSError) -> int:
+        """The same after it has failed with `error`, again and again; raises the last OSError when RETRY_S are over."""
         until, pause_s = time.monotonic() + RETRY_S, _FIRST_PAUSE_S
         while True:
-            try:
-                file = self._file(path)  # held, so that no other thread's eviction closes it while it is read
-                self._opened = True
-                return os.preadv(file.fd, [into.data], place)
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._file.cache_info().currsize:
-                    self._file.cache_clear()  # too many files are open: those here are closed
-                    continue
-                if not self._opened and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
-                    raise
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._file.cache_info().currsize:
+                self._file.cache_clear()  # too many files are open: those here are closed
+            elif not self._opened and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
+                raise error
+            else:
                 why = f"{error.strerror} on {socket.gethostname()}"
                 if time.monotonic() >= until:
                     raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s", path) from error
-            if pause_s == _FIRST_PAUSE_S:
-                line = f"{path} cannot be read ({why}); it is tried again for {RETRY_S:,.0f} s"
-                with suppress(OSError):  # the log may lie on the same file system
-                    print(line, file=sys.stderr, flush=True)
-            self._file.cache_clear()  # a handle that is stale is seldom alone
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                if pause_s == _FIRST_PAUSE_S:
+                    line = f"{path} cannot be read ({why}); it is tried again for {RETRY_S:,.0f} s"
+                    with suppress(OSError):  # the log may lie on the same file system
+                        print(line, file=sys.stderr, flush=True)
+                self._file.cache_clear()  # a handle that is stale is seldom alone
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            try:
+                return self._read_once(path, into, place)
+            except OSError as again:
+                error = again

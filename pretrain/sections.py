@@ -216,8 +216,8 @@ class ParallelConfig:
     strategy: Literal["auto", "single", "full_shard", "shard_grad_op", "hybrid"] = "auto"
     """single: one rank, not sharded. full_shard: parameters, gradients and optimizer state over all ranks. shard_grad_op:
     alike, but parameters stay gathered. hybrid: sharded over groups of ranks (`shard_size`), the groups replicas of each
-    other. auto: single for one rank, hybrid for several nodes, else shard_grad_op where it fits the GPU, else full_shard; the
-    log says what and why."""
+    other. auto: single for one rank; on several nodes hybrid, but full_shard where a node's share of the state is more than half
+    of a GPU's memory; on one node shard_grad_op where it fits the GPU, else full_shard; the log says what and why."""
     shard_size: int = 0
     """Ranks (processes) of a group in hybrid, neighbours in rank; 0: those of a node."""
     gather: Literal["auto", "layer", "micro_step", "step"] = "auto"

@@ -118,10 +118,11 @@ class Watchdog:
         theirs.close()
         if listener is not None:  # kept open: as long as it is, the others know that this rank lives
             os.register_at_fork(after_in_child=listener.close)
-        verdict, leaving = threading.Event(), threading.Event()
-        ears = (self._control, verdict, leaving, ranks.rank(), address)
+        verdict, self._leaving = threading.Event(), threading.Event()
+        ears = (self._control, verdict, self._leaving, ranks.rank(), address)
         threading.Thread(target=_obey, args=ears, name="watchdog", daemon=True).start()
-        self._finalizer = weakref.finalize(self, _say_goodbye, self._control, self._process, verdict, leaving, listener)
+        goodbye = (self._control, self._process, verdict, self._leaving, listener)
+        self._finalizer = weakref.finalize(self, _say_goodbye, *goodbye)
         self.at("preparing")
 
     def _catch_stack_signal(self) -> None:
@@ -176,6 +177,7 @@ class Watchdog:
         if not self.on:
             return
         _current = None if _watchdog() is self else _current
+        self._leaving.set()  # before the watcher hears of it: after a refusal it is over at once
         if error is not None and not isinstance(error, SystemExit):
             self._report(error)
         self._finalizer()

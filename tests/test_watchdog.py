@@ -266,6 +266,24 @@ def test_an_exception_leaves_its_page(datasets: Path, tmp_path: Path, monkeypatc
     assert "step 4 of" in pretrain(*shlex.split(command[1])).stdout
 
 
+def test_a_refusal_is_not_the_death_of_its_watcher(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The watcher ends as soon as it has heard of it, before the rank that was busy meanwhile says goodbye."""
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
+    report = watchdog.Watchdog._report
+
+    def busy(guard: watchdog.Watchdog, error: BaseException) -> None:
+        report(guard, error)
+        assert guard._process.wait(30) == 0
+        time.sleep(0.1)
+
+    monkeypatch.setattr(watchdog.Watchdog, "_report", busy)
+    with pytest.raises(ValueError, match="refused"), watchdog.Watchdog(settings):
+        raise ValueError("refused")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_full_temporary_folder_is_not_in_its_way(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
