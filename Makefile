@@ -54,7 +54,8 @@ test-long: setup
 	OMP_NUM_THREADS=1 pytest -m long
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu --numprocesses=4 --dist=load tests/test_ops_gpu.py tests/test_gpu_run.py
+	$(PYTHON) -m pytest -o addopts= -v -m gpu $$($(PYTHON) -c 'import xdist; print("--numprocesses=4 --dist=load")' 2>/dev/null) \
+		tests/test_ops_gpu.py tests/test_gpu_run.py
 
 lint: setup
 	ruff check --fix .

@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations ─> a killed run resumed ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> the paper ─> a sweep
+    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> a killed run resumed ─> the peers ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -78,15 +78,16 @@ SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
 
 PARTS = (
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
-    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 200, ["--profile"], SHORT),
+    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, ["--profile"], SHORT),
     # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
     Part(
         "40gb",
         "micro-batch 16 within 40 GB",
-        100,
+        200,
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
+    Part("resume", "a killed run goes on as the same run", 110),
     Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
     Part("paper", "hours for 300B tokens", 250, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
     Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW], True),
@@ -102,7 +103,10 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a miniature of everything")
     parser.add_argument("--seconds", type=float, default=580, help="for everything together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--parts", default=",".join(["operations", "resume", *(part.name for part in PARTS)]))
+    parser.add_argument("--parts", default=",".join(["operations", *(part.name for part in PARTS)]))
+    parser.add_argument(
+        "--rows", help="only these rows of peers or sweep, by the beginning of their names; kept as PART-more"
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tinyllama-1.1b.yaml")
     parser.add_argument("--peers_python", action="append", default=[], help="another environment to find peers in")
     args = parser.parse_args()
@@ -143,12 +147,13 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
     if "operations" in args.parts.split(","):
         said, good = _operations(args, deadline)
         yield "operations", f"# Operations against the reference, in value and gradient\n\n{said}\n", good
-    if "resume" in args.parts.split(","):
-        said, good = _resume(args, deadline)
-        yield "resume", f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n", good
     for part in (part for part in PARTS if part.name in args.parts.split(",")):
+        if part.name == "resume":
+            said, good = _resume(args, deadline)
+            yield part.name, f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n", good
+            continue
         seconds = min(part.seconds, deadline - time.monotonic())
-        out = Path(f"{stem}-{part.name}")
+        out = Path(f"{stem}-{part.name}" + "-more" * bool(args.rows))
         for old in (out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.md")):
             old.unlink(missing_ok=True)
         print(f"== {part.name}: {part.shows} ({seconds:.0f} s)", flush=True)
@@ -176,6 +181,8 @@ def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> b
     if part.budget:
         aside = 10 if args.small else 40  # for its imports, the device's context, and to write the result
         command += ["--budget_s", f"{seconds - aside:.0f}"]
+    if args.rows:
+        command += ["--rows", args.rows]
     if part.name == "peers":
         command += [option for python in args.peers_python for option in ("--peers_python", python)]
     process = subprocess.Popen(command, cwd=ROOT, env=_environment())
@@ -206,13 +213,15 @@ def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
     small = [*SMALL, "--parallel.accelerator", args.device, "--parallel.strategy", "full_shard"]
     if args.device == "cuda":
         small += ["--parallel.precision", "bf16"]
-    with tempfile.TemporaryDirectory(prefix="cria-resume-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="cria-resume-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         settings = config.parse(["--config", str(args.config), *small, "--run_dir", str(folder / "run")])
         config.write(bench_step.with_random_data(settings, folder / "data"), folder / "c.yaml")
         command = ["-m", "pretrain", "verify-resume", "--config", str(folder / "c.yaml")]
         command += ["--steps", "8", "--kills", "1", "--out", str(folder / "out")]
-        text, status = _output(command, min(110.0, deadline - time.monotonic()))
+        text, status = _output(
+            command, min(next(part.seconds for part in PARTS if part.name == "resume"), deadline - time.monotonic())
+        )
         for output in sorted((folder / "out").glob("*/output.txt")) if status else ():  # else the folder takes it along
             text += f"\n{output.parent.name}:\n```\n{output.read_text()[-3000:]}\n```"
     return text, status == 0
@@ -221,14 +230,18 @@ def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
 def _output(command: list[str], seconds: float) -> tuple[str, int]:
     """What a Python process says within its time, as a block of the page; and its status."""
     seconds = max(1.0, seconds)
-    options = {"cwd": ROOT, "env": _environment(), "timeout": seconds, "capture_output": True, "text": True}
+    from pretrain import processes
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=_environment(), **pipes)
     try:
-        done = subprocess.run([sys.executable, *command], **options)
-        said, status = done.stdout[-4000:].strip(), done.returncode
-        said += f"\n{done.stderr[-3000:].strip()}" if status or not said else ""
-    except subprocess.TimeoutExpired as late:
-        parts = [part.decode(errors="replace")[-3000:] for part in (late.stdout, late.stderr) if part]
-        said, status = "\n".join([*parts, f"stopped after {seconds:.0f} s"]), 1
+        out, errors = child.communicate(timeout=seconds)
+        said, status = out[-4000:].strip(), child.returncode
+        said += f"\n{errors[-3000:].strip()}" if status or not said else ""
+    except subprocess.TimeoutExpired:
+        processes.kill([*processes.descendants(child.pid), child.pid])  # what it started would hold the GPU
+        out, errors = child.communicate()
+        said, status = "\n".join([out[-3000:], errors[-3000:], f"stopped after {seconds:.0f} s"]).strip(), 1
     print(said, flush=True)
     return f"```\n{said}\n```", status
 

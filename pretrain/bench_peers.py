@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -58,8 +59,10 @@ RESIDUAL = {"bf16_residual": True}
 """Ours has its residual stream in bf16. Theirs is fp32 under autocast, which by arithmetic costs 1 to 2%, unless the embedding's
 output is cast: a line that they don't have, and that FSDP2's mixed precision stands for."""
 
+ONE_PIECE = {"compile": True, "chunk_size": 0}
+
 VARIANTS = (
-    Variant("litgpt (compiled; bf16 residual)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128, **RESIDUAL}),
+    Variant("litgpt (compiled; loss in one piece; bf16 residual)", "litgpt", "litgpt", {**ONE_PIECE, **RESIDUAL}),
     Variant("torchtitan (compiled; bf16 residual)", "torchtitan", "torchtitan", {"compile": True, **RESIDUAL}),
     Variant(
         "transformers (compiled by layer; Liger's loss; bf16 residual)",
@@ -70,14 +73,15 @@ VARIANTS = (
     ),
     Variant("litgpt (compiled)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128}, default=True),
     Variant("torchtitan (compiled)", "torchtitan", "torchtitan", {"compile": True}),
-    Variant("transformers (compiled)", "transformers", "transformers", {"compile": True}),
-    Variant("transformers (Liger)", "transformers", "transformers", LIGER, triton=True),
     Variant("stand-in for TinyLlama's code", "tinyllama", "transformers", default=True, triton=True),
-    # Traced whole, it cannot leave out the causal mask, and SDPA cannot take its fastest way.
-    Variant("transformers (compiled by layer)", "transformers", "transformers", {"compile": "layers"}),
-    Variant("litgpt (compiled; loss in one piece)", "litgpt", "litgpt", {"compile": True, "chunk_size": 0}),
     Variant("transformers (eager)", "transformers", "transformers", default=True),
     Variant("torchtitan (eager)", "torchtitan", "torchtitan", default=True),
+    Variant("transformers (Liger)", "transformers", "transformers", LIGER, triton=True),
+    # Traced whole, it cannot leave out the causal mask, and SDPA cannot take its fastest way.
+    Variant("transformers (compiled by layer)", "transformers", "transformers", {"compile": "layers"}),
+    Variant("transformers (compiled)", "transformers", "transformers", {"compile": True}),
+    Variant("litgpt (compiled; bf16 residual)", "litgpt", "litgpt", {"compile": True, "chunk_size": 128, **RESIDUAL}),
+    Variant("litgpt (compiled; loss in one piece)", "litgpt", "litgpt", ONE_PIECE),
     Variant("litgpt (eager; loss in one piece)", "litgpt", "litgpt", {"chunk_size": 0}, cpu_only=True),
 )
 """The most telling first: a budget may end before the last."""
@@ -119,19 +123,27 @@ def _labelled(rows: list[Row]) -> list[Row]:
     return rows
 
 
+AGAIN = "cria (again)"
+
+_TO_END_S = 5.0
+"""For a process that is killed at its limit to be gone, and the table to be written (seconds)."""
+
+
 def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> Iterator[list[Row]]:
     """All rows so far, each time that there is one more. Ours comes first and last, and time for that is kept."""
     rows: list[Row] = []
+    started = time.monotonic()
     for name, keys in ours.items():
         if bench.asked_for(name):
             rows.append({**bench.cria(name, keys).row(), "name": name})
             yield rows
+    aside_s = max(SHORTEST_ROW_S, (time.monotonic() - started) / len(rows)) + _TO_END_S
     for variant in wanted:
-        child = bench.peer(variant, aside_s=SHORTEST_ROW_S)
+        child = bench.peer(variant, aside_s=aside_s)
         rows.append({**(child.row() if isinstance(child, Child) else child), "name": variant.name})
         yield rows
-    again = {"problem": "not timed: no time left"} if bench.out_of_time() else bench.cria("cria (again)", []).row()
-    yield [*rows, {**again, "name": "cria (again)"}]
+    again = {"problem": "not timed: no time left"} if bench.out_of_time() else bench.cria(AGAIN, []).row()
+    yield [*rows, {**again, "name": AGAIN}]
 
 
 def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
@@ -248,7 +260,7 @@ def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: boo
                     f"does not train the same model: its first loss is {row['first_loss']:.5f}, off by {off:.1e}"
                 )
         ours = [row for row in rows if row["name"].startswith("cria") and row["problem"] is None]
-        best = max(ours, key=lambda row: row["tokens_per_sec_per_gpu"])
+        best = min(_as_one(ours), key=lambda row: statistics.median(row["seconds"]))
         for row in rows:
             if row["problem"] is None:
                 row["ratio"] = _ratio(best, row, in_turns)
@@ -258,6 +270,13 @@ def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: boo
         f"step, {settings.parallel.precision}, the same weights and batches"
     )
     return Result("peers", title, bench_result.subject(settings, 1), _labelled(rows), notes)
+
+
+def _as_one(ours: list[Row]) -> list[Row]:
+    """Ours, first and last as one: the better of two tries, against one try of each peer, would be a little too good."""
+    again = [second for row in ours if row["name"] == AGAIN for second in row["seconds"]]
+    rows = [row for row in ours if row["name"] != AGAIN]
+    return [{**row, "seconds": row["seconds"] + again} if row["name"] == "cria" else row for row in rows]
 
 
 def _ratio(ours: Row, other: Row, in_turns: bool) -> float:
@@ -277,7 +296,7 @@ def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
     if theirs:
         fastest = max(theirs, key=lambda row: row["tokens_per_sec_per_gpu"])
         lines.append(f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']}).")
-    again = next((row for row in ours if row["name"] == "cria (again)"), None)
+    again = next((row for row in ours if row["name"] == AGAIN), None)
     if again is not None:
         drift = 100 * (again["tokens_per_sec_per_gpu"] / rows[0]["tokens_per_sec_per_gpu"] - 1)
         lines.append(f"Drift, ours last against ours first: {drift:+.1f}%.")

@@ -61,7 +61,7 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
         device = _device(changed)
         try:
             bench_timing.limit_memory(device, timing.memory_limit_gib)
-            run = preparation.prepare(changed)
+            run = preparation.prepare(changed, saves=False)
             with run.at_end as at_end:
                 at_end.callback(run.log.close)
                 row = _time(run, timing)
@@ -100,6 +100,9 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     seconds = ranks.all_reduce_max(torch.tensor(timer.seconds(), dtype=torch.float64)).tolist()
     used = bench_timing.memory(device)  # before the profiler, which needs some itself
     mean_losses = (ranks.all_reduce_sum(torch.stack(losses)) / world_size).tolist()
+    step_time_s = statistics.median(seconds)
+    rates = metrics.throughput(tokens_per_step, step_time_s, world_size, run.flops_per_token, device)
+    run.fabric.print(f"timed: {rates['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU")  # whatever becomes of the profile
     window: dict[str, Any] = {"communication_pct": 0.0, "exposed_communication_pct": 0.0}
     if world_size > 1 or timing.profile:
         trace = timing.trace if ranks.rank() == 0 else None
@@ -107,11 +110,10 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
             window = bench_profile.profile_steps(
                 device, lambda: trainer.optimizer_step(run, micro_batches), PROFILED_STEPS, trace
             )
-        except RuntimeError as error:  # the steps that were timed stay
-            run.fabric.print(f"no profile: {error}")
-    step_time_s = statistics.median(seconds)
+        except Exception as error:  # the steps that were timed stay
+            run.fabric.print(f"no profile: {type(error).__name__}: {error}")
     return {
-        **metrics.throughput(tokens_per_step, step_time_s, world_size, run.flops_per_token, device),
+        **rates,
         "as_logged_tokens_per_sec_per_gpu": as_logged["tokens_per_sec_per_gpu"],
         "step_time_s": step_time_s,
         "step_time_spread_pct": 100 * (max(seconds) - min(seconds)) / step_time_s,

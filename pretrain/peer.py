@@ -84,7 +84,8 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
         norm_eps=hf["rms_norm_eps"],
         mlp_class_name="LLaMAMLP",
     )
-    model, state = GPT(config), dict[str, Tensor]()
+    with torch.device(spec["device"]):  # where it is initialised for nothing, but sooner
+        model, state = GPT(config), dict[str, Tensor]()
     copy_weights_hf_llama(config, {}, state, _weights(spec))
     model.load_state_dict(state)
     forward, chunk_size = _maybe_compiled(model, spec), spec["options"]["chunk_size"]
@@ -115,7 +116,8 @@ def torchtitan(spec: Spec) -> tuple[nn.Module, Loss]:
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
         max_seq_len=hf["max_position_embeddings"],
     )
-    model = Transformer(args)
+    with torch.device(spec["device"]):
+        model = Transformer(args)
     model.load_state_dict(Llama3StateDictAdapter(args, None).from_hf(_weights(spec)))
     loss_sum = cross_entropy_loss
     if spec["options"].get("compile"):

@@ -32,8 +32,10 @@ _SHARED_S = 60.0
 """For a file of rank 0's to be seen by all ranks, before their folders are taken for different ones."""
 
 
-def prepare(settings: config.Config, stop: scheduler.Stop | None = None) -> Run:
+def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: bool = True) -> Run:
     """Open the data, build the model, and load the checkpoint that the run goes on from, if there is one.
+
+    saves: False for a benchmark, which needs no room for a checkpoint.
 
     Raises:
         ValueError, OSError: something that the user can mend, in one line.
@@ -53,7 +55,7 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None) -> Run:
         on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
-        run = _build(settings, fabric, sharding, sources, mixture, accumulate)
+        run = _build(settings, fabric, sharding, sources, mixture, accumulate, saves)
         run.at_end = on_failure.pop_all()
         guard.rest()
     return run
@@ -66,6 +68,7 @@ def _build(
     sources: list[data.Source],
     mixture: data.Mixture,
     accumulate: int,
+    saves: bool,
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
     run_dir = Path(settings.run_dir)
@@ -75,7 +78,8 @@ def _build(
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
-    _describe(settings, run_dir, sources, fabric, 0 if found is None else checkpoint.read_state(found)["step"])
+    done = 0 if found is None else checkpoint.read_state(found)["step"]
+    _describe(settings, run_dir, sources, fabric, done, saves and done < settings.train.max_steps)
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
@@ -163,10 +167,12 @@ def _sees(run_dir: Path, mark: str) -> bool:
         time.sleep(0.5)
 
 
-def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, step: int) -> None:
+def _describe(
+    settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, step: int, will_save: bool
+) -> None:
     """Have rank 0 put into the run's folder what an export and a person need besides the weights.
 
-    step: after which the run goes on.
+    step: after which the run goes on. will_save: there must be room for a checkpoint.
 
     Raises:
         OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
@@ -179,7 +185,7 @@ def _describe(settings: config.Config, run_dir: Path, sources: list[data.Source]
             _keep_config(settings, run_dir, step, say=fabric.print)
             _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
             saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
-            if step < settings.train.max_steps:
+            if will_save:
                 saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
         except OSError as error:
             problem = str(error)

@@ -46,12 +46,15 @@ SLOWEST = (
 """Files of tests that take longest, or wait (for a time limit, a hang): they begin first, beside others that compute."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first. Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
-    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
-    wanted = config.option.markexpr.strip() == "gpu"
-    if wanted and any(item.get_closest_marker("gpu") for item in items) and not torch.cuda.is_available():
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
+    if config.option.markexpr.strip() == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("the tests marked gpu need a CUDA device, and PyTorch sees none on this machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 def pytest_collection_finish() -> None:

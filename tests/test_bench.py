@@ -367,6 +367,20 @@ def test_steps_are_paired_where_peers_took_turns_and_nowhere_else() -> None:
     assert bench_peers._ratio(ours, other, in_turns=False) == 2
 
 
+def test_ours_first_and_ours_last_are_one_row_of_more_steps(settings: Path) -> None:
+    """Else the better of two tries would be held against one of each peer."""
+    args = benchmark._parser().parse_args(["--config", str(settings), "--peers"])
+
+    def row(name: str, seconds: float) -> dict:
+        figures = {"tokens_per_sec_per_gpu": 100 / seconds, "seconds": [seconds] * 4, "first_loss": 5.0}
+        return {"name": name, "problem": None, "note": "v", **figures}
+
+    rows = [row("cria", 1.0), row("cria (compiled)", 1.3), row("transformers (eager)", 2.0), row("cria (again)", 1.4)]
+    result = bench_peers._compared(rows, args, config.load(settings), in_turns=False)
+    assert [row["ratio"] for row in result.rows] == pytest.approx([1 / 1.2, 1.3 / 1.2, 2 / 1.2, 1.4 / 1.2])
+    assert "Drift, ours last against ours first: -28.6%." in result.notes
+
+
 def test_every_precision_has_a_tolerance() -> None:
     assert set(bench_peers.LOSS_TOLERANCE) == set(get_args(get_type_hints(ParallelConfig)["precision"]))
 
