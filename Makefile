@@ -63,7 +63,7 @@ lint: setup
 	mypy
 
 faults: setup
-	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --repeat 10 --signals 40 --saves 200 --damage 1000 --disk 1 --calls 1 --full_disk 20 \
+	OMP_NUM_THREADS=1 python tests/faults.py --kills 300 --layouts 80 --repeat 10 --signals 40 --saves 200 --damage 1000 --disk 1 --calls 1 --full_disk 20 \
 		--elastic 30 --data 120 --jobs 20 --folder $$(mktemp -d)
 	OMP_NUM_THREADS=1 python tests/slurm_runs.py --requeues 14 --torchrun 6 --folder $$(mktemp -d)
 

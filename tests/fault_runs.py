@@ -10,6 +10,8 @@ import random
 import shutil
 import time
 from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +88,60 @@ def compare(run_dir: Path, reference: Path, exact: bool) -> None:
 # --- 1 and 9: kills --------------------------------------------------------------------------------------------------
 
 
-def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
-    """Runs that are killed four times each, on each number of ranks in turn; `trials` kills in all."""
+@dataclass(frozen=True)
+class World:
+    """Ranks, and how the model lies over them."""
+
+    name: str
+    ranks: int
+    node_size: int | None = None
+    """Ranks of a node; None: all."""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    micro_batch_size: int = 2
+
+    def settings(self, settings: config.Config, run_dir: Path) -> config.Config:
+        """`settings` in this world, and in this folder."""
+        train = dataclasses.replace(settings.train, micro_batch_size=self.micro_batch_size)
+        parallel = dataclasses.replace(settings.parallel, **self.parallel)
+        return dataclasses.replace(settings, run_dir=str(run_dir), train=train, parallel=parallel)
+
+
+def plain(worlds: list[int]) -> list[World]:
+    """Ranks of one node, as `auto` has them on a CPU."""
+    return [World(f"{ranks} ranks", ranks) for ranks in worlds]
+
+
+_OFTEN, _ONCE = {"gather": "layer", "reduce": "micro_step"}, {"gather": "step", "reduce": "step"}
+LAYOUTS = [
+    World("hybrid, 2 nodes", 4, 2, {"strategy": "hybrid", **_OFTEN}, 1),
+    World(
+        "hybrid, 2 nodes, exchanged once a step, bf16", 4, 2, {"strategy": "hybrid", **_ONCE, "precision": "bf16"}, 1
+    ),
+    World("shard_grad_op, bf16", 2, None, {"strategy": "shard_grad_op", **_ONCE, "precision": "bf16"}),
+    World("full_shard, 2 nodes, recomputed", 4, 2, {"strategy": "full_shard", **_OFTEN, "recompute": "mlp"}, 1),
+]
+"""What `auto` takes on GPUs, and what a user may; two micro-steps each."""
+
+
+def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[World]) -> dict:
+    """Runs that are killed up to four times each, in each world in turn; `trials` kills in all."""
     moments, places, failures, done = random.Random(seed), Counter[str](), [], 0
-    for ranks in worlds:
-        train_to_the_end(ranks, at(settings, folder / f"straight-{ranks}"))
-    turn = 0
+    straight = {world.name: folder / f"straight-{number}" for number, world in enumerate(worlds)}
+    for world in worlds:
+        train_to_the_end(world.ranks, world.settings(settings, straight[world.name]), world.node_size)
+    turn, kills_a_run = 0, min(KILLS_A_RUN, -(-trials // len(worlds)))
     while done < trials:
-        ranks = min(worlds, key=lambda number: places[f"{number} ranks"])  # where there were the fewest kills so far
+        world = min(worlds, key=lambda world: places[world.name])  # where there were the fewest kills so far
         run_dir = folder / f"killed-{turn}"
         try:
-            kills = min(KILLS_A_RUN, trials - done)
-            done += kill_some(ranks, at(settings, run_dir), kills, moments, places)
-            train_to_the_end(ranks, at(settings, run_dir))
-            compare(run_dir, folder / f"straight-{ranks}", exact=True)
+            kills = min(kills_a_run, trials - done)
+            done += kill_some(world, world.settings(settings, run_dir), kills, moments, places)
+            train_to_the_end(world.ranks, world.settings(settings, run_dir), world.node_size)
+            compare(run_dir, straight[world.name], exact=True)
             places.update(resumes(run_dir))
             shutil.rmtree(run_dir)
         except AssertionError as error:
-            failures.append(f"run {turn} on {ranks} ranks: {error}")
+            failures.append(f"run {turn}, {world.name}: {error}")
         turn += 1
     return {"trials": done, "differ": len(failures), "failures": failures, "runs": turn, "places": dict(places)}
 
@@ -111,27 +149,28 @@ def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, w
 PLACES = {"all": "all ranks", "one": "one rank", "save": "a crash point of a save", "edge": "an epoch's edge"}
 
 
-def kill_some(ranks: int, settings: config.Config, kills: int, moments: random.Random, places: Counter[str]) -> int:
+def kill_some(world: World, settings: config.Config, kills: int, moments: random.Random, places: Counter[str]) -> int:
     """Kill a run so many times, or until it is done; counts each kill in `places` and returns how many there were.
 
     The last kill is where the next step goes into another epoch, if there is such a place left.
     """
     folder = Path(settings.run_dir) / "checkpoints"
+    start = partial(start_training, world.ranks, settings, node_size=world.node_size)
     for number in range(kills):
         how = moments.choice(["all", "one", "save"])
         if number == kills - 1 and (edge := _next_edge(folder.parent)):
-            how, statuses = "edge", finish(start_training(ranks, settings, die_at_a_commit(edge)), patience_s=10)
+            how, statuses = "edge", finish(start(before=die_at_a_commit(edge)), patience_s=10)
         elif how == "save":
             point = (moments.randrange(1, 50), moments.random() < 0.5)
-            statuses = finish(start_training(ranks, settings, die_in_a_save(*point)), patience_s=10)
+            statuses = finish(start(before=die_in_a_save(*point)), patience_s=10)
         else:
-            pids = start_training(ranks, settings)
+            pids = start()
             _wait(Path(settings.run_dir), pids[0], moments)
             kill(pids if how == "all" else [moments.choice(pids)])
             statuses = finish(pids, patience_s=10)
         if -9 not in statuses:
             return number
-        places[f"{ranks} ranks"] += 1
+        places[world.name] += 1
         places[PLACES[how]] += 1
         places["fell into a save"] += any(folder.glob(".*"))
         for left in (path for _, path in checkpoint.committed(folder.parent)):

@@ -2,6 +2,8 @@
 
     --kills     1, 9   SIGKILL to one or all of 1, 2 or 4 ranks, at random moments and before and after each call of a save
                        that touches the disk; started again until the run ends, which must be the undisturbed one to the bit
+    --layouts   1, 9   the same kills under the strategies that `auto` takes on GPUs, some in bf16: hybrid over two nodes,
+                       shard_grad_op
     --repeat           the same undisturbed run again, on each number of ranks
     --signals   5      SIGTERM or SIGUSR1 to one rank, in a step, a validation, a save, a load, at the start: all ranks save and
                        leave with the status that asks for another start; no step is lost
@@ -53,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in (
         "kills",
+        "layouts",
         "repeat",
         "signals",
         "saves",
@@ -74,7 +77,8 @@ def main() -> int:
     started, few = time.monotonic(), [n for n in args.ranks if n <= 2]
     settings = fault_runs.make_settings(fault_runs.make_data(args.folder / "datasets"), args.folder)
     parts = {
-        "kills": lambda n, to: fault_runs.kill_trials(settings, to, n, args.seed, args.ranks),
+        "kills": lambda n, to: fault_runs.kill_trials(settings, to, n, args.seed, fault_runs.plain(args.ranks)),
+        "layouts": lambda n, to: fault_runs.kill_trials(settings, to, n, args.seed, fault_runs.LAYOUTS),
         "repeat": lambda n, to: fault_runs.repeat_trials(settings, to, n, args.ranks),
         "signals": lambda n, to: fault_signals.signal_trials(settings, to, n, args.seed, args.ranks),
         "saves": lambda n, to: fault_saves.save_trials(to, n, args.seed, few),

@@ -18,15 +18,18 @@ assert preparation
 assert trainer  # imported for the children
 
 
-def fork_ranks(ranks: int, output: Path, body: Callable[[int], int | None]) -> list[int]:
-    """Start `body(rank)` in `ranks` processes with the variables that torchrun sets; they exit with what it returns."""
+def fork_ranks(ranks: int, output: Path, body: Callable[[int], int | None], node_size: int | None = None) -> list[int]:
+    """Start `body(rank)` in `ranks` processes with the variables that torchrun sets; they exit with what it returns.
+
+    node_size: ranks of a node, for all that they know; None: they are all of one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [_fork(rank, ranks, port, output, body) for rank in range(ranks)]
+    return [_fork(rank, ranks, node_size or ranks, port, output, body) for rank in range(ranks)]
 
 
-def _fork(rank: int, ranks: int, port: int, output: Path, body: Callable[[int], int | None]) -> int:
+def _fork(rank: int, ranks: int, node_size: int, port: int, output: Path, body: Callable[[int], int | None]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -36,8 +39,9 @@ def _fork(rank: int, ranks: int, port: int, output: Path, body: Callable[[int], 
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         if ranks > 1:
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
-            os.environ.update({name: str(value) for name, value in places.items()})
+            node, local_rank = divmod(rank, node_size)
+            places = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": node_size}
+            os.environ.update({name: str(value) for name, value in (places | {"GROUP_RANK": node}).items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults")
         status = body(rank) or 0
     except SystemExit as stopped:
@@ -49,7 +53,11 @@ def _fork(rank: int, ranks: int, port: int, output: Path, body: Callable[[int], 
 
 
 def start_training(
-    ranks: int, settings: config.Config, before: Callable[[int], None] = lambda rank: None, output: Path | None = None
+    ranks: int,
+    settings: config.Config,
+    before: Callable[[int], None] = lambda rank: None,
+    output: Path | None = None,
+    node_size: int | None = None,
 ) -> list[int]:
     """`pretrain train` with settings that are parsed already; `before` is called in each process with its rank."""
 
@@ -60,7 +68,7 @@ def start_training(
 
     run_dir = Path(settings.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    return fork_ranks(ranks, output or run_dir / "output.txt", body)
+    return fork_ranks(ranks, output or run_dir / "output.txt", body, node_size)
 
 
 def with_group(ranks: int, body: Callable[[int], int | None]) -> Callable[[int], int | None]:
@@ -107,9 +115,9 @@ def gone(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def train_to_the_end(ranks: int, settings: config.Config) -> None:
+def train_to_the_end(ranks: int, settings: config.Config, node_size: int | None = None) -> None:
     """Train undisturbed until the run is done."""
-    statuses = finish(start_training(ranks, settings))
+    statuses = finish(start_training(ranks, settings, node_size=node_size))
     if statuses != [0] * ranks:
         output = (Path(settings.run_dir) / "output.txt").read_text()
         raise AssertionError(f"{settings.run_dir} ended with {statuses}\n{output[-3000:]}")

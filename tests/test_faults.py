@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fault_runs
 import faults
 
 
 def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
-    trials = {"kills": 5, "saves": 16, "damage": 100, "signals": 5, "elastic": 1, "data": 6, "jobs": 2}
+    trials = {"kills": 5, "layouts": 4, "saves": 16, "damage": 100, "signals": 5, "elastic": 1, "data": 6, "jobs": 2}
     short = [part for name, number in trials.items() for part in (f"--{name}", str(number))]
     short += ["--ranks", "1", "2", "--seed", "7"]
     places = ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
@@ -21,6 +22,7 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     assert {name: summary[name]["trials"] for name in trials} == trials
     assert sum(summary[name].get("differ", 0) + summary[name].get("missed", 0) for name in trials) == 0
     assert summary["kills"]["places"].keys() >= {"1 ranks", "2 ranks"}
+    assert summary["layouts"]["places"].keys() >= {world.name for world in fault_runs.LAYOUTS}
     assert all(summary[name]["places"]["resumed at an epoch's edge"] > 0 for name in ("kills", "elastic"))
     assert len(summary["signals"]["places"]) == 5
     assert summary["saves"]["places"]["fell into a flush"] > 0
