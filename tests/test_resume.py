@@ -173,6 +173,44 @@ def test_init_from_weights_of_other_tokens_is_refused(
     assert "allowed: --init_from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "hugging face"])
+def test_init_from_weights_that_mean_something_else_is_refused_by_name(
+    datasets: Path, straight: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rope_theta fits every tensor; of max_position_embeddings no weight knows."""
+    source = straight / "checkpoints" / "step-00000020"
+    if kind != "checkpoint":
+        source = write_hf_folder(tmp_path / "hf", checkpoint.load_weights(source))
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 1}, optim={"warmup_steps": 1})
+    words = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree)), "--init_from", str(source)]
+    with pytest.raises(SystemExit):
+        main([*words, "--model.rope_theta", "20000"])
+    said = capsys.readouterr().err
+    assert f"{source} has rope_theta = 10000.0 and the configuration says model.rope_theta = 20000.0" in said
+    assert main([*words, "--model.max_position_embeddings", "48"]) == 0
+    first, last = records(tmp_path / "run", "validation")[0], records(straight, "validation")[20]
+    assert first["losses"] == pytest.approx(last["losses"], abs=1e-5)
+
+
+def test_init_from_is_for_the_first_start_alone(
+    datasets: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scheduler repeats the whole command; what was trained since must not be replaced by the first weights."""
+    sections = {"train": {"max_steps": 6}, "validation": {"every_steps": 3}, "checkpoint": {"every_steps": 3}}
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
+    source = straight / "checkpoints" / "step-00000020"
+    words = ["train", "--config", str(config_file), "--init_from", str(source)]
+    assert main(words) == 0
+    undisturbed = trajectory(tmp_path / "run")
+    assert "changes nothing" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")  # as if it had been killed before
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "resumed after step 3" in said
+    assert f"{tmp_path / 'run'} has a checkpoint: the run goes on from it, and --init_from changes nothing" in said
+    assert trajectory(tmp_path / "run") == undisturbed
+
+
 def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     """As transformers itself writes a model."""
     shape = transformers.LlamaConfig(**{**TINY_MODEL, "rms_norm_eps": 1e-5}, tie_word_embeddings=False)
@@ -200,6 +238,20 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path:
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000110", "step-00000120"]
+
+
+def test_two_ranks_save_after_the_same_steps_by_the_clock_of_one(datasets: Path, tmp_path: Path) -> None:
+    """Whether it is time, rank 0 alone knows: a rank that does not hear it would save another step's weights."""
+    sections = {"train": {"max_steps": 6}, "watchdog": {"limit_s": 30}}  # ranks that wait for each other for ever end
+    for name, every_minutes in (("straight", 0), ("often", 1e-9)):
+        often = {"every_steps": 0, "every_minutes": every_minutes, "keep_last": 100}
+        tree = tiny_config(datasets, tmp_path / name, checkpoint=often, **sections)
+        pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=2)
+    saved = checkpoint.committed(tmp_path / "often")
+    assert len(checkpoint.committed(tmp_path / "straight")) == 1
+    assert {6, 1} <= {step for step, _ in saved}
+    assert [checkpoint.verify(folder) for _, folder in saved] == [None] * len(saved)
+    assert trajectory(tmp_path / "often") == trajectory(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 1), (1, 2)])

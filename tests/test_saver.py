@@ -158,6 +158,41 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
     assert checkpoint.find(tmp_path, pytest.fail).name == "step-00000015"
 
 
+def test_where_all_are_kept_nothing_is_saved_by_the_clock_but_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without keep_last the clock would fill the disk; a step whose save failed is another matter."""
+    now = [1000.0]
+    monkeypatch.setattr(saver.time, "perf_counter", lambda: now[0])
+    model, optimizer = make_state(3)
+    overdue = []
+    for keep_last in (1, 0):
+        settings = CheckpointConfig(every_minutes=30, keep_last=keep_last)
+        writer = saver.Saver(tmp_path / str(keep_last), settings, say=lambda line: None)
+        now[0] += 1801
+        overdue.append(writer.overdue())
+        writer.save(5, model, optimizer, {"step": 5})
+        assert writer.wait() is None
+        now[0] += 1801
+        overdue.append(writer.overdue())
+        writer.close()
+    assert overdue == [True, True, False, False]
+    writer = saver.Saver(tmp_path / "0", settings, say=lambda line: None)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.shutil, "disk_usage", lambda path: full)
+        writer.save(10, model, optimizer, {"step": 10})
+        assert writer.wait() is not None
+    now[0] += 299
+    assert not writer.overdue()
+    now[0] += 2
+    assert writer.overdue()
+    writer.save(11, model, optimizer, {"step": 11})
+    writer.close()
+    now[0] += 1801
+    assert not writer.overdue()
+
+
 @pytest.mark.parametrize("failing", ["_write_tensors", "_commit", "_make_room"])
 def test_a_failed_write_commits_nothing_and_the_run_is_told_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
