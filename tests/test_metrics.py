@@ -1,19 +1,27 @@
-"""The log outlives its disk and its loggers: what cannot be written waits, who fails is switched off, the run goes on."""
+"""What a run says of its speed is so; and the log outlives its disk and its loggers.
+
+What cannot be written waits, who fails is switched off, the run goes on.
+"""
 
 import json
 import os
 import resource
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
+from conftest import records, tiny_config, write_config
 from wandb.errors import AuthenticationError, CommError, UsageError
 
-from pretrain import history, metrics
+from pretrain import config, data, history, logbook, metrics, preparation, saver, trainer, validation
+from pretrain.model import num_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +31,53 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_FINISH_TIMEOUT", "WANDB_FINISH_TIMEOUT_RAISES"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+def test_a_steps_time_is_that_of_training_alone(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step, and of no validation (100 s) and save (50 s) between the five of a line; later steps take longer."""
+    now, counts = [1000.0], Counter[str]()
+
+    def takes(owner: Any, name: str, seconds: Iterator[float]) -> None:
+        method = getattr(owner, name)
+
+        def slow(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            now[0] += next(seconds)
+            return method(*args, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    takes(data.MicroBatches, "__getitem__", repeat(0.125))  # four a step
+    takes(trainer, "clip_gradients", chain(repeat(0.5, 5), repeat(1.5, 5)))
+    takes(validation, "losses", repeat(100.0))
+    takes(saver.Saver, "save", repeat(50.0))
+    takes(logbook, "log_start", repeat(20.0))
+    sections = {"train": {"max_steps": 10, "log_every": 5}, "validation": {"every_steps": 2}}
+    tree = tiny_config(datasets, tmp_path / "run", checkpoint={"every_steps": 3}, **sections)
+    run = preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
+    assert trainer.train(run) == 0
+    assert counts == {"__getitem__": 40, "clip_gradients": 10, "losses": 6, "save": 4, "log_start": 1}
+    figures = {
+        step: (line["step_time_s"], line["data_wait_s"], line["tokens_per_sec"])
+        for step, line in records(tmp_path / "run", "train").items()
+    }
+    assert figures == {5: (1.0, 0.5, 8 * 32), 10: (2.0, 0.5, 8 * 32 / 2)}
+
+
+def test_the_flops_of_a_token_are_tinyllamas_by_both_conventions() -> None:
+    """Term by term: embedding, head, 22 layers' products and norms, the last norm; and 22 layers' attention over 2,048."""
+    settings = config.load(Path(__file__).parent.parent / "configs" / "tinyllama-1.1b.yaml")
+    layer = 2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632
+    products = 22 * layer + 32000 * 2048
+    whole = products + 32000 * 2048 + (2 * 22 + 1) * 2048
+    attention = 22 * 2048 * 2048
+    expected = {"m1": 6 * whole + 12 * attention, "m3": 6 * products + 6 * attention}
+    assert expected == {"m1": 7_707_586_560, "m3": 6_760_169_472}
+    sizes = num_parameters(settings.model)
+    assert metrics.flops_per_token(settings.model, settings.data.seq_len, *sizes) == expected
 
 
 def make_log(run_dir: Path, *loggers: object) -> metrics.MetricsLog:
