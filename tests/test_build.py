@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from pretrain import config, float8, parallel, preparation
+from pretrain import config, float8, parallel, preparation, trainer
 from pretrain.model import Llama
 from pretrain.sections import ModelConfig, ParallelConfig
 
@@ -119,6 +119,43 @@ def test_compiled_there_are_no_graph_breaks_and_no_recompiles(
     with built(monkeypatch, "single", layers=layers, precision="bf16", compile=False) as model:
         assert model(*batch(0)).item() == pytest.approx(losses[0], abs=1e-3)
     torch.compiler.reset()
+
+
+def test_every_setting_of_the_model_and_the_optimizer_arrives(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is lost on its way spoils no run: it is looked for in the optimizer, in the first loss and its gradient."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restores what `launch` may be about to set
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    optim = {"max_lr": 7e-3, "beta1": 0.8, "beta2": 0.7, "eps": 1e-5, "weight_decay": 0.3}
+    first = {}
+    for name, train, intra_document in (
+        ("plain", {}, False),
+        ("z-loss", {"z_loss": 0.1}, False),
+        ("documents", {}, True),
+        ("deterministic", {"deterministic": True}, False),
+    ):
+        sections = {"train": train, "data": {"intra_document": intra_document}, "optim": optim}
+        tree = tiny_config(datasets, tmp_path / name, **sections)
+        run = preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
+        with run.at_end as at_end:
+            at_end.callback(torch.use_deterministic_algorithms, False)
+            assert torch.are_deterministic_algorithms_enabled() is (name == "deterministic")
+            groups = run.optimizer.param_groups
+            assert [group["weight_decay"] for group in groups] == [0.3, 0]
+            assert all(
+                group["lr"] == 7e-3 and group["betas"] == (0.8, 0.7) and group["eps"] == 1e-5 for group in groups
+            )
+            batches = list(trainer.make_loader(run))[:4]
+            assert any((tokens[:, :-1] == EOS).any() for tokens, _ in batches), "no document ends"
+            result = trainer.optimizer_step(run, iter(batches))
+            first[name] = (result.loss.item(), result.grad_norm.item())
+    (loss, norm), (z_loss, z_norm), (alone, alone_norm), repeated = first.values()
+    assert z_loss == pytest.approx(loss, abs=1e-6), "what is logged stays the cross-entropy"
+    assert abs(z_norm - norm) > 1e-3 * norm
+    assert abs(alone - loss) > 1e-6
+    assert abs(alone_norm - norm) > 1e-6 * norm
+    assert repeated == (loss, norm)
 
 
 def test_within_documents_needs_their_ends(datasets: Path, tmp_path: Path) -> None:
