@@ -5,9 +5,9 @@
     killed:    1 ────────> SIGKILL ... SIGKILL ───> n        at random moments, started again each time
     elsewhere: 1 ────────> SIGKILL, other ranks ──> n        started again on other numbers of ranks
 
-Every run is a real `pretrain train` in processes of its own. Compared are, for every step, the fingerprint of its sequences,
-loss, gradient norm and learning rate, and at the end every tensor of the last checkpoint: to the bit where the number of
-ranks is the same, to 1e-5 in the loss where it is not.
+Every run is a real `pretrain train` on this machine, in processes of its own, with `train.deterministic`. Compared are, for
+every step, the fingerprint of its sequences, loss, gradient norm and learning rate, and at the end every tensor of the last
+checkpoint: to the bit where the number of ranks is the same, to `LOSS_TOLERANCE` in the loss where it is not.
 """
 
 import json
@@ -38,7 +38,9 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 2e-2}
 def main(argv: list[str]) -> int:
     """The command `pretrain verify-resume`; exit status 1 where a promise does not hold."""
     parser = Parser(
-        prog="pretrain verify-resume", description="Prove on this machine that a killed run is the same run."
+        prog="pretrain verify-resume",
+        description="Prove on this machine that a killed run is the same run. Each run is a short one of the whole model and "
+        "batch, with train.deterministic; a smaller batch, or groups of hybrid sharding within this machine, by --overrides.",
     )
     parser.add_argument("--config", type=Path, required=True, help="The run's configuration (path).")
     parser.add_argument("--steps", type=int, default=40, help="Length of each run (steps).")
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> int:
         "--ranks",
         type=list[int] | None,
         default=None,
-        help="Numbers of ranks; the first is the reference. None: 1 and 2, where the batch divides by 2 and a GPU run has two.",
+        help="Numbers of ranks; the first is the reference. None: all of the machine's GPUs and half of them, or 1 and 2 on "
+        "CPUs, as far as the batch divides by them.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Fixes the moments of the kills (whole number).")
     parser.add_argument(
@@ -91,10 +94,15 @@ def main(argv: list[str]) -> int:
 
 
 def _numbers_of_ranks(settings: config.Config) -> list[int]:
-    """One and two, where two can be had: of the batch, and of the GPUs where the run would take them."""
+    """The most GPUs that the batch divides by, where the model is sure to fit, and half of them; one and two CPUs."""
+    if settings.parallel.strategy == "single":
+        return [1]
     gpus = torch.cuda.device_count() if settings.parallel.accelerator != "cpu" else 0
-    two = settings.train.global_batch_size % (2 * settings.train.micro_batch_size) == 0 and gpus != 1
-    return [1, 2] if two and settings.parallel.strategy != "single" else [1]
+    sequences = settings.train.global_batch_size // settings.train.micro_batch_size
+    divides = [ranks for ranks in range(1, (gpus or 2) + 1) if sequences % ranks == 0]
+    return (
+        [max(divides), max(n for n in divides if n <= max(divides) / 2)] if gpus > 1 and len(divides) > 1 else divides
+    )
 
 
 @dataclass(frozen=True)

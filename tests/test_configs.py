@@ -1,12 +1,14 @@
 """Every shipped YAML is complete and loads; TinyLlama's is the whole recipe."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pretrain import config, plan
+from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate
 from pretrain.sections import OpsConfig
@@ -135,6 +137,29 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     else:
         assert m.head_dim == 64
         assert m.num_key_value_heads < m.num_attention_heads
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("tinyllama-1.1b", 2), *((name, 8) for name in PRESETS), ("llama-7b", 1)])
+def test_as_it_is_written_a_preset_fits_gpus_of_40_gb(
+    name: str, nodes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    plan.main(["--config", str(path), "--chip", "A100-40G", "--nodes", str(nodes)])
+    (total,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ total, of 39.4 GiB ")]
+    assert total.split("│")[2].strip().startswith("fits: "), total
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_comment_counts_is_counted(path: Path) -> None:
+    """How many checkpoints stay for good, and of which size."""
+    settings, text = config.load(path), path.read_text()
+    said = re.search(r"keep_every: \d+ # for good: (\d+) checkpoints? of ([\d.]+) GB", text)
+    if settings.checkpoint.keep_every == 0:
+        assert said is None
+        return
+    assert said is not None
+    assert int(said[1]) == settings.train.max_steps // settings.checkpoint.keep_every
+    assert float(said[2]) == pytest.approx(checkpoint_bytes(settings.model) / 1e9, abs=0.05)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

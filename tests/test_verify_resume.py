@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import pretrain, tiny_config, write_config
 
 from pretrain import config, data, order, verify_resume
@@ -47,6 +48,28 @@ def test_what_is_not_the_same_run_is_said_and_is_a_status(
     said = capsys.readouterr().out
     assert said.count("holds") == 4
     assert said.splitlines()[-1].startswith("FAILED: killed on 2; ")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "strategy", "expected"),
+    [
+        (0, 8, "auto", [1, 2]),
+        (0, 7, "auto", [1]),
+        (1, 8, "auto", [1]),
+        (2, 8, "auto", [2, 1]),
+        (8, 16, "auto", [8, 4]),
+        (8, 12, "auto", [6, 3]),
+        (8, 16, "single", [1]),
+    ],
+)
+def test_it_takes_the_gpus_that_there_are(
+    gpus: int, batch: int, strategy: str, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In micro-batches of two. One GPU of eight may not hold the model."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    parallel = {"accelerator": "auto", "strategy": strategy}
+    tree = tiny_config(tmp_path, tmp_path / "run", train={"global_batch_size": 2 * batch}, parallel=parallel)
+    assert verify_resume._numbers_of_ranks(config.load(write_config(tmp_path / "c.yaml", tree))) == expected
 
 
 def test_a_folder_of_something_else_is_left_alone(
