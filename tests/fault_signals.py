@@ -46,12 +46,17 @@ def signal_at(place: str, number: signal.Signals, target: int) -> Callable[[int]
 
 
 def signal_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
-    """Each place in turn, then each signal, on each number of ranks."""
+    """Each place in turn, each signal, on each number of ranks."""
     moments, failures, places = random.Random(seed), [], Counter[str]()
     for ranks in worlds:
         train_to_the_end(ranks, at(settings, folder / f"straight-{ranks}"))
+    # Few trials, too, come to all places, and by turns to all numbers of ranks and both signals.
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
     kinds = [
-        (ranks, number, place) for ranks in worlds for number in (signal.SIGTERM, signal.SIGUSR1) for place in PLACES
+        (worlds[(turn + n) % len(worlds)], numbers[(again + n // len(worlds)) % 2], place)
+        for turn in range(len(worlds))
+        for again in range(2)
+        for n, place in enumerate(PLACES)
     ]
     for trial in range(trials):
         ranks, number, place = kinds[trial % len(kinds)]

@@ -54,6 +54,28 @@ def test_a_run_stops_while_there_is_time_to_save(stop: scheduler.Stop, monkeypat
     assert stop.asked(save_s=0, max_hours=hours, margin_s=350) == 0
 
 
+def test_the_longest_step_is_kept_free_and_the_first_intervals_say_nothing(
+    stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, clock = time.time(), time.monotonic()
+    end = begun + 100_000
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+
+    def asked(interval_s: float, left_s: float) -> int:
+        nonlocal clock
+        clock += interval_s
+        monkeypatch.setattr(scheduler, "time", SimpleNamespace(time=lambda: end - left_s, monotonic=lambda: clock))
+        return stop.asked(save_s=100, max_hours=0, margin_s=60)
+
+    assert asked(1000, left_s=100_000) == 0, "the first validation"
+    assert asked(1000, left_s=261) == 0, "the step that compiles"
+    assert asked(1000, left_s=261) == 0
+    assert asked(300, left_s=561) == 0
+    assert asked(0, left_s=559) == scheduler.OUT_OF_TIME, "300 s earlier"
+    assert asked(10, left_s=559) == scheduler.OUT_OF_TIME, "the longest, not the last"
+    assert asked(10, left_s=561) == 0
+
+
 def test_a_job_gets_on_even_after_a_save_that_took_longer_than_it_has(
     stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

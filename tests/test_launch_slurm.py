@@ -227,8 +227,10 @@ echo "start ${SLURM_RESTART_COUNT:-0}"
 
 def test_nodes_that_are_not_free_are_given_back(cluster: slurm.Slurm, tmp_path: Path) -> None:
     """As where a failed node has left a job less than it was given; here another step holds them."""
-    held = 'STEP_WAIT_S=2\n[ "${SLURM_RESTART_COUNT:-}" ] || { srun --ntasks=2 sleep 600 & sleep 2; }\n'
-    lines = run_stub(cluster, tmp_path, True, first=held)
+    hold = "srun --ntasks=2 sh -c 'touch held-$SLURM_PROCID; exec sleep 600' &"
+    held = "while [ ! -e held-0 ] || [ ! -e held-1 ]; do sleep 0.1; done"
+    first = f'STEP_WAIT_S=2\n[ "${{SLURM_RESTART_COUNT:-}}" ] || {{ {hold} {held}; }}\n'
+    lines = run_stub(cluster, tmp_path, True, first=first)
     assert len(lines) == 2, "two ranks, once"
     (log,) = tmp_path.glob("pretrain-*.log")
     assert "Requested nodes are busy" in log.read_text()

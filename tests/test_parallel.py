@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import TINY_MODEL, records, tiny_config, write_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import checkpoint, config, parallel, sharding
+from pretrain import checkpoint, config, parallel, preparation, sharding, trainer
 from pretrain.model import Llama
 from pretrain.sections import ParallelConfig
 
@@ -310,6 +311,24 @@ def test_parameters_and_gradients_travel_as_often_as_the_strategy_says(worlds: W
         "hybrid": [gather | reduce, gather | reduce, gather | reduce | across],
         "exchanged-once": [gather_once, {}, reduce | across],
     }
+
+
+def test_the_gradients_of_a_step_are_exchanged_once(datasets: Path, tmp_path: Path) -> None:
+    """By the trainer's own step, of three micro-steps on two ranks; a reduction a group, as above."""
+    sections = {"train": {"micro_batch_size": 2, "global_batch_size": 12}, "parallel": {"strategy": "full_shard"}}
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections)))
+
+    def step(rank: int) -> None:
+        run = preparation.prepare(settings)
+        with Called("c10d._reduce_scatter_base_") as reductions:
+            trainer.optimizer_step(run, trainer.make_loader(run))
+        (tmp_path / f"{rank}").write_text(f"{run.grad_accum_steps} {reductions.count}")
+        run.at_end.close()
+        parallel.leave()
+
+    output = tmp_path / "output.txt"
+    assert forks.finish(forks.fork_ranks(2, output, step)) == [0, 0], output.read_text()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"3 {TINY_MODEL['num_hidden_layers'] + 2}"] * 2
 
 
 TINYLLAMA, SEVEN_B, A100 = 1_100_048_384, 6_738_415_616, 40 * 2**30

@@ -19,7 +19,9 @@ import sentencepiece
 from test_sources import line, write_jsonl, write_parquet
 from test_tokenizer import LLAMA_MODEL
 
+from data_prep import encoder
 from data_prep.__main__ import COMMANDS, main
+from data_prep.encoder import Encoder
 from data_prep.manifest import staged_path
 from data_prep.prepare import SlimPajamaOptions, StarCoderOptions, run
 from data_prep.shard import Manifest, TokenDataset
@@ -88,6 +90,24 @@ def test_tokens_are_those_of_a_plain_loop(corpus: Path, tmp_path: Path, prepend_
     assert (expected.count(EOS), expected.count(BOS)) == (200 * append_eos, 200 * prepend_bos)
     assert (manifest.append_eos, manifest.prepend_bos) == (append_eos, prepend_bos)
     assert manifest.tokenizer == load(LLAMA_MODEL).info == load(tmp_path / "out/tokenizer").info
+
+
+def test_documents_that_are_encoded_in_pieces_keep_their_place_and_their_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between documents that are gathered into batches, which must not come behind them."""
+    monkeypatch.setattr(encoder, "LONG_CHARACTERS", 100)
+    cut, encode_long = [], Encoder.encode_long
+    monkeypatch.setattr(Encoder, "encode_long", lambda self, text: cut.append(text) or encode_long(self, text))
+    texts = ["one", "two", "a long text, " * 30, "three", "another long one. " * 40, "and more of it. " * 50, "four"]
+    write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", *map(line, texts))
+    run(options(tmp_path / "in", tmp_path / "out", prepend_bos=True, append_eos=True, check_every=0))
+    assert cut == [text for text in texts if len(text) > 100]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA_MODEL))
+    expected = [token for text in texts for token in (BOS, *processor.encode(text), EOS)]
+    dataset = TokenDataset(tmp_path / "out")
+    assert dataset.sequences([0], dataset.num_tokens - 1)[0].tolist() == expected
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_every_document_is_accounted_for(undisturbed: Path) -> None:

@@ -169,6 +169,33 @@ def test_a_budget_is_judged_by_what_is_to_come() -> None:
     assert budget.is_exceeded(final=False)
 
 
+def test_bytes_behind_damage_are_borne_as_far_as_documents_are() -> None:
+    """One bad of a million documents, and a hundredth of the bytes that nobody could read."""
+
+    class Record:
+        bad_documents, lost_bytes, documents_read, source_bytes, bad = 1, 10_000, 1_000_000, 900_000, ()
+
+    strict, lenient = Budget(0.0099, 1_000_000), Budget(0.01, 1_000_000)
+    for budget in (strict, lenient):
+        budget.add(Record(), say=False)
+    for final in (False, True):
+        assert strict.is_exceeded(final)
+        assert not lenient.is_exceeded(final)
+    with pytest.raises(ValueError, match=r"1 of 1,000,000 documents .* 10,000 of 1,000,000 bytes lie behind damage"):
+        strict.enforce(final=True)
+    lenient.enforce(final=True)
+
+
+def test_half_a_file_that_cannot_be_read_is_more_than_one_bad_document(tmp_path: Path) -> None:
+    """A download that broke off in a file of its full size: few documents count as bad, and half of the bytes are lost."""
+    rng = random.Random(0)
+    path = write_jsonl(tmp_path / "in/train/a.jsonl.zst", *(line(rng.randbytes(20_000).hex()) for _ in range(40)))
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2].ljust(len(good), b"\0"))
+    with pytest.raises(ValueError, match=r"1 of \d\d documents are bad .*, and [34]\d\d,\d{3} of [89]\d\d,\d{3} bytes"):
+        run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=0.2, check_every=0))
+
+
 def test_how_an_array_is_cut_does_not_decide_what_is_borne(tmp_path: Path) -> None:
     """5 files of 40 documents, of which 1 in 200 may be bad: 1 in a task of 40 is borne, 2 in 2 tasks are not."""
     for n in range(5):

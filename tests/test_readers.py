@@ -63,6 +63,17 @@ def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
     assert bad.reason == readers.UNREADABLE
 
 
+def test_the_bytes_behind_damage_are_counted(tmp_path: Path) -> None:
+    """A download that broke off in a file of its full size: nobody can know how many documents are lost, but how many bytes."""
+    path = tmp_path / "a.jsonl.zst"
+    data = compress("zst", b"\n".join(MANY))
+    behind = len(data) - len(data) // 2
+    path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
+    *_, (_, bad) = read_jsonl(path)
+    assert isinstance(bad, Bad)
+    assert 0.9 * behind < bad.lost_bytes <= behind
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
 def test_an_empty_compressed_file_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()

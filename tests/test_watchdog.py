@@ -284,6 +284,23 @@ def test_a_refusal_is_not_the_death_of_its_watcher(
     assert capfd.readouterr().err == ""
 
 
+def test_the_first_step_alone_may_take_longer(datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles; whatever comes after it has the shorter limit."""
+    limits: dict[str, float] = {}
+    write = watchdog.Watchdog._write
+
+    def noted(guard: watchdog.Watchdog, place: str, step: int | None, limit_s: float) -> None:
+        limits[place] = limit_s
+        write(guard, place, step, limit_s)
+
+    monkeypatch.setattr(watchdog.Watchdog, "_write", noted)
+    sections = {"watchdog": {"limit_s": 300.0, "first_step_limit_s": 900.0}, "validation": {"every_steps": 0}}
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 1}, optim={"warmup_steps": 1}, **sections)
+    run = preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
+    assert trainer.train(run) == 0
+    assert (limits["forward and backward"], limits["clipping and update"], limits["save"]) == (900.0, 900.0, 300.0)
+
+
 def test_a_full_temporary_folder_is_not_in_its_way(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,54 @@
+"""How a run begins: every shard is read by one rank, and a stage that has begun does not change."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_config, write_config, write_dataset
+
+from data_prep import shard
+from pretrain import config, data, going_on, preparation, ranks
+from pretrain.sections import DataConfig, SourceConfig
+
+SHARDS = 60
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_ranks_read_every_shard_once_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """In several rounds, since there are more than 16 a rank."""
+    folder = write_dataset(tmp_path / "a", 600, 0, shards=SHARDS)
+    sources = data.open_sources(DataConfig(32, sources=[SourceConfig("a", str(folder))]), 320)
+    scan_all, rounds = shard.scan_all, []
+
+    def noted(stretches: Iterable[Any], *rest: Any) -> Any:
+        rounds.append([stretch.path.name for stretch in stretches])
+        return scan_all(stretches, *rest)
+
+    monkeypatch.setattr(shard, "scan_all", noted)
+    monkeypatch.setattr(ranks, "world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        preparation._verify_shards(tmp_path / f"verified-{rank}.json", sources, stop=None)
+    assert len(rounds) > world, "there was one round"
+    assert max(map(len, rounds)) <= 16
+    assert Counter(name for names in rounds for name in names) == {f"part-{n}.npy": 1 for n in range(SHARDS)}
+
+
+def test_a_stage_may_change_until_its_first_step_was_trained(datasets: Path, tmp_path: Path) -> None:
+    """Of a checkpoint after step k: step k is trained, step k + 1 is not."""
+
+    def facts(weights: dict[str, int]) -> tuple:
+        tree = tiny_config(datasets, tmp_path / "run", data={"stages": [{"first_step": 10, "weights": weights}]})
+        settings = config.load(write_config(tmp_path / "c.yaml", tree))
+        sources = data.open_sources(settings.data, settings.model.vocab_size)
+        mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
+        return going_on.facts(settings, sources, mixture), settings, sources
+
+    before, (now, *rest) = facts({"a": 1, "b": 1})[0], facts({"a": 1, "b": 3})
+    going_on._check_same_run(tmp_path, {"step": 9, **before}, now, *rest, say=pytest.fail)
+    with pytest.raises(ValueError, match=r"mixture = .*50\.0:50\.0 from step 10 .* says .*25\.0:75\.0 from step 10"):
+        going_on._check_same_run(tmp_path, {"step": 10, **before}, now, *rest, say=pytest.fail)
