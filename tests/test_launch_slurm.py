@@ -1,6 +1,7 @@
 """The launch script on a real SLURM of two nodes: warned, timed out, cancelled, moved, crashing; always the same run."""
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -106,9 +107,15 @@ echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP
 
 
 def run_stub(
-    cluster: slurm.Slurm, folder: Path, scontrol: bool | str, *options: str, stub: str = STUB, first: str = ""
+    cluster: slurm.Slurm,
+    folder: Path,
+    scontrol: bool | str,
+    *options: str,
+    stub: str = STUB,
+    first: str = "",
+    config: tuple[str, ...] = ("--config", "a b.yaml"),
 ) -> list[str]:
-    """Run the script around the stub until nothing is queued any more; gives the lines of its ranks, sorted.
+    """Run the script around the stub until nothing is queued any more; gives the lines of its ranks or agents, sorted.
 
     scontrol: SLURM's own (True), none (False), or a script in its place. first: what launch/env.sh does besides.
     """
@@ -132,14 +139,14 @@ def run_stub(
         f"--export=ALL,PATH={path}",
         "launch/slurm.sbatch",
     ]
-    cluster.run(*command, "--config", "a b.yaml", "--run_dir", "runs/%a", cwd=folder)
+    cluster.run(*command, *config, "--run_dir", "runs/%a", cwd=folder)
     deadline = time.monotonic() + 300
     while queued := cluster.run("squeue", "-h", "-o", "%i %T").stdout:
         for line in queued.splitlines():
             cluster.hurry(line.split()[0])
         assert time.monotonic() < deadline, queued
         time.sleep(0.1)
-    return sorted(line for path in folder.glob("logs/*/rank-*.log") for line in path.read_text().splitlines())
+    return sorted(line for path in folder.glob("logs/*/*.log") for line in path.read_text().splitlines())
 
 
 @pytest.mark.parametrize(("kills", "starts"), [(99, 1), (1, 2)])
@@ -175,10 +182,32 @@ def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
 
 
 def test_without_scontrol_the_job_submits_the_next_one(cluster: slurm.Slurm, tmp_path: Path) -> None:
-    lines = run_stub(cluster, tmp_path, False)
+    more = "export RESUBMIT_WITH='--output=again-%j.log --comment=mine'\n"
+    lines = run_stub(cluster, tmp_path, False, first=more)
     assert len(lines) == 4, "two ranks, twice"
     assert all(line.endswith("--config a b.yaml --run_dir runs/%a") for line in lines)
     assert len(list(tmp_path.glob("logs/slurm-*"))) == 2, "two jobs"
+    assert [len(list(tmp_path.glob(f"{name}-*.log"))) for name in ("pretrain", "again")] == [1, 1], "with his options"
+
+
+def test_another_command_runs_once_whatever_becomes_of_it(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    """And --config=FILE is the file as it was at first, as --config FILE is."""
+    stub = '#!/bin/sh\necho "$@: $(cat "$5")"\n[ "$SLURM_RESTART_COUNT" ] || exit 1\n'
+    (tmp_path / "a b.yaml").write_text("as submitted\n")
+    lines = run_stub(cluster, tmp_path, True, stub=stub, first="export COMMAND=doctor\n", config=("--config=a b.yaml",))
+    (kept,) = (path.relative_to(tmp_path) for path in tmp_path.glob("logs/*/config-*.yaml"))
+    assert lines == [f"-m pretrain doctor --config {kept} --run_dir runs/%a: as submitted"] * 2, "two ranks, once"
+
+
+def test_torchrun_has_one_agent_a_node(cluster: slurm.Slurm, tmp_path: Path) -> None:
+    stub = '#!/bin/sh\necho "$SLURM_NODEID: $@"\n'
+    first = "export LAUNCHER=torchrun COMMAND=bench\n"
+    lines = run_stub(cluster, tmp_path, True, "--ntasks-per-node=2", stub=stub, first=first)
+    (logs,) = (path.relative_to(tmp_path) for path in tmp_path.glob("logs/slurm-*"))
+    agent = r"launch/agent\.py --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=[\w.-]+:\d{5} --rdzv-id=\d+ "
+    words = agent + rf"--log-dir={logs} .*-m pretrain bench --config a b\.yaml --run_dir runs/%a"
+    assert [re.fullmatch(rf"{node}: {words}", line) is not None for node, line in enumerate(lines)] == [True] * 2, lines
+    assert len({line.split(" ", 1)[1] for line in lines}) == 1, "the agents meet"
 
 
 @pytest.mark.parametrize("scontrol", [True, False])
