@@ -2,7 +2,7 @@
 
 A web-scale corpus has some broken lines, and days of work must not end at one of them; a broken download must not pass
 either. What could not be read at all has no documents to count: for damage that hides the rest of a file, the bytes
-behind it are held against the same share of all bytes.
+behind it, from the start of the frame whose checksum was not met, are held against the same share of all bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Budget:
     def enforce(self, final: bool) -> None:
         """Raise ValueError when it is too much."""
         if self.is_exceeded(final):
-            lost = f", and {self._lost:,} of {self._total_bytes:,} bytes lie behind damage" if self._lost else ""
+            lost = f", and {self._lost:,} of {self._total_bytes:,} bytes are lost to damage" if self._lost else ""
             raise ValueError(
                 f"{self._bad:,} of {self._read:,} documents are bad ({self._bad / max(1, self._read):.4%}){lost}; "
                 f"max_bad_documents bears {self._share:.4%}. Mend or replace the files named above, or raise "

@@ -15,7 +15,9 @@ pyarrow is imported where it is used: the command that starts the workers reads 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +51,7 @@ class Bad(NamedTuple):
     documents: int = 1
     """Documents lost by it; 1 for the rest of a file, where nobody can know."""
     lost_bytes: int = 0
-    """Bytes of the file on disk that were not read because of it."""
+    """Bytes of the file on disk that were not read because of it, or whose checksum was not met."""
 
 
 @dataclass
@@ -163,7 +165,8 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
                 line += head
     except OSError as error:
         _raise_machines(error, path)
-        lost = max(0, path.stat().st_size - position.bytes)
+        sound = _whole_frames(path) if path.suffix in _CODECS else position.bytes
+        lost = max(0, path.stat().st_size - sound)
         yield row, Bad(UNREADABLE, f"can't be read from line {row + 1} on: {error}", lost_bytes=lost)
         return
     if line or too_long:
@@ -205,6 +208,27 @@ def _last_bytes(path: Path, codec: str, start: int, position: Position) -> Itera
     except OSError as error:
         _raise_machines(error, path)
         yield bytes(tail)
+
+
+def _whole_frames(path: Path) -> int:
+    """Bytes on disk of the frames whose checksums are met, up to the first that is damaged or cut.
+
+    A checksum stands at the end of what it is of: of the frame that meets the damage, text may have been read that is not what
+    was written.
+    """
+    import zstandard
+
+    zstd = _CODECS[path.suffix] == "zstd"
+    whole, data = 0, b""
+    with suppress(zlib.error, zstandard.ZstdError), open(path, "rb", buffering=0) as file:
+        frame: Any = None
+        while data or (data := file.read(4096)):  # of which even a bomb makes no more than 128 MB
+            frame = frame or (zstandard.ZstdDecompressor().decompressobj() if zstd else zlib.decompressobj(31))
+            frame.decompress(data)
+            data = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                whole, frame = file.tell() - len(data), None
+    return whole
 
 
 class _stream:

@@ -77,7 +77,7 @@ def test_a_cut_file_gives_what_is_before_the_cut(clean: Path, tmp_path: Path, ca
     with pytest.raises(ValueError, match="1 of 201 documents are bad"):
         run(options(tmp_path / "in", tmp_path / "out"))
     assert "skipped train/chunk1/a.jsonl.zst line 201: unreadable file: can't be read from" in capsys.readouterr().err
-    manifest = run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=0.01))
+    manifest = run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=0.4))  # a third of the bytes
     assert manifest is not None
     assert (manifest.documents, manifest.dropped) == (200, {"unreadable file": 1})
     np.testing.assert_array_equal(tokens_of(tmp_path / "out"), tokens_of(clean)[: manifest.tokens])
@@ -181,18 +181,18 @@ def test_bytes_behind_damage_are_borne_as_far_as_documents_are() -> None:
     for final in (False, True):
         assert strict.is_exceeded(final)
         assert not lenient.is_exceeded(final)
-    with pytest.raises(ValueError, match=r"1 of 1,000,000 documents .* 10,000 of 1,000,000 bytes lie behind damage"):
+    with pytest.raises(ValueError, match=r"1 of 1,000,000 documents .* 10,000 of 1,000,000 bytes are lost to damage"):
         strict.enforce(final=True)
     lenient.enforce(final=True)
 
 
 def test_half_a_file_that_cannot_be_read_is_more_than_one_bad_document(tmp_path: Path) -> None:
-    """A download that broke off in a file of its full size: few documents count as bad, and half of the bytes are lost."""
+    """A download that broke off in a file of its full size: one document counts as bad, and no byte can be relied on."""
     rng = random.Random(0)
     path = write_jsonl(tmp_path / "in/train/a.jsonl.zst", *(line(rng.randbytes(20_000).hex()) for _ in range(40)))
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2].ljust(len(good), b"\0"))
-    with pytest.raises(ValueError, match=r"1 of \d\d documents are bad .*, and [34]\d\d,\d{3} of [89]\d\d,\d{3} bytes"):
+    with pytest.raises(ValueError, match=r"1 of \d\d documents are bad .*, and ([89]\d\d,\d{3}) of \1 bytes"):
         run(options(tmp_path / "in", tmp_path / "out", max_bad_documents=0.2, check_every=0))
 
 

@@ -63,15 +63,20 @@ def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
     assert bad.reason == readers.UNREADABLE
 
 
-def test_the_bytes_behind_damage_are_counted(tmp_path: Path) -> None:
-    """A download that broke off in a file of its full size: nobody can know how many documents are lost, but how many bytes."""
-    path = tmp_path / "a.jsonl.zst"
-    data = compress("zst", b"\n".join(MANY))
-    behind = len(data) - len(data) // 2
-    path.write_bytes(data[: len(data) // 2].ljust(len(data), b"\0"))
-    *_, (_, bad) = read_jsonl(path)
-    assert isinstance(bad, Bad)
-    assert 0.9 * behind < bad.lost_bytes <= behind
+@pytest.mark.parametrize("codec", ["zst", "gz"])
+def test_bytes_whose_checksum_is_not_met_are_lost(tmp_path: Path, codec: str) -> None:
+    """Nobody can know how many documents a file lost that broke off, kept its size, or was altered; but how many bytes."""
+    path = tmp_path / f"a.jsonl.{codec}"
+    frame, more = compress(codec, b"\n".join(MANY)), compress(codec, b"\n".join(MANY[:9000]))
+    half = frame[: len(frame) // 2]
+    altered = bytearray(frame)
+    altered[len(frame) // 2] ^= 1
+    for damaged in (half, half.ljust(len(frame), b"\0"), bytes(altered)):
+        for before in (b"", more, more + more):
+            path.write_bytes(before + damaged)
+            records = [record for record in read_jsonl(path) if isinstance(record[1], Bad)]
+            assert records[-1][1].reason == readers.UNREADABLE
+            assert records[-1][1].lost_bytes == len(damaged)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
