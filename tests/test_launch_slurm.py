@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -214,12 +215,24 @@ def test_torchrun_has_one_agent_a_node(cluster: slurm.Slurm, tmp_path: Path) -> 
 def test_a_job_that_cannot_even_start_is_not_started_for_ever(
     cluster: slurm.Slurm, tmp_path: Path, scontrol: bool
 ) -> None:
-    eight = '[ "${SLURM_RESTART_COUNT:-}" ] || CRIA_VAIN=${CRIA_VAIN:-8}\n'
-    lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n", first=eight)
-    assert lines.count("no torch here") == 2 * 4, "two ranks, and four times after eight"
+    nine = '[ "${SLURM_RESTART_COUNT:-}" ] || CRIA_VAIN=${CRIA_VAIN:-9}\n'
+    lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n", first=nine)
+    assert lines.count("no torch here") == 2 * 4, "two ranks, and four times after nine"
     said = "".join(log.read_text() for log in tmp_path.glob("pretrain-*.log"))
-    assert said.count("12 starts in a row came to nothing: the job is not requeued") == 1
+    assert said.count("13 starts in a row came to nothing: the job is not requeued") == 1
     assert ("it starts in 7200 s" in said) == scontrol
+
+
+def test_the_pauses_between_starts_that_come_to_nothing_are_ten_hours() -> None:
+    """The script's own arithmetic, by bash; a job is not started again after the last."""
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    (pause,) = re.findall(r"^pause=.*", script, re.MULTILINE)
+    (enough,) = re.findall(r"^ENOUGH=(\d+)", script, re.MULTILINE)
+    loop = f"for ((CRIA_VAIN = 1; CRIA_VAIN < {enough}; CRIA_VAIN++)); do\n{pause}\necho $pause\ndone"
+    said = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True).stdout
+    pauses = list(map(int, said.split()))
+    assert pauses[:5] == [0, 60, 120, 240, 480]
+    assert 10 * 3600 <= sum(pauses) < 11 * 3600
 
 
 def test_only_failures_are_counted_and_the_configuration_stays_that_of_the_first_start(

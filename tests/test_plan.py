@@ -151,6 +151,16 @@ def test_published_runs_lie_within_the_stated_error(run: published.Published) ->
     assert abs(published.error(run)) <= published.stated_error(CHIPS[run.chip], compiled=False) <= 0.10
 
 
+def test_what_ran_is_not_said_to_be_far_from_fitting() -> None:
+    """What others' code held is not ours; the table says by how much ours would have been over."""
+    over = {run.name: memory(run.model, run.seq_len, run.layout).total for run in PUBLISHED if not run.assumed}
+    limits = {run.name: CHIPS[run.chip].memory_gib * 2**30 for run in PUBLISHED}
+    shares = {name: total / limits[name] for name, total in over.items()}
+    assert shares["TinyLlama-1.1B, 16 A100-40G"] < 0.9
+    assert 1.07 < max(shares.values()) <= 1.08
+    assert sum(share > 1 for share in shares.values()) == 5
+
+
 def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
     rates, slow = speed.A100, replace(CHIPS["A100-40G"], network_gbits=100)
     exchanged = {
