@@ -32,6 +32,7 @@ import numpy as np
 
 from data_prep.shard import Manifest
 from data_prep.tokenizer import load
+from pretrain.versions import measured
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = Path(__file__).with_name("data_prep_peers.py")
@@ -185,7 +186,12 @@ def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "machine": {"cpu": model, "cores": os.cpu_count(), "workers": args.workers, "platform": platform.platform()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}, **peers},
+        "versions": {
+            **measured(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+            **peers,
+        },
     }
 
 

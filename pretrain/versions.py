@@ -1,7 +1,9 @@
 """Versions of what figures and bits hang on."""
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pretrain
 
@@ -18,3 +20,15 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def measured() -> dict[str, str]:
+    """Cria's version and, in a checkout, the commit: what a benchmark's figures are of. A `-dirty` one had changes."""
+    here = Path(__file__).parent.parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    inside = (here / ".git").exists()  # else it is the commit of what it was installed into
+    return {"cria": pretrain.__version__ + (f"+g{commit}" if commit and inside else "")}
