@@ -15,6 +15,9 @@ from pathlib import Path
 import processes
 import pytest
 import slurm
+from test_tokenizer import LLAMA_MODEL
+
+from data_prep.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -190,3 +193,39 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
         "print(k.decode(m.generate(**k('The file object', return_tensors='pt'), max_new_tokens=3, do_sample=False)[0]))"
     )
     assert run([sys.executable, "-c", script], folder).startswith("The file object")
+
+
+def test_the_source_that_is_added_on_the_page_works(tmp_path: Path) -> None:
+    """In a copy of data_prep: a file, and a line among the commands."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (source,) = [block for block in blocks if block.startswith("# data_prep/books.py\n")]
+    (line,) = [block for block in blocks if block.startswith('"books": Command(')]
+    shutil.copytree(ROOT / "data_prep", tmp_path / "data_prep", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data_prep" / "books.py").write_text(source)
+    commands = tmp_path / "data_prep" / "__main__.py"
+    commands.write_text(commands.read_text().replace("COMMANDS = {\n", "COMMANDS = {\n    " + line, 1))
+    for chapter in ("Moby/1.md", "Moby/2.md", "Emma/1.md"):
+        (tmp_path / "in" / chapter).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / chapter).write_text(f"# {chapter}\n\nIt was a time.\n")
+    command = [sys.executable, "-m", "data_prep", "books", "--input", "in", "--split", "train", "--out", "out"]
+    command += ["--tokenizer", str(LLAMA_MODEL)]
+    alone = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.name == "books"
+    assert {name: totals.documents for name, totals in manifest.subsets.items()} == {"Moby": 2, "Emma": 1}
+
+
+def test_commands_that_are_not_run_are_those_of_an_array() -> None:
+    """With dots for what stands above them; tests/test_prepare_slurm.py runs their like."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    words = ("sbatch", "data-prep", "pretrain", "torchrun", "python", "make", "pip")
+    hidden = [
+        line.split() for kind, block in fences if not kind for line in block.splitlines() if line.startswith(words)
+    ]
+    assert [(line[0], line[-1]) for line in hidden] == [
+        ("sbatch", "..."),
+        ("sbatch", "..."),
+        ("data-prep", "data/shards/slimpajama/train"),
+    ]
