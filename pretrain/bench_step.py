@@ -135,11 +135,13 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
 
 def _planned_mem_gib(run: trainer.Run) -> float | None:
     """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say."""
-    parallel, gpus = run.config.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if parallel.cpu_offload:
+    settings, gpus = run.config.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if settings.cpu_offload:
         return None
     nodes, micro_batch_size = run.fabric.world_size // gpus, run.config.train.micro_batch_size
-    layout = memory.Layout.of(parallel, run.sharding, nodes, gpus, micro_batch_size, run.grad_accum_steps)
+    layout = memory.Layout.of(settings, run.sharding, nodes, gpus, micro_batch_size, run.grad_accum_steps)
+    backends = {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices}
+    layout = replace(layout, fused_swiglu=backends["swiglu"] == "liger")
     planned = memory.memory(run.config.model, run.config.data.seq_len, layout)
     return (planned.total - planned.context - planned.fragmentation) / 2**30
 

@@ -53,6 +53,8 @@ class Layout:
     """What the layers that are not checkpointed compute again: none, elementwise, mlp, as in `parallel.recompute`."""
     fused_norm: bool = True
     """PyTorch's RMSNorm is one kernel on CUDA; on a CPU, not compiled, it is made of fp32 operations that keep more."""
+    fused_swiglu: bool = False
+    """Liger's SwiGLU computes SiLU again in its backward; PyTorch's, not compiled, keeps it."""
 
     @classmethod
     def of(
@@ -146,7 +148,7 @@ def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:
         keeps["o_proj"] = D * c
         again = ["norm 1", "norm 2", "gate * up"] if layout.recompute != "none" else []
     else:
-        keeps |= {"after attention": D * c, "silu(gate)": F * c}
+        keeps |= {"after attention": D * c} | ({} if layout.fused_swiglu else {"silu(gate)": F * c})
         if not layout.fused_norm:
             keeps |= {"input": D * FP32, "normalised": (1 if mlp else 2) * D * FP32}
             keeps |= {} if mlp else {"after attention": D * FP32}
