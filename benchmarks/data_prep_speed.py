@@ -32,7 +32,7 @@ import numpy as np
 
 from data_prep.shard import Manifest
 from data_prep.tokenizer import load
-from pretrain.versions import measured
+from pretrain.versions import own_version
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = Path(__file__).with_name("data_prep_peers.py")
@@ -187,7 +187,7 @@ def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
     return {
         "machine": {"cpu": model, "cores": os.cpu_count(), "workers": args.workers, "platform": platform.platform()},
         "versions": {
-            **measured(),
+            "cria": own_version(),
             "python": platform.python_version(),
             **{name: version(name) for name in names},
             **peers,

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from data_prep.shard import Manifest, Shard, ShardWriter, TokenizerInfo
 from pretrain import data
 from pretrain.sections import DataConfig, SourceConfig
-from pretrain.versions import measured
+from pretrain.versions import own_version
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 2048, 8, 1024, 32000
@@ -186,7 +186,12 @@ def machine() -> dict:
     """Where and with what it was measured."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {**measured(), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {
+        "cria": own_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     return {"machine": {"cpu": names[0] if names else platform.machine(), "cores": len(names)}, "versions": versions}
 
 

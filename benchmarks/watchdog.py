@@ -30,7 +30,7 @@ from hangs import trial
 from test_readme import free_port
 
 from pretrain import config
-from pretrain.versions import measured
+from pretrain.versions import own_version
 from pretrain.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ def main() -> int:
         found["torchrun_seconds"] = {str(agents): under_torchrun(data, folder, agents) for agents in (1, 2)}
         found["hangs"] = hangs(data, folder, args.limits, args.times)
         found["quiet"] = quiet(data, folder / "quiet", args.steps)
-    found["versions"] = {**measured(), "python": platform.python_version(), "torch": torch.__version__}
+    found["versions"] = {"cria": own_version(), "python": platform.python_version(), "torch": torch.__version__}
     found["cpus"] = os.cpu_count()
     good = found["quiet"]["alarms"] == 0 and found["quiet"]["steps"] == args.steps
     good &= all(h["named"] == h["of"] and max(h["end_over_limit"]) <= 1.5 for h in found["hangs"].values())

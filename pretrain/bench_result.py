@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pretrain.sections import Config
-from pretrain.versions import measured, versions
+from pretrain.versions import own_version, versions
 
 Row = dict[str, Any]
 
@@ -114,7 +114,7 @@ def notes(steps: int, warmup: int) -> list[str]:
 
 def machine() -> dict[str, Any]:
     """The chip, and the versions of what may matter; a library that is not installed is not named."""
-    found = {**versions(*LIBRARIES), **measured(), "torch": torch.__version__}
+    found = {**versions(*LIBRARIES), "cria": own_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())

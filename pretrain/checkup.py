@@ -73,6 +73,8 @@ class Needs:
     """Seconds between two checkpoints, by an estimate of the step time; None: it saves at the end only."""
     read_bytes_per_s: float
     """What each rank reads of the shards, by the same estimate."""
+    send_bytes_per_s: float
+    """What each rank sends to other hosts, by the same estimate, if that is all that a step does."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Finding:
 
 def judge(measured: list[Measured], links: list[Link], needs: Needs) -> list[Finding]:
     """All findings: those of hosts in the order of the checks, then those of nobody in particular."""
-    findings = [*_versions(measured), *_devices(measured), *_links(measured, links), *_shards(measured, needs)]
+    findings = [*_versions(measured), *_devices(measured), *_links(measured, links, needs), *_shards(measured, needs)]
     findings += [*_folder(measured), *_clocks(measured), *_saving(measured, needs), _space(needs)]
     return sorted(findings, key=lambda finding: finding.host == EVERYWHERE)
 
@@ -182,12 +184,13 @@ def _speed(
     return _by_host(measured, check, one)
 
 
-def _links(measured: list[Measured], links: list[Link]) -> list[Finding]:
+def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Finding]:
     """Within each host, and between hosts: who is slow on all of its links, though they go to hosts that are not.
 
     Against the hosts' median, of two the faster: a link can be slower than it should, not faster. Within a host also against
-    NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth; what the network between hosts
-    should do no datasheet of a chip knows.
+    NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth. Between hosts, where no datasheet of a
+    chip says what there should be, also against what the run sends: less cannot be hidden behind its computation. Of two hosts
+    nobody can tell which one is to blame.
     """
     devices = {rank.host: rank.device for rank in measured}
     findings = []
@@ -200,11 +203,13 @@ def _links(measured: list[Measured], links: list[Link]) -> list[Finding]:
         for host, speed in best.items():
             chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
             of_peak = speed / chip.link if chip is not None and chip.link else 1.0
-            bad = speed < 0.6 * typical or of_peak < 0.2
-            warn = speed < 0.8 * typical or of_peak < 0.4
+            need = needs.send_bytes_per_s if size == 2 else 0.0
+            bad = speed < 0.6 * typical or of_peak < 0.2 or speed < need
+            warn = speed < 0.8 * typical or of_peak < 0.4 or speed < 3 * need
             share = f", {100 * of_peak:.0f}% of NVLink" if chip is not None and chip.link else ""
             status = "bad" if bad else "warn" if warn else "ok"
             found, wanted = f"{speed / 1e9:.2f} GB/s{share}", f"usual {typical / 1e9:.2f} GB/s"
+            wanted += f", needs {need / 1e9:.2g} GB/s" if need else ""
             findings.append(Finding(host, check, status, found, wanted))
     return findings
 

@@ -351,7 +351,7 @@ def train_loader(
     """The micro-batches of steps first_step..last_step (inclusive, counted from 1) in order, in pinned memory for a GPU.
 
     `num_workers` threads read ahead, four micro-batches each; with 0 the caller reads. Threads, since what may take long is the
-    file system, which they wait for without holding the interpreter; the rest costs little: two of them give some 30,000
+    file system, which they wait for without holding the interpreter; the rest costs little: two of them give 30,000 or more
     sequences of 2,049 tokens a second, and a GPU takes 50. Processes would have to be forked from one that has threads and a
     CUDA context, which can hang, and would hand their batches over in shared memory.
     """

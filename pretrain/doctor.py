@@ -29,9 +29,10 @@ from rich.table import Table
 from pretrain import checkup, config, data, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
-from pretrain.memory import checkpoint_bytes, checkpoints_kept
+from pretrain.memory import BF16, FP32, checkpoint_bytes, checkpoints_kept
 from pretrain.model import num_parameters
-from pretrain.versions import RUN_PACKAGES, versions
+from pretrain.sharding import Sharding
+from pretrain.versions import RUN_PACKAGES, own_version, versions
 
 _STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -47,10 +48,10 @@ def main(argv: list[str]) -> int:
         if not args.seconds > 0:
             raise ValueError(f"--seconds {args.seconds:g}: it must be above 0")
         settings = config.parse(rest, command, purpose)
-        fabric, _ = parallel.launch(settings.parallel, settings.model, [])
+        fabric, sharding = parallel.launch(settings.parallel, settings.model, [])
     except (ValueError, OSError) as error:
         fail(command, error)
-    measured, links, needs = examine(settings, fabric.device, args.seconds)
+    measured, links, needs = examine(settings, sharding, fabric.device, args.seconds)
     findings = checkup.judge(measured, links, needs)
     if ranks.rank() == 0:
         show(findings, len(measured))
@@ -58,7 +59,9 @@ def main(argv: list[str]) -> int:
     return int(any(finding.status == "bad" for finding in findings))
 
 
-def examine(settings: config.Config, device: torch.device, seconds: float) -> tuple[list[Measured], list[Link], Needs]:
+def examine(
+    settings: config.Config, sharding: Sharding, device: torch.device, seconds: float
+) -> tuple[list[Measured], list[Link], Needs]:
     """Measure everything; called by all ranks, the same result on all."""
     host = socket.gethostname()
     mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
@@ -75,7 +78,7 @@ def examine(settings: config.Config, device: torch.device, seconds: float) -> tu
     mine["folder_problem"], mine["write_bytes_per_s"], free = _look_at_folder(settings, seconds)
     measured = ranks.gather(Measured(**mine))
     free = max(ranks.gather(free))  # by any rank that could ask
-    needs = _needs(settings, [rank.product_flops or 0.0 for rank in measured], free)
+    needs = _needs(settings, sharding, [rank.product_flops or 0.0 for rank in measured], free)
     return measured, _measure_links([rank.host for rank in measured], device, seconds), needs
 
 
@@ -106,9 +109,7 @@ def show(findings: list[Finding], world_size: int) -> None:
 def _versions() -> dict[str, str]:
     """Of everything whose difference between ranks is a bug to come."""
     found = versions(*RUN_PACKAGES, "numpy")
-    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    changed = _output("git", "-C", str(Path(__file__).parent), "status", "--porcelain", "--untracked-files=no")
-    found["commit"] = (commit or "none") + (" with changes" if changed else "")
+    found["cria"] = own_version()
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -328,7 +329,7 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
 
 
-def _needs(settings: config.Config, flops: list[float], free_bytes: int) -> Needs:
+def _needs(settings: config.Config, sharding: Sharding, flops: list[float], free_bytes: int) -> Needs:
     """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
     parameters, in_products = num_parameters(settings.model)
     T, G = settings.data.seq_len, settings.train.global_batch_size
@@ -343,4 +344,20 @@ def _needs(settings: config.Config, flops: list[float], free_bytes: int) -> Need
         free_bytes=free_bytes,
         save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
+        send_bytes_per_s=_sent_across(settings, sharding, parameters, len(flops)) / step_s,
     )
+
+
+def _sent_across(settings: config.Config, sharding: Sharding, parameters: int, world_size: int) -> float:
+    """Bytes a step over the link between hosts of one of a host's ranks, which share a ring's traffic among them.
+
+    hybrid adds up shards of the gradient over its replicas; other strategies gather and reduce among all ranks.
+    """
+    host_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if sharding.strategy == "hybrid":
+        return 2 * (1 - 1 / sharding.replicas) * FP32 * parameters / sharding.shard_size
+    n = settings.train.global_batch_size // (settings.train.micro_batch_size * world_size)
+    times = {"layer": 2 * n, "micro_step": n, "step": 1}
+    of_a_number = FP32 if settings.parallel.precision == "fp32" else BF16
+    numbers = of_a_number * times[sharding.gather] + FP32 * (n if sharding.reduce == "micro_step" else 1)
+    return numbers * parameters * (1 - 1 / world_size) / host_size

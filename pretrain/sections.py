@@ -1,6 +1,7 @@
 """The sections of a configuration: every key, its default and its unit, on one page.
 
-Functions elsewhere take their own section and never the whole tree. `pretrain.config` reads and checks them.
+What computes takes its own section, or the values that it needs; the whole tree goes to what prepares, describes or checks a
+run. `pretrain.config` reads and checks them.
 """
 
 from dataclasses import dataclass, field, fields

@@ -22,8 +22,8 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def measured() -> dict[str, str]:
-    """Cria's version and, in a checkout, the commit: what a benchmark's figures are of. A `-dirty` one had changes."""
+def own_version() -> str:
+    """Cria's version and, in a checkout, the commit: what figures are of. A `-dirty` one had changes."""
     here = Path(__file__).parent.parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -31,4 +31,4 @@ def measured() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     inside = (here / ".git").exists()  # else it is the commit of what it was installed into
-    return {"cria": pretrain.__version__ + (f"+g{commit}" if commit and inside else "")}
+    return pretrain.__version__ + (f"+g{commit}" if commit and inside else "")

@@ -12,6 +12,7 @@ from conftest import pretrain, tiny_config, write_config
 from pretrain import checkup, config, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
 from pretrain.chips import DATASHEETS
+from pretrain.sharding import Sharding
 
 GOOD = Measured(
     rank=0,
@@ -25,7 +26,9 @@ GOOD = Measured(
     read_bytes_per_s=500e6,
     shards_seen="a",
 )
-NEEDS = Needs(checkpoint_bytes=13e9, kept=4, free_bytes=1e12, save_every_s=3000.0, read_bytes_per_s=1e6)
+NEEDS = Needs(
+    checkpoint_bytes=13e9, kept=4, free_bytes=1e12, save_every_s=3000.0, read_bytes_per_s=1e6, send_bytes_per_s=1e8
+)
 
 
 def cluster(**bad: object) -> list[Measured]:
@@ -105,6 +108,32 @@ def test_of_two_hosts_the_slower_is_the_bad_one(slow: int) -> None:
 def test_of_three_hosts_the_one_without_a_fast_link_is_bad() -> None:
     links = [Link(("node0", "node1"), 2e9), Link(("node1", "node2"), 2e9), Link(("node2", "node0"), 20e9)]
     assert troubles(checkup.judge(cluster(), links, NEEDS)) == [("node1", "all-reduce across", "bad")]
+
+
+@pytest.mark.parametrize(("speed", "status"), [(0.09e9, "bad"), (0.2e9, "warn"), (0.4e9, "ok")])
+def test_a_link_of_two_hosts_is_held_against_what_the_run_sends(speed: float, status: str) -> None:
+    """Neither has another to be compared with, and nobody can tell which one it is."""
+    found = [f for f in checkup.judge(cluster(), [Link(("node0", "node1"), speed)], NEEDS) if "across" in f.check]
+    assert [(f.host, f.status) for f in found] == [("node0", status), ("node1", status)]
+    assert all("needs 0.1 GB/s" in f.wanted for f in found)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "sent"),
+    [  # 1,000 parameters on 2 hosts of 2 ranks, two micro-steps in bf16
+        (Sharding("hybrid", 2, 2, "layer", "micro_step", ""), 2 * 1 / 2 * 4 * 1000 / 2),
+        (Sharding("full_shard", 4, 1, "layer", "step", ""), (2 * 2 * 2 + 4) * 1000 * 3 / 4 / 2),
+        (Sharding("full_shard", 4, 1, "layer", "micro_step", ""), (2 * 2 * 2 + 4 * 2) * 1000 * 3 / 4 / 2),
+        (Sharding("shard_grad_op", 4, 1, "step", "step", ""), (2 + 4) * 1000 * 3 / 4 / 2),
+    ],
+)
+def test_what_a_rank_sends_to_other_hosts(
+    sharding: Sharding, sent: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    tree = tiny_config(tmp_path, tmp_path / "run", train={"global_batch_size": 16}, parallel={"precision": "bf16"})
+    settings = config.load(write_config(tmp_path / "c.yaml", tree))
+    assert doctor._sent_across(settings, sharding, 1000, 4) == sent
 
 
 def test_without_nvlink_all_hosts_are_bad() -> None:

@@ -130,6 +130,14 @@ def test_ctrl_c_alone_is_not_started_again(stop: scheduler.Stop) -> None:
     assert stop.status(steps=1) == 130
 
 
+def test_a_second_ctrl_c_interrupts_at_once(stop: scheduler.Stop) -> None:
+    stop.listen_to_ctrl_c()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.signalled == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(restart: int, newest: int) -> None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))

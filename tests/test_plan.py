@@ -1,5 +1,6 @@
 """`pretrain plan`: its memory is that of the real model, its speed that of published runs, and it says what to do."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +201,12 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
 def planned(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     plan.main([str(part) for part in argv])
     return capsys.readouterr().out
+
+
+def test_the_published_runs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, "--published")
+    assert all(run.name.split(",")[0] in text for run in PUBLISHED)
+    assert re.search(r"TinyLlama-1.1B, 16 A100-40G +│ +24,000 │ +24,\d{3} │ +\+0\.\d% │", text)
 
 
 def test_the_advice_is_the_fastest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:

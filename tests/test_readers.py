@@ -156,6 +156,16 @@ def test_a_broken_row_group_costs_its_rows_and_no_others(tmp_path: Path) -> None
     assert (row, bad.reason, bad.lost_bytes) == (0, readers.UNREADABLE, len(data) - 50)
 
 
+def test_a_row_group_that_is_a_bomb_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    bomb = [f"{n}" + "a" * 100_000 for n in range(20)]
+    pq.write_table(pa.table({"content": ["good", *bomb]}), path, row_group_size=1 + len(bomb), compression="zstd")
+    ((row, bad),) = read_parquet(path, "content")
+    assert (row, bad.reason, bad.documents) == (0, readers.BROKEN_GROUP, 21)
+    assert "500 times its size: no text does that" in bad.detail
+
+
 def test_bad_utf8_in_a_row_costs_that_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     values = pa.array([b"one", b"tw\xff", b"three"], pa.binary()).view(pa.string())

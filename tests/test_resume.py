@@ -30,11 +30,11 @@ from pretrain.scheduler import REQUEUE
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path) -> None:
     sections = {
-        "train": {"max_steps": 150, "global_batch_size": 4},
+        "train": {"max_steps": 400, "global_batch_size": 4},
         "data": {"num_workers": 2},
         "checkpoint": {"every_steps": 0},
     }
-    sections["validation"] = {"every_steps": 75, "max_sequences": 3}
+    sections["validation"] = {"every_steps": 200, "max_sequences": 3}
     straight = write_config(tmp_path / "s.yaml", tiny_config(datasets, tmp_path / "straight", **sections))
     pretrain("train", "--config", straight)
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections))
@@ -45,7 +45,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     stopped = max(records(tmp_path / "run", "train"))
-    assert 30 <= stopped < 150
+    assert 30 <= stopped < 400
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").is_file()
 
     second = pretrain("train", "--config", config_file)
