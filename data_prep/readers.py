@@ -147,6 +147,10 @@ def _too_long() -> Bad:
     return Bad("too long", f"longer than {MAX_RECORD_BYTES:,} bytes, the most that a document may have")
 
 
+class _Bomb(OSError):
+    """What no text decompresses to, whether its checksums are met or not."""
+
+
 def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Bad]]:
     """Lines without their line end, in a buffer that is theirs; a line beyond MAX_RECORD_BYTES is skipped in passing.
 
@@ -165,8 +169,8 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
                 line += head
     except OSError as error:
         _raise_machines(error, path)
-        sound = _whole_frames(path) if path.suffix in _CODECS else position.bytes
-        lost = max(0, path.stat().st_size - sound)
+        damaged = path.suffix in _CODECS and not isinstance(error, _Bomb)
+        lost = max(0, path.stat().st_size - (_whole_frames(path) if damaged else position.bytes))
         yield row, Bad(UNREADABLE, f"can't be read from line {row + 1} on: {error}", lost_bytes=lost)
         return
     if line or too_long:
@@ -185,11 +189,11 @@ def _blocks(path: Path, position: Position) -> Iterator[bytes]:
             while block := stream.read(_BLOCK_BYTES):
                 size += len(block)
                 if size > limit:
-                    raise OSError(f"it decompresses to more than {MAX_EXPANSION} times its size: no text does that")
+                    raise _Bomb(f"it decompresses to more than {MAX_EXPANSION} times its size: no text does that")
                 position.bytes = raw.tell()
                 yield block
     except OSError as error:
-        if codec is None or size > limit or error.errno is not None:
+        if codec is None or isinstance(error, _Bomb) or error.errno is not None:
             raise
         yield from _last_bytes(path, codec, size, position)
         raise

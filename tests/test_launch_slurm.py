@@ -150,14 +150,17 @@ def run_stub(
     return sorted(line for path in folder.glob("logs/*/*.log") for line in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize(("kills", "starts"), [(99, 1), (1, 2)])
+@pytest.mark.parametrize(("kills", "ended", "starts"), [(99, True, 1), (1, False, 1), (1, True, 2)])
 def test_a_requeue_that_is_killed_while_it_asks_submits_no_second_job(
-    cluster: slurm.Slurm, tmp_path: Path, kills: int, starts: int
+    cluster: slurm.Slurm, tmp_path: Path, kills: int, ended: bool, starts: int
 ) -> None:
-    """SLURM ends a job that it requeues, and with it the program that asked; or at the job's end, before it was heard."""
+    """SLURM ends a job that it requeues, and with it the program that asked; or at the job's end, before it was heard. A user who
+    cancels it then is obeyed.
+    """
     count = f'{tmp_path}/asked; [ "$(wc -l <{tmp_path}/asked)" -gt {kills} ]'
-    asked = f'#!/bin/sh\n[ "$1" != requeue ] || {{ echo >>{count} || kill -TERM $$; }}\nexec {SCONTROL} "$@"\n'
-    assert len(run_stub(cluster, tmp_path, asked)) == 2 * starts, "starts of two ranks"
+    asked = f'#!/bin/sh\n[ "$1" != requeue ] || {{ echo >>{count} || {{ sleep 2; kill -TERM $$; }}; }}\nexec {SCONTROL} "$@"\n'
+    first = "SLURM_JOB_END_TIME=$(($(date +%s) + 1))\n" if ended else ""
+    assert len(run_stub(cluster, tmp_path, asked, first=first)) == 2 * starts, "starts of two ranks"
     (log,) = tmp_path.glob("pretrain-*.log")
     assert ("restart 1:" in log.read_text()) == (starts == 2)
 

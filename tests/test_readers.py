@@ -3,6 +3,7 @@
 import errno
 import gzip
 import itertools
+import random
 import resource
 from pathlib import Path
 
@@ -118,6 +119,11 @@ def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(bad, Bad)
     assert (row, bad.reason) == (len(good), readers.UNREADABLE)
     assert "500 times its size" in bad.detail
+    behind = zstandard.compress(random.Random(0).randbytes(200_000))  # whose checksums are met, as the bomb's are
+    path.write_bytes(zstandard.compress(b'{"text": "%s"}\n' % (b"a" * 100_000) * 1700) + behind)
+    *_, (_, bad) = read_jsonl(path)
+    assert isinstance(bad, Bad)
+    assert bad.lost_bytes > 0.5 * len(behind)
 
 
 @pytest.mark.parametrize(
