@@ -50,7 +50,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Part:
-    """One command of `pretrain bench`."""
+    """What has a share of the time: a command of `pretrain bench`, but for the first and the resume."""
 
     name: str
     shows: str
@@ -76,7 +76,11 @@ FEW = ["--rows", "micro-batch 2 eager,micro-batch 1 eager"]
 
 SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
 
+ROWS = ("peers", "sweep")
+"""Parts of which --rows takes some."""
+
 PARTS = (
+    Part("operations", "Operations against the reference, in value and gradient", 75),
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
     Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, ["--profile"], SHORT),
     # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
@@ -87,7 +91,7 @@ PARTS = (
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
-    Part("resume", "a killed run goes on as the same run", 110),
+    Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
     Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
     Part("paper", "hours for 300B tokens", 250, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
     Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW], True),
@@ -103,7 +107,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a miniature of everything")
     parser.add_argument("--seconds", type=float, default=580, help="for everything together")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--parts", default=",".join(["operations", *(part.name for part in PARTS)]))
+    parser.add_argument("--parts", default=",".join(part.name for part in PARTS))
     parser.add_argument(
         "--rows", help="only these rows of peers or sweep, by the beginning of their names; kept as PART-more"
     )
@@ -127,42 +131,41 @@ def main() -> int:
     stem = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', chip.lower())}"
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     print(f"{chip}, torch {torch.__version__}; not installed: {', '.join(absent) or 'nothing'}", flush=True)
-    pages, failed, left = [f"Not installed: {', '.join(absent) or 'nothing'}.\n"], list[str](), list[str]()
-    for name, page, good in _run(args, stem, started + args.seconds):
-        pages.append(page)
+    failed, left = list[str](), list[str]()
+    for name, good in _run(args, stem, started + args.seconds):
         failed += [name] if good is False else []
         left += [name] if good is None else []
-        Path(f"{stem}.md").write_text("\n".join(pages))  # whatever becomes of the next one
+        pages = [Path(f"{stem}-{part.name}{more}.md") for part in PARTS for more in ("", "-more")]
+        texts = [page.read_text() for page in pages if page.exists()]  # those of earlier calls, too
+        Path(f"{stem}.md").write_text("\n".join([f"Not installed: {', '.join(absent) or 'nothing'}.\n", *texts]))
     print(f"{stem}.md" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     if left:
         print(f"no time was left for {', '.join(left)}: ask for them by themselves, --parts {','.join(left)}")
     return 1 if failed else 0
 
 
-def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tuple[str, str, bool | None]]:
-    """The parts in their order, each within its own time and what is left of all: its name, its page, whether all is well; None:
-    not begun.
+def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tuple[str, bool | None]]:
+    """The parts in their order, each within its own time and what is left of all: its name, whether all is well; None: it was not
+    begun, and what an earlier call found stays.
     """
     args.out.mkdir(parents=True, exist_ok=True)
-    if "operations" in args.parts.split(","):
-        said, good = _operations(args, deadline)
-        yield "operations", f"# Operations against the reference, in value and gradient\n\n{said}\n", good
     for part in (part for part in PARTS if part.name in args.parts.split(",")):
-        if part.name == "resume":
-            said, good = _resume(args, deadline)
-            yield part.name, f"# A killed run goes on as the same run, full_shard on one rank\n\n{said}\n", good
-            continue
         seconds = min(part.seconds, deadline - time.monotonic())
-        out = Path(f"{stem}-{part.name}" + "-more" * bool(args.rows))
-        for old in (out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.md")):
-            old.unlink(missing_ok=True)
-        print(f"== {part.name}: {part.shows} ({seconds:.0f} s)", flush=True)
         if seconds < 15:
-            yield part.name, f"# {part.name}: not begun, no time left\n", None
+            yield part.name, None
             continue
-        good = _bench(args, part, out, seconds)
-        page = out.with_name(f"{out.name}.md")
-        yield part.name, page.read_text() if page.exists() else f"# {part.name}: no result\n", good
+        print(f"== {part.name}: {part.shows} ({seconds:.0f} s)", flush=True)
+        page = Path(f"{stem}-{part.name}{'-more' if args.rows and part.name in ROWS else ''}.md")
+        for old in (page, page.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+        if part.name in ("operations", "resume"):
+            said, good = (_operations if part.name == "operations" else _resume)(args, seconds)
+            page.write_text(f"# {part.shows}\n\n{said}\n")
+        else:
+            good = _bench(args, part, page.with_suffix(""), seconds)
+        if not page.exists():
+            page.write_text(f"# {part.name}: no result\n")
+        yield part.name, good
 
 
 def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> bool:
@@ -181,7 +184,7 @@ def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> b
     if part.budget:
         aside = 10 if args.small else 40  # for its imports, the device's context, and to write the result
         command += ["--budget_s", f"{seconds - aside:.0f}"]
-    if args.rows:
+    if args.rows and part.name in ROWS:
         command += ["--rows", args.rows]
     if part.name == "peers":
         command += [option for python in args.peers_python for option in ("--peers_python", python)]
@@ -197,17 +200,15 @@ def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> b
     return False
 
 
-def _operations(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
+def _operations(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
     """Each operation in a small model (odd shapes are `make test-gpu`'s): what it said, and whether all is well."""
-    print("== operations", flush=True)
     command = [str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]
-    text, status = _output(command, min(75.0, deadline - time.monotonic()))
+    text, status = _output(command, seconds)
     return text, status == 0
 
 
-def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
+def _resume(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
     """A small model on random tokens, through NCCL and FSDP2 on one rank: trained, saved in the background, killed, resumed."""
-    print("== resume", flush=True)
     from pretrain import bench_step, config
 
     small = [*SMALL, "--parallel.accelerator", args.device, "--parallel.strategy", "full_shard"]
@@ -219,9 +220,7 @@ def _resume(args: argparse.Namespace, deadline: float) -> tuple[str, bool]:
         config.write(bench_step.with_random_data(settings, folder / "data"), folder / "c.yaml")
         command = ["-m", "pretrain", "verify-resume", "--config", str(folder / "c.yaml")]
         command += ["--steps", "8", "--kills", "1", "--out", str(folder / "out")]
-        text, status = _output(
-            command, min(next(part.seconds for part in PARTS if part.name == "resume"), deadline - time.monotonic())
-        )
+        text, status = _output(command, seconds)
         for output in sorted((folder / "out").glob("*/output.txt")) if status else ():  # else the folder takes it along
             text += f"\n{output.parent.name}:\n```\n{output.read_text()[-3000:]}\n```"
     return text, status == 0

@@ -249,7 +249,7 @@ class Bench:
 
 
 def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: bool) -> Result:
-    """Check that the same model was trained, and set the ratios: tokens/s of the best of ours, over each row's."""
+    """Check that the same model was trained, and set the ratios: each row's seconds over those of the best of ours."""
     reference = rows[0]
     notes = bench_result.notes(args.steps, args.warmup)[:2]
     if reference["problem"] is None:
@@ -292,7 +292,9 @@ def _ratio(ours: Row, other: Row, in_turns: bool) -> float:
 
 def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
     theirs = [row for row in rows if row not in ours and row["problem"] is None]
-    lines = ["Each peer as it comes and at its best; 'ours is' compares the best of ours with the row."]
+    lines = [
+        "Each peer as it comes and at its best; 'ours is' compares the best of ours with the row, ours first and last as one."
+    ]
     if theirs:
         fastest = max(theirs, key=lambda row: row["tokens_per_sec_per_gpu"])
         lines.append(f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']}).")

@@ -51,7 +51,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tens
     """Everything of a run that is a tensor, by name; sharded ones as DTensors. Saving reads it, loading writes into it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without a backward (validation) leaves other, gathered parameters in the root
+            module.reshard()  # a forward without a backward (validation) leaves other, gathered parameters in root and head
     tensors: dict[str, Tensor] = {}
     fresh = not optimizer.state
     for name, parameter in model.named_parameters():

@@ -74,7 +74,7 @@ class Needs:
     read_bytes_per_s: float
     """What each rank reads of the shards, by the same estimate."""
     send_bytes_per_s: float
-    """What each rank sends to other hosts, by the same estimate, if that is all that a step does."""
+    """What each host sends to others, by the same estimate, if that is all that a step does."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,10 @@ def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Fi
 
     Against the hosts' median, of two the faster: a link can be slower than it should, not faster. Within a host also against
     NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth. Between hosts, where no datasheet of a
-    chip says what there should be, also against what the run sends: less cannot be hidden behind its computation. Of two hosts
-    nobody can tell which one is to blame.
+    chip says what there should be, also against what the run sends: bad where that takes longer than the step even if each rank
+    has a network card of its own, a warning where it does if a host has one alone. Of two hosts nobody can tell whose it is.
     """
+    ranks_of = Counter(rank.host for rank in measured)
     devices = {rank.host: rank.device for rank in measured}
     findings = []
     for check, size in (("all-reduce within", 1), ("all-reduce across", 2)):
@@ -204,12 +205,12 @@ def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Fi
             chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
             of_peak = speed / chip.link if chip is not None and chip.link else 1.0
             need = needs.send_bytes_per_s if size == 2 else 0.0
-            bad = speed < 0.6 * typical or of_peak < 0.2 or speed < need
-            warn = speed < 0.8 * typical or of_peak < 0.4 or speed < 3 * need
+            bad = speed < 0.6 * typical or of_peak < 0.2 or speed < need / ranks_of[host]
+            warn = speed < 0.8 * typical or of_peak < 0.4 or speed < need
             share = f", {100 * of_peak:.0f}% of NVLink" if chip is not None and chip.link else ""
             status = "bad" if bad else "warn" if warn else "ok"
             found, wanted = f"{speed / 1e9:.2f} GB/s{share}", f"usual {typical / 1e9:.2f} GB/s"
-            wanted += f", needs {need / 1e9:.2g} GB/s" if need else ""
+            wanted += f", a host sends {need / 1e9:.2g} GB/s by {ranks_of[host]} ranks" if need else ""
             findings.append(Finding(host, check, status, found, wanted))
     return findings
 

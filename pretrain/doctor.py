@@ -349,15 +349,16 @@ def _needs(settings: config.Config, sharding: Sharding, flops: list[float], free
 
 
 def _sent_across(settings: config.Config, sharding: Sharding, parameters: int, world_size: int) -> float:
-    """Bytes a step over the link between hosts of one of a host's ranks, which share a ring's traffic among them.
+    """Bytes a step that a host sends to others, as in `speed.communication_seconds`.
 
-    hybrid adds up shards of the gradient over its replicas; other strategies gather and reduce among all ranks.
+    A ring of shards that is larger than a host gathers and reduces across; each rank of it adds up its shard over the replicas.
     """
-    host_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if sharding.strategy == "hybrid":
-        return 2 * (1 - 1 / sharding.replicas) * FP32 * parameters / sharding.shard_size
+    host_size, group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), sharding.shard_size
+    over_replicas = 2 * (1 - 1 / sharding.replicas) * FP32 * parameters / group * min(group, host_size)
+    if group <= host_size:
+        return over_replicas
     n = settings.train.global_batch_size // (settings.train.micro_batch_size * world_size)
     times = {"layer": 2 * n, "micro_step": n, "step": 1}
     of_a_number = FP32 if settings.parallel.precision == "fp32" else BF16
     numbers = of_a_number * times[sharding.gather] + FP32 * (n if sharding.reduce == "micro_step" else 1)
-    return numbers * parameters * (1 - 1 / world_size) / host_size
+    return over_replicas + numbers * parameters * (1 - 1 / group)

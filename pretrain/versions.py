@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,13 +23,18 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+@cache
 def own_version() -> str:
     """Cria's version and, in a checkout, the commit: what figures are of. A `-dirty` one had changes."""
     here = Path(__file__).parent.parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    if not (here / ".git").exists():  # it is installed, maybe into another checkout
+        return pretrain.__version__
+    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"])
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
-    inside = (here / ".git").exists()  # else it is the commit of what it was installed into
-    return pretrain.__version__ + (f"+g{commit}" if commit and inside else "")
+        commit, changes = (
+            subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True, timeout=30).stdout
+            for words in asked
+        )
+    except (OSError, subprocess.SubprocessError):
+        return pretrain.__version__
+    return f"{pretrain.__version__}+g{commit.strip()}{'-dirty' if changes else ''}"

@@ -17,9 +17,6 @@ from pretrain.bench_paper import SHAPES
 ROOT = Path(__file__).parent.parent
 
 
-pytestmark = pytest.mark.long
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All parts, in a miniature, as a user without an installation starts them."""
@@ -47,6 +44,7 @@ def rows(results: Path, part: str) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads((results / f"gpu-cpu-{part}.json").read_text())["rows"]}
 
 
+@pytest.mark.long
 def test_there_is_one_page_of_everything(results: Path) -> None:
     page = (results / "gpu-cpu.md").read_text()
     assert page.startswith("Not installed: ")
@@ -77,6 +75,7 @@ def test_the_resume_is_verified_through_fsdp(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [(["-m", "pretrain", "verify-resume"], "full_shard", True)]
 
 
+@pytest.mark.long
 def test_the_step(results: Path) -> None:
     row = rows(results, "step")["cria"]
     assert row["problem"] is None
@@ -84,6 +83,7 @@ def test_the_step(results: Path) -> None:
     assert len(rows(results, "step")["cria"]["operations"]) == 10
 
 
+@pytest.mark.long
 def test_peers_train_the_same_model(results: Path) -> None:
     found = rows(results, "peers")
     ours, theirs = found["cria"], found["transformers (eager)"]
@@ -98,6 +98,7 @@ def test_peers_train_the_same_model(results: Path) -> None:
     assert found["stand-in for TinyLlama's code"]["problem"] == "not timed: its kernels are Triton's and need a GPU"
 
 
+@pytest.mark.long
 def test_the_sweep_names_the_best(results: Path) -> None:
     found = rows(results, "sweep")
     timed = {name: row for name, row in found.items() if row["problem"] is None}
@@ -109,6 +110,7 @@ def test_the_sweep_names_the_best(results: Path) -> None:
     assert verdict.startswith(f"Best: {best}: `--train.micro_batch_size ")
 
 
+@pytest.mark.long
 def test_the_paper_s_table(results: Path) -> None:
     """Hours are extrapolated and say so; the counted parameters are those of the models."""
     found = rows(results, "paper")
@@ -139,3 +141,25 @@ def test_without_a_gpu_it_is_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "bench-gpu: error: no CUDA device here; --device cpu --small runs all of it in miniature\n"
+
+
+def test_what_there_is_no_time_for_keeps_what_an_earlier_call_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it has not failed; the page is made of all that there is."""
+    gpu = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    kept = [tmp_path / f"gpu-cpu-{part}.md" for part in ("operations", "peers", "peers-more", "sweep")]
+    for page in kept:
+        page.write_text(f"# of {page.stem}\n")
+    words = ["gpu.py", "--device", "cpu", "--small", "--out", str(tmp_path), "--parts", "resume,peers", "--seconds"]
+    monkeypatch.setattr(sys, "argv", [*words, "1"])
+    assert gpu["main"]() == 0
+    assert "no time was left for resume, peers: ask for them by themselves" in capsys.readouterr().out
+    assert all(page.exists() for page in kept)
+    monkeypatch.setitem(gpu["_run"].__globals__, "_resume", lambda args, seconds: ("it said so", False))
+    monkeypatch.setattr(sys, "argv", [*words[:-2], "resume", "--seconds", "100"])
+    assert gpu["main"]() == 1
+    headings = [line for line in (tmp_path / "gpu-cpu.md").read_text().splitlines() if line.startswith("# ")]
+    assert headings[0] == "# of gpu-cpu-operations"
+    assert headings[1].startswith("# A killed run")
+    assert headings[2:] == [f"# of {page.stem}" for page in kept[1:]]
