@@ -34,6 +34,8 @@ from data_prep.shard import Manifest
 from data_prep.tokenizer import load
 from pretrain.versions import own_version
 
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results"
 PEERS = Path(__file__).with_name("data_prep_peers.py")
 COMMANDS = {"prose": ("slimpajama", "jsonl.zst"), "code": ("starcoder", "parquet")}
@@ -187,7 +189,7 @@ def machine(args: argparse.Namespace, peers: dict[str, str | None]) -> dict:
     return {
         "machine": {"cpu": model, "cores": os.cpu_count(), "workers": args.workers, "platform": platform.platform()},
         "versions": {
-            "cria": own_version(),
+            "cria": CRIA,
             "python": platform.python_version(),
             **{name: version(name) for name in names},
             **peers,

@@ -20,6 +20,8 @@ import torch
 from pretrain import backends, config, parallel
 from pretrain.versions import own_version
 
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 EOS = 2
 
 
@@ -81,7 +83,7 @@ def main() -> int:
     result = measure(settings, args.rounds)
     device = "cuda" if torch.cuda.is_available() and settings.parallel.accelerator != "cpu" else "cpu"
     result["machine"] = {"device": parallel.device_name(torch.device(device)), "threads": torch.get_num_threads()}
-    result["versions"] = {"cria": own_version(), "python": platform.python_version(), "torch": torch.__version__}
+    result["versions"] = {"cria": CRIA, "python": platform.python_version(), "torch": torch.__version__}
     out = args.out or Path(__file__).parent / "results" / f"intra_document_{device}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("documents of 100 tokens", "documents of 1000 tokens"):

@@ -33,6 +33,8 @@ from pretrain import data
 from pretrain.sections import DataConfig, SourceConfig
 from pretrain.versions import own_version
 
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 2048, 8, 1024, 32000
 TARGET = 50_000
@@ -187,7 +189,7 @@ def machine() -> dict:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     versions = {
-        "cria": own_version(),
+        "cria": CRIA,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

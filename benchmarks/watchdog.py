@@ -33,6 +33,8 @@ from pretrain import config
 from pretrain.versions import own_version
 from pretrain.watchdog import Watchdog
 
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 ROOT = Path(__file__).parent.parent
 HANGS = ("stop", "lock", "data", "collective", "validation", "save", "load")
 RESULTS = ROOT / "benchmarks" / "results" / "watchdog.json"
@@ -139,7 +141,7 @@ def main() -> int:
         found["torchrun_seconds"] = {str(agents): under_torchrun(data, folder, agents) for agents in (1, 2)}
         found["hangs"] = hangs(data, folder, args.limits, args.times)
         found["quiet"] = quiet(data, folder / "quiet", args.steps)
-    found["versions"] = {"cria": own_version(), "python": platform.python_version(), "torch": torch.__version__}
+    found["versions"] = {"cria": CRIA, "python": platform.python_version(), "torch": torch.__version__}
     found["cpus"] = os.cpu_count()
     good = found["quiet"]["alarms"] == 0 and found["quiet"]["steps"] == args.steps
     good &= all(h["named"] == h["of"] and max(h["end_over_limit"]) <= 1.5 for h in found["hangs"].values())

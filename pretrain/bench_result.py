@@ -20,6 +20,8 @@ from pretrain.versions import own_version, versions
 
 Row = dict[str, Any]
 
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 LIBRARIES = ("torch", "triton", "lightning", "transformers", "liger-kernel", "flash-attn", "xformers", "torchao")
 
 FIGURES = {
@@ -114,7 +116,7 @@ def notes(steps: int, warmup: int) -> list[str]:
 
 def machine() -> dict[str, Any]:
     """The chip, and the versions of what may matter; a library that is not installed is not named."""
-    found = {**versions(*LIBRARIES), "cria": own_version(), "torch": torch.__version__}
+    found = {**versions(*LIBRARIES), "cria": CRIA, "torch": torch.__version__}
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())

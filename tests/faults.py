@@ -38,6 +38,10 @@ import fault_saves
 import fault_signals
 import torch
 
+from pretrain.versions import own_version
+
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "faults.json"
 
 
@@ -96,6 +100,7 @@ def main() -> int:
             (args.folder / name).mkdir()
             begun = time.monotonic()
             summary[name] = make(trials, args.folder / name)
+            summary[name]["commits"] = {CRIA: trials}
             summary[name]["seconds"] = round(time.monotonic() - begun)
             print(json.dumps({name: summary[name]}), flush=True)
     broken = sum(len(part["failures"]) for part in summary.values())

@@ -32,6 +32,10 @@ import slurm
 import torch
 from conftest import LONGER, pretrain, tiny_config, trajectory, write_config, write_dataset
 
+from pretrain.versions import own_version
+
+CRIA = own_version()
+"""What is measured, as it was when it began."""
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "slurm.json"
 
@@ -211,7 +215,7 @@ def main() -> int:
                     summary[launcher] = series(cluster, args.folder / "data", where, launcher, requeues, moments)
     finally:
         shutil.rmtree(cluster_folder, ignore_errors=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "slurm": version}
+    versions = {"cria": CRIA, "python": platform.python_version(), "torch": torch.__version__, "slurm": version}
     print(json.dumps(summary, indent=1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"versions": versions, "cpus": os.cpu_count(), "cred_expire_s": args.requeue_s}
