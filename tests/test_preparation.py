@@ -1,15 +1,16 @@
-"""How a run begins: every shard is read by one rank, and a stage that has begun does not change."""
+"""How a run begins: every shard is read by one rank, a stage that has begun does not change, and who saves needs room."""
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import tiny_config, write_config, write_dataset
 
 from data_prep import shard
-from pretrain import config, data, going_on, preparation, ranks
+from pretrain import bench_step, config, data, going_on, preparation, ranks, saver
 from pretrain.sections import DataConfig, SourceConfig
 
 SHARDS = 60
@@ -52,3 +53,14 @@ def test_a_stage_may_change_until_its_first_step_was_trained(datasets: Path, tmp
     going_on._check_same_run(tmp_path, {"step": 9, **before}, now, *rest, say=pytest.fail)
     with pytest.raises(ValueError, match=r"mixture = .*50\.0:50\.0 from step 10 .* says .*25\.0:75\.0 from step 10"):
         going_on._check_same_run(tmp_path, {"step": 10, **before}, now, *rest, say=pytest.fail)
+
+
+def test_a_benchmark_needs_no_room_for_a_checkpoint(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(total=2**30, used=2**30, free=2**20)
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: full)
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
+    with pytest.raises(OSError, match=r"has 1\.0 MiB free and a checkpoint needs"):
+        preparation.prepare(settings)
+    assert bench_step.measure(settings, bench_step.Timing(steps=1, warmup=1))["problem"] is None
