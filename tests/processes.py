@@ -69,6 +69,8 @@ def _run(argv: tuple[str, ...], env: dict[str, str], cwd: str, out: Path, err: P
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # ignored where the tests have nohup, or have trained themselves
     sys.argv = ["pretrain", *argv]
     from pretrain.__main__ import main
 
