@@ -94,15 +94,15 @@ def main(argv: list[str]) -> int:
 
 
 def _numbers_of_ranks(settings: config.Config) -> list[int]:
-    """The most GPUs that the batch divides by, where the model is sure to fit, and half of them; one and two CPUs."""
+    """The most GPUs that the batch divides by, since fewer may not hold the model, and half of them; one and two CPUs."""
     if settings.parallel.strategy == "single":
         return [1]
     gpus = torch.cuda.device_count() if settings.parallel.accelerator != "cpu" else 0
     sequences = settings.train.global_batch_size // settings.train.micro_batch_size
     divides = [ranks for ranks in range(1, (gpus or 2) + 1) if sequences % ranks == 0]
-    return (
-        [max(divides), max(n for n in divides if n <= max(divides) / 2)] if gpus > 1 and len(divides) > 1 else divides
-    )
+    if gpus == 0 or len(divides) == 1:
+        return divides
+    return [divides[-1], max(ranks for ranks in divides if ranks <= divides[-1] / 2)]
 
 
 @dataclass(frozen=True)
