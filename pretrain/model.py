@@ -135,7 +135,10 @@ class Decoder(nn.Module):
             assert cache is None, "text is generated within one document"
             document, position = ops.documents(input_ids, self.eos_id)
             rope, mask = self.rope[:, position], self.operations.document_mask(document)
-        h = self.embed_tokens(input_ids)
+        weight = self.embed_tokens.weight
+        if torch.is_grad_enabled():  # FSDP2 gathers it in bf16, in which a frequent token's gradients would not add up
+            weight = weight.float()
+        h = nn.functional.embedding(input_ids, weight)
         h = h if self.dtype is None else h.to(self.dtype)  # the type of the residual stream, and so of all products
         for layer in self.layers:
             h = layer(h, rope, mask, cache)

@@ -38,8 +38,8 @@ def built(monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int, **setting
         parallel.leave()
 
 
-def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, 40, (3, 42), generator=torch.Generator().manual_seed(seed))
+def batch(seed: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 40, (rows, 42), generator=torch.Generator().manual_seed(seed))
     assert (tokens == EOS).any()
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -49,8 +49,18 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in whole.items()}
 
 
-def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and loss fp32, the residual stream bf16, on both; equal losses, and gradients to the rounding of bf16."""
+@pytest.mark.parametrize("frequent", [0.0, 0.9], ids=["", "a frequent token"])
+def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.MonkeyPatch, frequent: float) -> None:
+    """Weights and loss fp32, the residual stream bf16, on both; equal losses, and gradients to the rounding of bf16.
+
+    Of a token too that is there 550 times: in bf16, one by one, its gradients do not add up.
+    """
+    input_ids, targets = batch(1) if not frequent else batch(1, rows=16)
+    if frequent:
+        input_ids = input_ids.where(
+            torch.rand(input_ids.shape, generator=torch.Generator().manual_seed(2)) > frequent, 7
+        )
+        assert (input_ids == 7).sum() > 550
     found = {}
     for strategy in ("single", "full_shard"):
         with built(monkeypatch, strategy, layers=3, precision="bf16", compile=False) as model:
@@ -61,7 +71,7 @@ def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.Monk
 
             for layer in model.model.layers:
                 layer.register_forward_hook(note)
-            loss = model(*batch(1))
+            loss = model(input_ids, targets)
             loss.backward()
             assert types == [torch.bfloat16] * 6
             assert loss.dtype == torch.float32
