@@ -236,7 +236,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """Both gradients, times that of the sum."""
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), (d_weight * d_total).to(ctx.weight_dtype), None, None, None
+        # In fp32, as a tensor of two dimensions has it: in bf16 the factor itself, 1 / tokens, would be off by up to 0.4%.
+        scaled = torch.mul(d_hidden, d_total.view(1, 1), out=torch.empty_like(d_hidden))
+        return scaled, (d_weight * d_total).to(ctx.weight_dtype), None, None, None
 
 
 def _minus_one_hot(softmax: Tensor, index: Tensor, counted: Tensor) -> Tensor:
