@@ -17,16 +17,18 @@ class Datasheet:
     """Memory bandwidth (bytes/s)."""
     link: float | None = None
     """To the other GPUs of its node: NVLink, one direction (bytes/s); none: it has no NVLink to all of them, or is not known."""
+    fp32_flops: float | None = None
+    """Products in fp32, outside of the units for bf16 (FLOP/s); none: the plan does not know the chip."""
 
 
 DATASHEETS = {
-    "NVIDIA A100-SXM4-40GB": Datasheet(312e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Datasheet(312e12, 2039e9, 300e9),
+    "NVIDIA A100-SXM4-40GB": Datasheet(312e12, 1555e9, 300e9, 19.5e12),
+    "NVIDIA A100-SXM4-80GB": Datasheet(312e12, 2039e9, 300e9, 19.5e12),
     "NVIDIA A100-PCIE-40GB": Datasheet(312e12, 1555e9),
     "NVIDIA A100 80GB PCIe": Datasheet(312e12, 1935e9),
-    "NVIDIA H100 80GB HBM3": Datasheet(989e12, 3350e9, 450e9),
+    "NVIDIA H100 80GB HBM3": Datasheet(989e12, 3350e9, 450e9, 67e12),
     "NVIDIA H100 PCIe": Datasheet(756e12, 2000e9),
-    "NVIDIA H200": Datasheet(989e12, 4800e9, 450e9),
+    "NVIDIA H200": Datasheet(989e12, 4800e9, 450e9, 67e12),
     "NVIDIA B200": Datasheet(2250e12, 8000e9),
     "NVIDIA L40S": Datasheet(362e12, 864e9),
     "NVIDIA L40": Datasheet(181e12, 864e9),

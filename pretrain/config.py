@@ -88,9 +88,9 @@ def _spread_ops_option(argv: list[str]) -> list[str]:
     return spread
 
 
-def load(path: Path) -> Config:
-    """Read a complete or partial YAML file, e.g. RUN_DIR/config.yaml, and check it."""
-    return parse(["--config", str(path)])
+def load(path: Path, prog: str = "pretrain train") -> Config:
+    """Read a complete or partial YAML file, e.g. RUN_DIR/config.yaml, and check it; `prog` is who says what is wrong."""
+    return parse(["--config", str(path)], prog)
 
 
 def write(config: Config, path: Path) -> None:

@@ -271,14 +271,17 @@ def _communication(model: ModelConfig, layout: Layout) -> float:
 
 
 def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
-    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `saver.prune`."""
+    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `saver.prune`.
+
+    The clock and signals make some between the regular ones. With keep_last 0 each signal's adds one, not counted here.
+    """
     saves = -(-max_steps // config.every_steps) if config.every_steps else 1
     if config.keep_last == 0:
         return saves + 1
     every = math.lcm(config.keep_every, config.every_steps or max_steps)
     kept = config.keep_last + (max_steps // every if config.keep_every else 0)
-    between = min(2, config.keep_last) if config.every_minutes and config.every_steps else 0
-    return (kept + between if config.every_minutes else min(saves, kept)) + 1
+    between = min(2, config.keep_last) if config.every_steps else 0
+    return kept + between + 1
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

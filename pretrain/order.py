@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     try:
         if (args.step is None) == (not args.summary):
             raise ValueError("say which: --step K, or --summary")
-        settings = config.load(args.config)
+        settings = config.load(args.config, parser.prog)
         sources = data.open_sources(settings.data, settings.model.vocab_size)
         mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
         table = (

@@ -39,6 +39,8 @@ class Basis:
     """Of the tokens/s, with where it comes from."""
     note: str
     """The error alone, for the line of advice."""
+    network: str = "assumed"
+    """What the chip's network is: assumed, or given."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,16 @@ def main(argv: list[str]) -> None:
         console.width = 120  # lines stay whole in a file
     try:
         if args.published:
-            console.print(published_table())
+            console.print(published.table())
             return
         if args.config is None:
             raise ValueError("say what to plan: --config FILE; or --published")
-        settings = _for_tokens(config.load(args.config), args.tokens)
+        settings = _for_tokens(config.load(args.config, parser.prog), args.tokens)
         basis, gpus = _probed(settings, args.chip) if args.probe else (_known(args.chip, settings.parallel.compile), 8)
-        if args.network_gbits is not None and not (math.isfinite(args.network_gbits) and args.network_gbits > 0):
-            raise ValueError(f"--network_gbits {args.network_gbits:g} must be a number of Gbit/s above 0")
-        if args.network_gbits is not None:
-            basis = replace(basis, chip=replace(basis.chip, network_gbits=args.network_gbits))
-        _print_plan(console, settings, basis, args.nodes, gpus if args.gpus_per_node is None else args.gpus_per_node)
+        gpus = gpus if args.gpus_per_node is None else args.gpus_per_node
+        basis = _with_network(basis, gpus, args.network_gbits)
+        length = "" if args.tokens is None else f"--train.max_steps {settings.train.max_steps}"
+        _print_plan(console, settings, basis, args.nodes, gpus, length)
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
 
@@ -92,7 +93,19 @@ def _for_tokens(settings: config.Config, tokens: float | None) -> config.Config:
     a_step = settings.train.global_batch_size * settings.data.seq_len
     if not (math.isfinite(tokens) and tokens >= a_step):
         raise ValueError(f"--tokens {tokens:g} must be at least one step's {a_step:,}")
-    return replace(settings, train=replace(settings.train, max_steps=math.ceil(tokens / a_step)))
+    settings = replace(settings, train=replace(settings.train, max_steps=math.ceil(tokens / a_step)))
+    config.check(settings)
+    return settings
+
+
+def _with_network(basis: Basis, gpus_per_node: int, network_gbits: float | None) -> Basis:
+    """With the network that is given, or else with the usual one: a card for each GPU."""
+    if network_gbits is None:
+        usual = basis.chip.network_gbits * min(1.0, gpus_per_node / 8)
+        return replace(basis, chip=replace(basis.chip, network_gbits=usual))
+    if not (math.isfinite(network_gbits) and network_gbits > 0):
+        raise ValueError(f"--network_gbits {network_gbits:g} must be a number of Gbit/s above 0")
+    return replace(basis, chip=replace(basis.chip, network_gbits=network_gbits), network="given")
 
 
 def _known(name: str | None, compiled: bool) -> Basis:
@@ -110,6 +123,9 @@ def _known(name: str | None, compiled: bool) -> Basis:
     )
     if compiled:
         text += ", and what the gain of torch.compile is uncertain by"
+    text += (
+        f"; memory lies within the {100 * ROOM:.0f}% that are left free of what an allocator took (benchmarks/notes.md)"
+    )
     return Basis(name, chip, speed.rates_of(chip), 1.0, text, error)
 
 
@@ -120,12 +136,12 @@ def _probed(settings: config.Config, name: str | None) -> tuple[Basis, int]:
     from pretrain.probe import FITTED, HELD_OUT, probe  # lightning takes seconds: a plan without it should not
 
     found = probe(settings)
-    error = f"±{100 * found.time_error:.0f}%"
+    error = f"±{max(1, math.ceil(100 * found.time_error))}%"
     memory_error = (
         "memory is not measured on a CPU" if found.memory_error is None else f"memory ±{100 * found.memory_error:.0f}%"
     )
     text = (
-        f"{error}: measured on this machine at {FITTED[0]} and {FITTED[1]} layers, its error at {HELD_OUT}; "
+        f"{error}: measured on this machine at {FITTED[0]} and {FITTED[1]} layers, its error at {HELD_OUT} between them; "
         f"{memory_error}; communication is not measured"
     )
     return Basis(found.chip.device, found.chip, found.rates, found.activations or 1.0, text, error), found.gpus
@@ -192,16 +208,27 @@ def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:
     return Outcome(layout, held, fits, step, speed.tokens_per_second(T, layout, step))
 
 
-def choose(outcomes: list[Outcome], chip: Chip) -> Outcome | None:
-    """The fastest that leaves `ROOM`, or where none does, that fits; of those within 1%, the one with the largest micro-batch.
+def choose(outcomes: list[Outcome], chip: Chip, as_configured: Outcome | None = None) -> Outcome | None:
+    """The fastest that leaves `ROOM`, or where none does, that fits; or `as_configured`, where that is within 1% of it.
 
-    The model cannot tell so small a difference, and a larger product is never slower.
+    The model cannot tell so small a difference. So of those that are like the fastest but for the micro-batch, and within 1%,
+    it is the one with the largest: a larger product is never slower.
     """
     fitting = [o for o in outcomes if o.fits]
-    roomy = [o for o in fitting if o.memory.total <= (1 - ROOM) * chip.memory_gib * GIB] or fitting
-    fastest = max((o.tokens_per_sec_per_gpu for o in roomy), default=0.0)
-    close = [o for o in roomy if o.tokens_per_sec_per_gpu >= 0.99 * fastest]
-    return max(close, key=lambda o: (o.layout.micro_batch_size, o.tokens_per_sec_per_gpu), default=None)
+    roomy = [o for o in fitting if has_room(o, chip)] or fitting
+    fastest = max(roomy, key=lambda o: o.tokens_per_sec_per_gpu, default=None)
+    if fastest is None:
+        return None
+    least = 0.99 * fastest.tokens_per_sec_per_gpu
+    if as_configured is not None and has_room(as_configured, chip) and as_configured.tokens_per_sec_per_gpu >= least:
+        return as_configured
+    alike = [o for o in roomy if _same_but_batch(o.layout, fastest.layout) and o.tokens_per_sec_per_gpu >= least]
+    return max(alike, key=lambda o: o.layout.micro_batch_size)
+
+
+def has_room(found: Outcome, chip: Chip) -> bool:
+    """Whether it fits, and `ROOM` is left."""
+    return found.memory.total <= (1 - ROOM) * chip.memory_gib * GIB
 
 
 def days(settings: config.Config, found: Outcome) -> float:
@@ -226,9 +253,8 @@ def epochs(settings: config.Config) -> dict[str, float] | str:
     return {source.name: n / length for source, n, length in zip(sources, drawn, mixture.lengths)}
 
 
-def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> str:
+def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome], best: Outcome | None) -> str:
     """What to set, in one line; or what is missing."""
-    best = choose(outcomes, basis.chip)
     T, gpus = settings.data.seq_len, outcomes[0].layout.world_size
     tokens = settings.train.max_steps * settings.train.global_batch_size * T
     if best is None:
@@ -237,10 +263,12 @@ def advice(settings: config.Config, basis: Basis, outcomes: list[Outcome]) -> st
             f"does not fit: the least is {least.memory.total / GIB:.1f} GiB a GPU ({_words(least.layout)}), and a "
             f"{basis.name} has {basis.chip.memory_gib:.1f}; take more GPUs or another chip"
         )
-    largest = max(o.layout.micro_batch_size for o in outcomes if o.fits and _same_but_batch(o.layout, best.layout))
+    alike = [o for o in outcomes if has_room(o, basis.chip) and _same_but_batch(o.layout, best.layout)]
+    largest = max((o.layout.micro_batch_size for o in alike), default=0)
     also = f" (up to {largest} fits)" if largest > best.layout.micro_batch_size else ""
+    speed_found = _thousands(best.tokens_per_sec_per_gpu)
     return (
-        f"fits: {_words(best.layout)}{also}; {gpus} {basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU "
+        f"{_fits(best, basis.chip)}: {_words(best.layout)}{also}; {gpus} {basis.name}: {speed_found} tokens/s/GPU "
         f"({basis.note}), {_days(days(settings, best))} for {short(tokens)} tokens"
     )
 
@@ -272,7 +300,8 @@ def keys_to_set(settings: config.Config, layout: Layout, chip: Chip) -> str:
 
 
 def _same_but_batch(a: Layout, b: Layout) -> bool:
-    return replace(a, micro_batch_size=1, grad_accum_steps=1) == replace(b, micro_batch_size=1, grad_accum_steps=1)
+    ours, others = (replace(x, micro_batch_size=1, grad_accum_steps=1, shard_size=0) for x in (a, b))
+    return ours == others and a.shards == b.shards
 
 
 def _words(layout: Layout) -> str:
@@ -293,29 +322,44 @@ def _days(number: float) -> str:
     )
 
 
-def _print_plan(console: Console, settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> None:
+def _fits(found: Outcome, chip: Chip) -> str:
+    if not found.fits:
+        return "does not fit"
+    return "fits" if has_room(found, chip) else f"fits, with less than {100 * ROOM:.0f}% free"
+
+
+def _print_plan(
+    console: Console, settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int, length: str
+) -> None:
+    """length: the key that sets how long the run is, where the configuration does not."""
     outcomes = [outcome(settings, layout, basis) for layout in layouts(settings, nodes, gpus_per_node)]
     columns: list[tuple[str, Outcome]] = []
+    as_is = None
     try:
-        columns.append(
-            ("as configured", outcome(settings, configured(settings, nodes, gpus_per_node, basis.chip), basis))
-        )
+        as_is = outcome(settings, configured(settings, nodes, gpus_per_node, basis.chip), basis)
+        columns.append(("as configured", as_is))
     except ValueError as error:
         console.print(f"as configured it cannot run: {error}", soft_wrap=True, highlight=False)
-    if (best := choose(outcomes, basis.chip)) is not None:
+    best = choose(outcomes, basis.chip, as_is)
+    if best is not None and best is not as_is:
         columns.append(("fastest that fits", best))
     tokens = settings.train.max_steps * settings.train.global_batch_size * settings.data.seq_len
     title = f"{count(settings.model).total:,} parameters, {settings.train.max_steps:,} steps, {tokens:,} tokens"
-    console.print(plan_table(f"{title}; {nodes} x {gpus_per_node} {basis.name}", settings, basis, columns))
+    network = f", {basis.chip.network_gbits:,.0f} Gbit/s a node {basis.network}" if nodes > 1 else ""
+    console.print(f"{title}; {nodes} x {gpus_per_node} {basis.name}{network}", soft_wrap=True, highlight=False)
+    console.print(plan_table(settings, basis, columns))
     kept, size = disk(settings)
+    beyond = "" if best is None else published.not_covered(best.layout, basis.chip)
     lines = [
         f"checkpoints    {checkpoint_bytes(settings.model) / 1e9:,.1f} GB each, {kept} at most: {size / 1e12:,.2f} TB of disk",
         f"epochs         {_epochs_line(settings)}",
-        f"error          {basis.error}",
-        advice(settings, basis, outcomes),
+        f"error          {basis.error}" + (f"; {beyond}" if beyond else ""),
+        advice(settings, basis, outcomes, best),
     ]
-    if best is not None and (keys := keys_to_set(settings, best.layout, basis.chip)):
-        lines.insert(-1, f"to set         {keys}")
+    keys = [length] if length else []
+    keys += [keys_to_set(settings, best.layout, basis.chip)] if best is not None and best is not as_is else []
+    if any(keys):
+        lines.insert(-1, f"to set         {' '.join(keys)}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -324,9 +368,9 @@ def _epochs_line(settings: config.Config) -> str:
     return found if isinstance(found, str) else ", ".join(f"{name} {n:.2f}" for name, n in found.items())
 
 
-def plan_table(title: str, settings: config.Config, basis: Basis, columns: list[tuple[str, Outcome]]) -> Table:
+def plan_table(settings: config.Config, basis: Basis, columns: list[tuple[str, Outcome]]) -> Table:
     """Memory by part, and speed, one column a layout."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("a GPU")
     for name, _ in columns:
         table.add_column(name, justify="right")
@@ -336,10 +380,9 @@ def plan_table(title: str, settings: config.Config, basis: Basis, columns: list[
     table.add_section()
     for part in fields(Memory):
         table.add_row(f"{part.name}, GiB", *(f"{getattr(o.memory, part.name) / GIB:.2f}" for o in found))
-    verdict = ("does not fit", "fits")
     table.add_row(
         f"total, of {basis.chip.memory_gib:.1f} GiB",
-        *(f"{verdict[o.fits]}: {o.memory.total / GIB:.2f}" for o in found),
+        *(f"{_fits(o, basis.chip)}: {o.memory.total / GIB:.2f}" for o in found),
         style="bold",
     )
     table.add_section()
@@ -348,28 +391,4 @@ def plan_table(title: str, settings: config.Config, basis: Basis, columns: list[
         table.add_row(f"{name}, s a step", *(f"{getattr(o.step, item.name):.3f}" for o in found))
     table.add_row("tokens/s/GPU", *(f"{o.tokens_per_sec_per_gpu:,.0f}" for o in found), style="bold")
     table.add_row("run", *(_days(days(settings, o)) for o in found), style="bold")
-    return table
-
-
-def published_table() -> Table:
-    """One row a published run: its tokens/s/GPU, what the model of time says, and the error."""
-    table = Table(
-        title="published runs against the model of time, tokens/s/GPU",
-        title_justify="left",
-        caption="Memory is this project's. MPT's runs, under other code, were nearer to the limit: up to 8% over, by this.",
-        caption_justify="left",
-    )
-    for name in ("run", "published", "predicted", "error", "memory, GiB"):
-        table.add_column(name, justify="left" if name == "run" else "right")
-    table.add_column("not published, assumed (not counted)")
-    for run in published.PUBLISHED:
-        held = memory(run.model, run.seq_len, run.layout).total / GIB
-        table.add_row(
-            run.name,
-            f"{run.tokens_per_second:,.0f}",
-            f"{published.predicted(run):,.0f}",
-            f"{100 * published.error(run):+.1f}%",
-            f"{held:.1f} of {CHIPS[run.chip].memory_gib:.1f}",
-            run.assumed,
-        )
     return table

@@ -63,6 +63,7 @@ def probe(settings: config.Config) -> Probe:
 
     Raises:
         ValueError: the accelerator is not there.
+        OSError: more layers took no longer, so that the machine was busy with something else.
     """
     alone = replace(settings.parallel, **ALONE)
     fabric, _ = parallel.launch(alone, settings.model, [])
@@ -73,6 +74,11 @@ def probe(settings: config.Config) -> Probe:
     for depth in (*FITTED, HELD_OUT):
         steps[depth], peaks[depth] = _measure(fabric, settings, alone, depth)
     layer_s, rest_s, time_error = _line(steps)
+    if layer_s <= 0:
+        raise OSError(
+            f"the probe's steps of {FITTED[0]} layers took {steps[FITTED[0]]:.3f} s and those of {FITTED[1]} took "
+            f"{steps[FITTED[1]]:.3f} s: something else is running on this machine; probe again when it is idle"
+        )
     T, layout = settings.data.seq_len, _layout(settings)
     shallow, deep = (
         step_seconds(replace(settings.model, num_hidden_layers=depth), T, layout, chip, base).seconds
@@ -104,13 +110,13 @@ def _layout(settings: config.Config) -> Layout:
 def _chip(device: torch.device) -> Chip:
     """By name; what is not known of it has a nominal figure, which the measurement corrects (a link does not: PCIe's)."""
     if device.type == "cpu":
-        return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10)
+        return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10, 1e11)
     properties = torch.cuda.get_device_properties(device)
     for chip in CHIPS.values():
         if chip.device == properties.name:
             return chip
     peak = metrics.peak_flops(properties.name) or 100e12
-    return Chip(properties.name, peak, properties.total_memory / 2**30, 1e12, 25e9, 100)
+    return Chip(properties.name, peak, properties.total_memory / 2**30, 1e12, 25e9, 100, peak / 16)
 
 
 def _line(measured: dict[int, float]) -> tuple[float, float, float]:

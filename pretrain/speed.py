@@ -7,7 +7,7 @@ bandwidth, collectives at the link's, hidden behind the computation as far as th
 published runs (`published.py` has them, and the error of each); a probe on a GPU replaces them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pretrain import chips
 from pretrain.memory import FP32, Layout, count, tokens_at_a_time
@@ -30,13 +30,16 @@ class Chip:
     """To the other GPUs of its node: NVLink, one direction (bytes/s)."""
     network_gbits: float
     """Of the whole node to the others, the usual machine's: eight network cards (Gbit/s)."""
+    fp32_flops: float
+    """Products in fp32 (FLOP/s); TF32 is not used."""
 
 
 def _chip(device: str, memory_gib: float, network_gbits: float) -> Chip:
     sheet = chips.DATASHEETS[device]
     assert sheet.flops is not None, f"{device} has no bf16 products"
     assert sheet.link is not None, f"{device} has no NVLink"
-    return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, sheet.link, network_gbits)
+    assert sheet.fp32_flops is not None
+    return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, sheet.link, network_gbits, sheet.fp32_flops)
 
 
 CHIPS = {
@@ -117,6 +120,8 @@ class Step:
 def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, rates: Rates) -> Step:
     """One optimizer step on every GPU of the layout."""
     counts, L, n = count(model), model.num_hidden_layers, layout.activation_checkpointing
+    if layout.precision == "fp32":
+        chip = replace(chip, peak_flops=chip.fp32_flops)
     tokens = layout.micro_batch_size * seq_len * layout.grad_accum_steps
     bandwidth = rates.bandwidth * chip.bandwidth
     products = 6 * L * counts.layer_in_products * tokens / _product_flops(model, chip, rates)
@@ -200,7 +205,8 @@ def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates:
     ring = inside if layout.gpus_per_node >= G else min(inside, between_nodes)
     seconds = (gathered + reduced) * (G - 1) / G / ring
     if (replicas := N // G) > 1:  # one ring for each shard of P / G; those of a node share its cards
-        seconds += 2 * FP32 * P / G * min(G, layout.gpus_per_node) * (replicas - 1) / replicas / between_nodes
+        each, among = 2 * FP32 * P / G * (replicas - 1) / replicas, min(G, layout.gpus_per_node)
+        seconds += each / inside if layout.nodes == 1 else each * among / between_nodes
     return seconds
 
 

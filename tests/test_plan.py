@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config, write_config
 from torch import Tensor
 
-from pretrain import bench_step, config, parallel, plan, preparation, published, saver, speed
+from pretrain import bench_step, config, parallel, plan, preparation, probe, published, saver, speed
 from pretrain.memory import GIB, Layout, count, kept_bytes, layer_keeps, loss_keeps, memory
 from pretrain.model import Llama, num_parameters
 from pretrain.published import PUBLISHED
@@ -252,10 +252,72 @@ def test_the_keys_to_set_make_training_take_the_fastest(nodes: int, capsys: pyte
         assert replace(taken, shard_size=0) == replace(best.layout, shard_size=0)
         assert taken.shards == best.layout.shards
         assert plan.keys_to_set(followed, best.layout, basis.chip) == ""
-    lines = planned(capsys, "--config", name, "--chip", "A100-40G", "--nodes", nodes).splitlines()
-    assert lines[-2].startswith("to set ") == (nodes == 2)
-    if nodes == 2:
-        assert "--parallel.strategy shard_grad_op" in lines[-2]
+
+
+def test_what_is_configured_stays_where_nothing_is_faster_by_more_than_the_model_can_tell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = ROOT / "configs" / "tinyllama-1.1b.yaml"
+    for chip, nodes, faster in (("A100-40G", 2, False), ("H100", 1, False), ("A100-80G", 1, False), ("H100", 16, True)):
+        text = planned(capsys, "--config", name, "--chip", chip, "--nodes", nodes)
+        assert ("fastest that fits" in text) == faster, (chip, nodes)
+        assert ("to set " in text) == faster
+        speeds = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", text.split("tokens/s/GPU ")[1].split("\n")[0])]
+        assert len(speeds) == 1 + faster
+        assert not faster or speeds[1] > 1.01 * speeds[0]
+    assert "--parallel.strategy shard_grad_op" in text
+    assert (
+        "no run that is counted is shard_grad_op over several nodes; nanotron 1.3B, 64 H100, not counted, is " in text
+    )
+    # Of two layouts that differ in more than the micro-batch the larger one is not taken for being larger.
+    basis = plan._known("H100", compiled=True)
+    outcomes = [plan.outcome(TINYLLAMA, layout, basis) for layout in plan.layouts(TINYLLAMA, 1, 8)]
+    best = plan.choose(outcomes, basis.chip)
+    fastest = max((o for o in outcomes if plan.has_room(o, basis.chip)), key=lambda o: o.tokens_per_sec_per_gpu)
+    assert best is not None
+    assert (best.layout.recompute, best.layout.strategy) == (fastest.layout.recompute, fastest.layout.strategy)
+    assert best.layout.micro_batch_size >= fastest.layout.micro_batch_size
+
+
+def test_the_network_is_named_and_has_a_card_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--config", ROOT / "configs" / "tinyllama-1.1b.yaml", "--chip", "A100-40G", "--nodes", 2]
+    for options, network in (
+        ([], "1,600 Gbit/s a node assumed"),
+        (["--gpus_per_node", 1], "200 Gbit/s a node assumed"),
+        (["--network_gbits", 400], "400 Gbit/s a node given"),
+    ):
+        assert planned(capsys, *given, *options).splitlines()[0].endswith(network)
+
+
+def test_replicas_within_a_node_exchange_over_its_links() -> None:
+    layout = Layout("hybrid", 1, 8, micro_batch_size=8, grad_accum_steps=16, shard_size=4)
+    found = {
+        speed.communication_seconds(TINYLLAMA.model, layout, replace(CHIPS["A100-40G"], network_gbits=n), speed.A100)
+        for n in (25, 1600)
+    }
+    assert len(found) == 1
+
+
+def test_fp32_is_not_planned_at_the_peak_of_bf16() -> None:
+    """M3, 6.76 GFLOP a token, at 19.5 TFLOP/s is 2,885 tokens/s."""
+    layout = Layout("full_shard", 1, 8, micro_batch_size=2, grad_accum_steps=8, precision="fp32")
+    step = speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100)
+    assert 1000 < speed.tokens_per_second(2048, layout, step) < 2885
+    assert "in fp32: its speed is by the datasheet's peak" in published.not_covered(layout, CHIPS["A100-40G"])
+    assert published.not_covered(replace(layout, precision="bf16"), CHIPS["A100-40G"]) == ""
+
+
+def test_what_leaves_no_room_is_said_to() -> None:
+    basis = plan._known("H100", compiled=True)
+    settings = config.load(ROOT / "configs" / "llama-33b.yaml")
+    outcomes = [plan.outcome(settings, layout, basis) for layout in plan.layouts(settings, 1, 8)]
+    best = plan.choose(outcomes, basis.chip)
+    assert best is not None
+    assert best.fits
+    assert not plan.has_room(best, basis.chip)
+    line = plan.advice(settings, basis, outcomes, best)
+    assert line.startswith("fits, with less than 5% free: ")
+    assert "(up to " not in line
 
 
 def test_what_does_not_fit_is_said_with_the_least_that_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +329,12 @@ def test_tokens_set_the_length(capsys: pytest.CaptureFixture[str]) -> None:
     name = ROOT / "configs" / "llama-120m.yaml"
     text = planned(capsys, "--config", name, "--chip", "H200", "--gpus_per_node", 1, "--tokens", "1e9")
     assert "single" in text
-    assert text.splitlines()[-1].endswith("for 1B tokens")
+    lines = text.splitlines()
+    assert lines[-1].endswith("for 1B tokens")
+    assert lines[-2].startswith("to set         --train.max_steps ")
+    steps = int(lines[-2].split()[3])
+    settings = config.load(name)
+    assert 0 <= steps * settings.train.global_batch_size * settings.data.seq_len - 1e9 < 2**21
 
 
 @pytest.mark.parametrize(
@@ -280,6 +347,7 @@ def test_tokens_set_the_length(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--chip", "A100-40G", "--nodes", "0"], "must be at least 1"),
         (["--chip", "A100-40G", "--tokens", "5"], "must be at least one step's 2,097,152"),
+        (["--chip", "A100-40G", "--tokens", "1e9"], "optim.warmup_steps"),
         (["--chip", "A100-40G", "--network_gbits", "0"], "--network_gbits 0 must be a number of Gbit/s above 0"),
         (["--chip", "A100-40G", "--probe"], "--probe measures this machine's chip"),
     ],
@@ -305,8 +373,13 @@ def test_disk_is_what_the_saver_leaves(
         checkpoint=CheckpointConfig(every_steps, every_minutes, keep_last, keep_every),
     )
     there, most = [], 0
-    by_clock = every_minutes and keep_last  # at each step, which is as often as can be
-    for step in (s for s in range(1, 63) if by_clock or s == 62 or (every_steps and s % every_steps == 0)):
+    for step in (
+        s
+        for s in range(1, 63)
+        if keep_last  # by the clock or a signal, as often as can be
+        or s == 62
+        or (every_steps and s % every_steps == 0)
+    ):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
@@ -334,6 +407,21 @@ def test_probe_measures_real_steps(datasets: Path, tmp_path: Path, capsys: pytes
     last = text.splitlines()[-1]
     assert last.startswith("fits: micro-batch ")
     assert "; 1 cpu: " in last
-    assert "measured on this machine at 2 and 6 layers, its error at 4; memory is not measured on a CPU" in text
+    assert (
+        "measured on this machine at 2 and 6 layers, its error at 4 between them; memory is not measured on a CPU"
+        in text
+    )
     assert not (tmp_path / "run").exists()
     assert "epochs         a 0." in text
+
+
+def test_a_probe_on_a_busy_machine_is_refused(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six layers that took no longer than two would make layers cost less than nothing."""
+    monkeypatch.setattr(probe, "_measure", lambda *args: (1.0 / args[-1], 0.0))
+    with pytest.raises(SystemExit):
+        planned(
+            capsys, "--config", write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")), "--probe"
+        )
+    assert "of 2 layers took 0.500 s and those of 6 took 0.167 s: something else is running" in capsys.readouterr().err
