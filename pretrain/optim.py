@@ -6,6 +6,7 @@ parameters -> two groups (decayed, not decayed) -> fused AdamW;   step -> learni
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -47,8 +48,16 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
     Sharded gradients give the norm over all ranks. A norm that is not finite leaves gradients that must not be used.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if isinstance(norm, DTensor):
+        mesh, norm = norm.device_mesh, norm.full_tensor()
+        if (
+            mesh.ndim == 2
+        ):  # all else replicas have from each other; who sums in another order would drift from the others
+            dist.broadcast(norm, group=mesh.get_group("replicate"), group_src=0)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
 
 
 def step_if_usable(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:

@@ -97,13 +97,25 @@ def unlike(shape: dict, settings: dict) -> None:
         model_module, "_fill_normal", lambda p, std, seed, *rest: FILL_NORMAL(p, std, seed + rank(), *rest)
     ):
         built = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=7))
-    for name, parameter in built.named_parameters():
-        mine = parameter.to_local()
-        replicas = parameter.device_mesh.get_group("replicate")
+    replicas = next(built.parameters()).device_mesh.get_group("replicate")
+
+    def assert_equal(name: str, mine: torch.Tensor) -> None:
         all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size(replicas))]
         dist.all_gather(all_of_them, mine.contiguous(), group=replicas)
         assert len(all_of_them) == 2
         assert torch.equal(*all_of_them), name
+
+    for name, parameter in built.named_parameters():
+        assert_equal(name, parameter.to_local())
+    # Nor do they part where one adds up the gradient's norm in another order.
+    tokens = torch.arange(17)[None]
+    built(tokens[:, :-1], tokens[:, 1:]).backward()
+    total = torch.nn.utils.get_total_norm
+    off = 1 + 1e-3 * dist.get_rank(replicas)
+    with mock.patch.object(torch.nn.utils, "get_total_norm", lambda *args, **kwargs: total(*args, **kwargs) * off):
+        assert_equal("norm", clip_gradients(built, 1e-3))
+    for name, parameter in built.named_parameters():
+        assert_equal(f"gradient of {name}", parameter.grad.to_local())
 
 
 FILL_NORMAL = model_module._fill_normal
