@@ -1,7 +1,8 @@
 # What a site must set, once; sourced by slurm.sbatch, torchrun.sh and prepare.sbatch. A variable that is set already wins.
 
-# The network between the nodes, for NCCL's and gloo's first handshake. Without it they take the first interface that is up,
-# and on a node with several that may be one that the others cannot reach: the start hangs. See `ip -brief address`.
+# The network between the nodes, for NCCL's and gloo's first handshake. Without it NCCL takes the first interface that is up and
+# gloo the one of the host's own name, which on many systems is 127.0.1.1: the start is refused. On a node with several it may be
+# one that the others cannot reach: the start hangs. See `ip -brief address`.
 # export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-ib0} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-ib0}
 
 # Which InfiniBand cards carry the data, where a node also has others, such as one for storage. See `ibstat -l`.
@@ -14,3 +15,5 @@
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A rank's log is to hold its last words when it is killed.
 export PYTHONUNBUFFERED=1
+# A broken link aborts all ranks: none is to leave a core of its GPU's process. CORES=unlimited before the command keeps them.
+ulimit -S -c "${CORES:-0}" 2>/dev/null || true

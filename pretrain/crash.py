@@ -97,17 +97,25 @@ def is_consequence(rank: Rank) -> bool:
     return rank.error is not None and _CONSEQUENCE.search(rank.error) is not None
 
 
+def was_aborted(rank: Rank) -> bool:
+    """Whether C code ended it: so NCCL does where a connection breaks, which under gloo is an exception, and so does CUDA."""
+    return rank.error is None and rank.gone is not None and "Fatal Python error: Aborted" in rank.stacks
+
+
 def first_cause(ranks: list[Rank]) -> Cause:
     """Name what was first: an exception of one's own or a death, by time; else who hangs."""
     ended = sorted((rank for rank in ranks if rank.ended_at_s is not None), key=lambda rank: rank.ended_at_s or 0.0)
     own = [rank for rank in ended if not is_consequence(rank)]
+    if len(ended) == len(ranks) > 1 and all(was_aborted(rank) for rank in own):
+        # Every rank lost another one: a link broke, and the first to see it is next to it.
+        rank = ended[0]
+        how = rank.error or "it was aborted, and its log says by what"
+        return Cause("failed", [rank], f"{rank.name} lost another rank first: {how}", _ADVICE["link"])
     for rank in own[:1]:
         if rank.error is not None:
             return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", _ADVICE["failed"])
-        return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", _ADVICE["died"])
-    if len(ended) == len(ranks):  # every rank lost another one: a link broke, and the first to see it is next to it
-        rank = ended[0]
-        return Cause("failed", [rank], f"{rank.name} lost another rank first: {rank.error}", _ADVICE["link"])
+        advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
+        return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice)
     return _name_hanging([rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)])
 
 
@@ -160,9 +168,13 @@ _ADVICE = {
         "A process that goes without a word was killed: look on its host for the out-of-memory killer (dmesg), for what the "
         "scheduler did (sacct, scancel), and for a crash in C code below. The same command goes on from the newest checkpoint."
     ),
+    "aborted": (
+        "C code ended it: the rank's log says which error of CUDA's or NCCL's it met. pretrain doctor measures the devices and "
+        "the links. The same command goes on from the newest checkpoint."
+    ),
     "link": (
-        "No rank failed by itself: a connection between hosts broke. pretrain doctor measures the links; sbatch --exclude=HOST "
-        "leaves a host out. The same command goes on from the newest checkpoint."
+        "No rank failed by itself: a connection between hosts broke; NCCL's own words are in the ranks' logs. pretrain doctor "
+        "measures the links; sbatch --exclude=HOST leaves a host out. The same command goes on from the newest checkpoint."
     ),
     "data": (
         "The stacks of the loader's threads, below, say what they wait for: most often the file system of the shards on that "

@@ -10,6 +10,7 @@ is autocast, with an fp32 residual stream, and would gather fp32).
 
 import logging
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable
@@ -100,15 +101,24 @@ def _join(fabric: Fabric, world_size: int) -> None:
 
     Raises:
         TimeoutError: not all have come.
+        ValueError: another host's name leads back to this one.
     """
     try:
         fabric.launch()
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistStoreError | dist.DistNetworkError) or "gloo" in str(error).lower()):
+            raise
+        words = str(error).splitlines()[0]
+        if itself := re.search(r"remote=\[?(127\.[\d.]+|::1)\b", str(error)):
+            raise ValueError(
+                f"another rank's host gives its own name the address {itself[1]}, which leads others to themselves, so that "
+                "gloo finds no rank there: set GLOO_SOCKET_IFNAME to the network between the nodes in launch/env.sh "
+                f"(ip -brief address names them), or mend /etc/hosts ({words})"
+            ) from error
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise TimeoutError(
             f"{world_size} ranks were to meet at {where} within {ranks.JOIN_TIMEOUT.total_seconds() / 60:g} minutes, and did "
-            f"not: {str(error).splitlines()[0]}. See in the missing ranks' logs why they ended, or whether they reach that "
-            "address (launch/env.sh)"
+            f"not: {words}. See in the missing ranks' logs why they ended, or whether they reach that address (launch/env.sh)"
         ) from error
     if dist.is_initialized():
         ranks.be_patient(None)

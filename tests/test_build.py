@@ -210,3 +210,26 @@ def test_float8_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pretrain.backends.installed", {}.get)
     with refuses(match=r"torchao is not installed: pip install .*\.\[gpu\]"):
         float8.convert(model, torch.device("cpu"))
+
+
+GLOO = "Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: Connection refused, remote=[{}]:57229"
+
+
+@pytest.mark.parametrize(
+    ("words", "raised", "said"),
+    [
+        (GLOO.format("127.0.1.1"), ValueError, "gives its own name the address 127.0.1.1, .* set GLOO_SOCKET_IFNAME"),
+        (GLOO.format("10.0.0.127"), TimeoutError, r"2 ranks were to meet .* did not: Gloo connectFullMesh failed"),
+        ("CUDA error: out of memory", RuntimeError, "CUDA error: out of memory"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_why(words: str, raised: type[Exception], said: str) -> None:
+    """Gloo's words for what two hosts met whose /etc/hosts had their names at 127.0.1.1, as Debian's installer writes it."""
+
+    class Fabric:
+        def launch(self) -> None:
+            raise RuntimeError(words)
+
+    with pytest.raises(raised, match=said) as found:
+        parallel._join(Fabric(), 2)  # type: ignore[arg-type]
+    assert type(found.value) is raised

@@ -69,6 +69,7 @@ def test_a_rank_that_waits_for_one_that_goes_on_does_not_hang() -> None:
     assert not crash.overdue([Rank(0, age_s=1e9, limit_s=0.0)]), "a place without a limit"
 
 
+ABORTED = f"Fatal Python error: Aborted\n\n{IN_A_COLLECTIVE}"
 RESET = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer"
 
 
@@ -84,6 +85,17 @@ RESET = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Conn
         ),
         ([waiting(0, error=RESET, ended_at_s=1.0), waiting(1, gone="it died", ended_at_s=1.3)], "died", 1),
         ([waiting(0, error=RESET, ended_at_s=1.0), waiting(1, error=RESET, ended_at_s=0.9)], "failed", 1),
+        # NCCL's thread aborts the process where a connection breaks: on all ranks it is the link, on one its own doing.
+        ([waiting(n, gone="it died", stacks=ABORTED, ended_at_s=2.0 - n) for n in (0, 1)], "failed", 1),
+        ([waiting(0, error=RESET, ended_at_s=1.0), waiting(1, gone="x", stacks=ABORTED, ended_at_s=2.0)], "failed", 0),
+        ([waiting(0), waiting(1, gone="it died", stacks=ABORTED, ended_at_s=1.0)], "died", 1),
+        (
+            [waiting(0, gone="x", stacks=ABORTED, ended_at_s=2.0), waiting(1, error="ValueError: x", ended_at_s=1.0)],
+            "failed",
+            1,
+        ),
+        ([waiting(0, gone="x", stacks=ABORTED, ended_at_s=2.0), waiting(1, gone="it died", ended_at_s=1.0)], "died", 1),
+        ([waiting(0, gone="it died", stacks=ABORTED, ended_at_s=2.0)], "died", 0),
         # A collective gave up on a rank that says nothing: that one hangs.
         ([waiting(0, error="DistBackendError: NCCL timeout", ended_at_s=1.0), waiting(1)], "hangs", 1),
     ],
