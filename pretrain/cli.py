@@ -16,21 +16,31 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 PATIENCE_S = 5.0
 """How long a rank waits for what the first one has to say (seconds)."""
 
+_NO_KEYS = re.compile(
+    r"Not a valid subclass of \w+\.\s+Got value: (.*?)\s+Subclass types expect.*|Expected a dot import path string: (.*)",
+    re.DOTALL,
+)
+"""How jsonargparse says that something else stands where a dataclass should."""
+
 
 class Parser(jsonargparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest key where one is unknown."""
 
     command = "pretrain"
     """What the user called; jsonargparse makes parsers of its own for parts of a configuration."""
+    explained_by = "pretrain"
+    """The command whose --help explains the keys; that of a command which only names a file does not."""
 
-    def __init__(self, *args: Any, prog: str | None = None, **options: Any):
+    def __init__(self, *args: Any, prog: str | None = None, explained_by: str | None = None, **options: Any):
         super().__init__(*args, prog=prog, **options)
         Parser.command = prog or Parser.command
+        Parser.explained_by = explained_by or prog or Parser.explained_by
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` as one line and exit with status 2."""
         message = re.sub(r"<class '(\w+)'>", r"\1", str(message)).replace("typing.Literal", "one of ")
-        fail(self.command, message + self._suggestion(message) + f" ({self.command} --help explains every key)")
+        message = re.sub(_NO_KEYS, r"it has \1\2 where keys must stand", message)
+        fail(self.command, message + self._suggestion(message) + f" ({self.explained_by} --help explains every key)")
 
     def _suggestion(self, message: str) -> str:
         unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", message)

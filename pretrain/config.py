@@ -45,12 +45,12 @@ def parse(
     """
     import jsonargparse  # slow to import, and only commands need it
 
+    from pretrain import config_file
     from pretrain.cli import Parser
 
-    read_yaml = jsonargparse.get_loader("yaml")
-    jsonargparse.set_loader("cria", lambda text: _spread_ops(read_yaml(text)), (yaml.YAMLError,))
-    parser = Parser(prog=prog, description=purpose, parser_mode="cria")
-    parser.add_argument("--config", action="config", help="A YAML file with any of the keys below.")
+    jsonargparse.set_loader("cria", lambda text: _spread_ops(config_file.read(text)), (yaml.YAMLError,))
+    parser = Parser(prog=prog, explained_by="pretrain train", description=purpose, parser_mode="cria")
+    parser.add_argument("--config", action=config_file.ConfigFile, help="A YAML file with any of the keys below.")
     parser.add_class_arguments(Config)
     parsed = parser.parse_args(_spread_ops_option(argv))
     for section in dataclasses.fields(Config):

@@ -15,6 +15,7 @@ LAYERS = [
         "bench_profile",
         "bench_timing",
         "cli",
+        "config_file",
         "crash",
         "folder",
         "history",
