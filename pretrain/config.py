@@ -14,6 +14,7 @@ The keys and their units stand in `pretrain.sections`. What depends on the numbe
 import dataclasses
 from itertools import pairwise
 from math import isfinite
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ from pretrain.sections import (
     StageConfig,
     TrainConfig,
 )
+
+_AT_MOST = {"data.num_workers": 1024, "train.global_batch_size": 2**24}
+_MODEL_AT_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 10_000,
+    "max_position_embeddings": 2**24,
+}
+"""What lies beyond ten times the largest that anybody trains is a slip; built, it would end in the middle of a library."""
 
 
 def parse(
@@ -100,9 +111,13 @@ def write(config: Config, path: Path) -> None:
 
 def check(config: Config) -> None:
     """Raise one ValueError that names everything in `config` that cannot work on any number of ranks."""
-    problems = [] if config.run_dir.strip() else ["run_dir is empty; name a folder for the run"]
-    problems += [*_check_model(config.model), *_check_data(config.data), *_check_optim(config.optim, config.train)]
-    problems += _check_parallel(config.parallel)
+    problems = _check_paths(config)
+    problems += [f"model.{problem}" for problem in model_problems(config.model)]
+    problems += [
+        *_check_data(config.data),
+        *_check_optim(config.optim, config.train),
+        *_check_parallel(config.parallel),
+    ]
     positive = {
         "data.seq_len": config.data.seq_len,
         "train.max_steps": config.train.max_steps,
@@ -130,6 +145,11 @@ def check(config: Config) -> None:
         "watchdog.stragglers_every": config.watchdog.stragglers_every,
     }
     problems += [f"{name} is {value}; it must be at least 0" for name, value in at_least_zero.items() if not value >= 0]
+    problems += [
+        f"{name} is {attrgetter(name)(config)}; it must be at most {most}"
+        for name, most in _AT_MOST.items()
+        if attrgetter(name)(config) > most
+    ]
     if config.data.seq_len > config.model.max_position_embeddings:
         problems.append(
             f"data.seq_len {config.data.seq_len} tokens is longer than model.max_position_embeddings "
@@ -141,24 +161,41 @@ def check(config: Config) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _check_model(model: ModelConfig) -> list[str]:
-    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
-    problems = [f"model.{n} is {getattr(model, n)}; it must be at least 1" for n in sizes if getattr(model, n) < 1]
+def _check_paths(config: Config) -> list[str]:
+    paths = {"run_dir": config.run_dir, "resume": config.resume, "init_from": config.init_from}
+    for source in config.data.sources:
+        paths |= {f"data.sources: train of {source.name}": source.train}
+        paths |= {f"data.sources: validation of {source.name}": source.validation}
+    problems = [] if config.run_dir.strip() else ["run_dir is empty; name a folder for the run"]
+    return problems + [
+        f"{name} is {path!r}; no path holds a NUL" for name, path in paths.items() if "\0" in (path or "")
+    ]
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Everything in a shape that cannot be built; each begins with the field's name."""
+    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.type is int}
+    problems = [f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1]
+    problems += [
+        f"{name} is {sizes[name]}; it must be at most {most}"
+        for name, most in _MODEL_AT_MOST.items()
+        if sizes[name] > most
+    ]
     if problems:
         return problems
     for name in ("rope_theta", "rms_norm_eps"):
         if not (isfinite(getattr(model, name)) and getattr(model, name) > 0):
-            problems.append(f"model.{name} is {getattr(model, name)}; it must be a number above 0")
+            problems.append(f"{name} is {getattr(model, name)}; it must be a number above 0")
     D, H, H_kv = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     if D % H:
-        problems.append(f"model.hidden_size {D} is not a multiple of model.num_attention_heads {H}")
+        problems.append(f"hidden_size {D} is not a multiple of num_attention_heads {H}")
     elif model.head_dim % 2:
         problems.append(
-            f"model.hidden_size {D} / model.num_attention_heads {H} = {model.head_dim} features a head; "
+            f"hidden_size {D} / num_attention_heads {H} = {model.head_dim} features a head; "
             "rotary embeddings need an even number"
         )
     if H % H_kv:
-        problems.append(f"model.num_attention_heads {H} is not a multiple of model.num_key_value_heads {H_kv}")
+        problems.append(f"num_attention_heads {H} is not a multiple of num_key_value_heads {H_kv}")
     return problems
 
 

@@ -115,6 +115,14 @@ def _catches(status: Path, number: signal.Signals) -> bool:
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "exist"]),
         (["--model.vocab_size", "299"], ["300 tokens", "vocab_size is 299", "at least 300"]),
         (["--parallel.accelerator", "cuda"], ["cuda", "0 GPUs", "--parallel.accelerator cpu"]),
+        (["--model.vocab_size", "1000000000000"], ["model.vocab_size is 1000000000000", "at most 16777216"]),
+        (["--model.hidden_size", str(10**20)], [f"model.hidden_size is {10**20}", "at most 1048576"]),
+        (["--model.intermediate_size", "1000000000000"], ["model.intermediate_size is", "at most 4194304"]),
+        (["--model.num_hidden_layers", "1000000000000"], ["model.num_hidden_layers is", "at most 10000"]),
+        (["--model.max_position_embeddings", "1000000000000"], ["max_position_embeddings is", "at most 16777216"]),
+        (["--train.global_batch_size", "1000000000000"], ["train.global_batch_size is", "at most 16777216"]),
+        (["--data.num_workers", str(10**20)], [f"data.num_workers is {10**20}", "at most 1024"]),
+        (["--init_from", "a\0b"], ["init_from is 'a\\x00b'", "no path holds a NUL"]),
         (["--train.max_steps", "0", "--data.num_workers", "-1"], ["train.max_steps is 0", "data.num_workers is -1"]),
     ],
 )
@@ -127,6 +135,13 @@ def test_what_is_wrong_is_one_line_with_the_remedy(
     for word in words:
         assert word in line, line
     assert not (tmp_path / "run").exists(), "nothing is left behind by a refused start"
+
+
+def test_a_run_dir_that_no_folder_can_have_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], datasets: Path, tmp_path: Path
+) -> None:
+    config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "r\0n"))
+    assert "run_dir is " in refused(capsys, "doctor", "--config", config_file)
 
 
 def test_data_that_does_not_fit_is_one_line_with_the_remedy(
