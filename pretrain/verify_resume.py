@@ -62,12 +62,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overrides", type=list[str], default=[], help="More of `pretrain train`'s options.")
     args = parser.parse_args(argv)
     try:
-        settings = config.parse(["--config", str(args.config), *args.overrides])
+        settings = config.parse(["--config", str(args.config), *args.overrides], parser.prog)
         numbers = _numbers_of_ranks(settings) if args.ranks is None else args.ranks
-        if args.steps < 4 or args.kills < 0 or not numbers:
+        if args.steps < 4 or args.kills < 0 or not numbers or min(numbers) < 1:
             raise ValueError(
                 f"--steps is {args.steps}, --kills {args.kills} and --ranks {numbers}; at least 4 steps, no kills and one number "
-                "are needed"
+                "of at least 1 are needed"
             )
         for number in numbers:
             config.grad_accum_steps(settings.train, number)

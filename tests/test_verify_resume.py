@@ -90,6 +90,9 @@ def test_a_folder_of_something_else_is_left_alone(
     ("options", "moved", "status", "message"),
     [
         (["--kills", "-1"], "", 2, "--kills -1"),
+        (["--ranks", "[0]"], "", 2, "--ranks [0]; at least 4 steps, no kills and one number of at least 1"),
+        (["--ranks", "[1, -1]"], "", 2, "--ranks [1, -1]; at least"),
+        (["--overrides", "[--model.vocabsize=1]"], "", 2, "pretrain verify-resume: error: unrecognized arguments"),
         (["--ranks", "[1]"], "nowhere", 1, "straight ended with status 2; see"),
     ],
 )
