@@ -23,6 +23,10 @@ from torch import Tensor
 from pretrain import hf
 from pretrain.cli import Parser, fail
 from pretrain.model import KVCache, Llama
+from pretrain.reading import read_tokenizer
+
+_LEAST = torch.finfo(torch.float32).tiny
+"""What is computed in fp32 is not divided by less, nor compared with it: to fp32 less may be 0."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"max_new_tokens is {args.max_new_tokens}; it must be at least 1")
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         continue_text(args.folder, args.prompt, args.max_new_tokens, sampling, args.seed, _device(args.device))
+    except UnicodeEncodeError as error:
+        fail(parser.prog, f"{error}; the prompt must be UTF-8, and PYTHONUTF8=1 set where the locale is another")
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
     except KeyboardInterrupt:
@@ -82,11 +88,12 @@ def continue_text(
 
     Raises:
         FileNotFoundError: no model or no tokenizer in `folder`.
-        ValueError: a model that Cria cannot represent, or a prompt that leaves no room.
+        ValueError: a model that Cria cannot represent, or a prompt that leaves no room or is no text.
     """
+    prompt.encode()  # half a character, as the shell's bytes become that are no UTF-8, is an error here and not in a library
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; name a folder that `pretrain export` wrote")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     bos_id, eos_ids = hf.special_ids(folder)
     # On a CPU, half precision is slow; fp32 holds every stored type exactly.
     model = hf.load_model(folder, device, torch.float32 if device.type == "cpu" else None)
@@ -96,11 +103,11 @@ def continue_text(
     known_ids = tokenizer.get_vocab_size(with_added_tokens=True)
     token_ids = generate(model, prompt_ids, max_new_tokens, eos_ids, sampling, generator, known_ids)
 
-    print(prompt, end="", flush=True)
-    started, new_ids = time.perf_counter(), []
+    started, new_ids, waiting = time.perf_counter(), [], prompt  # which a model that cannot be computed leaves unsaid
     for token_id in token_ids:
         new_ids.append(token_id)
-        print(stream.push(token_id), end="", flush=True)
+        print(waiting + stream.push(token_id), end="", flush=True)
+        waiting = ""
     print(stream.rest(), flush=True)
     per_second = len(new_ids) / (time.perf_counter() - started)
 
@@ -169,6 +176,8 @@ def _generate(
     input_ids = prompt_ids
     for _ in range(new_tokens):
         logits = model(torch.tensor([input_ids], device=weight.device), cache=cache)[0, -1, :known_ids]  # (V,)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights are damaged, or too large for their type")
         token_id = sample(logits, sampling, generator)
         yield token_id
         if token_id in eos_ids:
@@ -194,9 +203,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     # Measured from the largest, a tiny temperature gives -inf for the others and never inf - inf.
-    probabilities = ((values - values[0]) / sampling.temperature).softmax(dim=0)
+    probabilities = ((values - values[0]) / max(sampling.temperature, _LEAST)).softmax(dim=0)
     before = probabilities.cumsum(dim=0) - probabilities  # what the likelier tokens hold
-    probabilities = probabilities * (before < sampling.top_p)
+    probabilities = probabilities * (before < max(sampling.top_p, _LEAST))
     return ids, probabilities / probabilities.sum()
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from pretrain.config import model_problems
 from pretrain.model import Llama
+from pretrain.reading import read_json, read_tokenizer
 from pretrain.sections import ModelConfig
 
 TOKENIZER_FILES = (
@@ -95,29 +96,28 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {}
     for field in (f for f in dataclasses.fields(ModelConfig) if f.compare):
         value: Any = values.get(field.name)
-        if field.type is float and type(value) is int:
+        if field.type is float and type(value) is int and abs(value) < 2**53:
             value = float(value)  # JSON writers drop the ".0"
         if type(value) is not field.type:
-            problems.append(f"{field.name} is {value!r}, and must be {field.type}")
-        elif field.type is int and value < 1:
-            problems.append(f"{field.name} is {value}, and must be at least 1")
+            problems.append(f"{field.name} is {value!r}, and must be {getattr(field.type, '__name__', field.type)}")
         fields[field.name] = value
     if not problems:
-        D, H, H_kv = fields["hidden_size"], fields["num_attention_heads"], fields["num_key_value_heads"]
-        head_dim = D / H if config.get("head_dim") is None else config["head_dim"]
-        if head_dim * H != D or D // H % 2:
-            problems.append(
-                f"head_dim is {head_dim}; Cria's is hidden_size / num_attention_heads = {D} / {H}, and even"
-            )
-        if H % H_kv:
-            problems.append(f"num_attention_heads {H} is not a multiple of num_key_value_heads {H_kv}")
+        problems = model_problems(ModelConfig(**fields))
+        D, H, head_dim = fields["hidden_size"], fields["num_attention_heads"], config.get("head_dim")
+        if not problems and head_dim is not None and head_dim != D // H:
+            problems = [f"head_dim is {head_dim!r}; Cria's is hidden_size / num_attention_heads = {D} / {H}"]
     if problems:
         raise ValueError("not a Llama that Cria can represent: " + "; ".join(problems))
     return ModelConfig(**fields)
 
 
 def _rope_theta(config: dict[str, Any]) -> Any:
-    return (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
+    return _rope(config, "rope_parameters").get("rope_theta", config.get("rope_theta", 10000.0))
+
+
+def _rope(config: dict[str, Any], key: str) -> dict[str, Any]:
+    rope = config.get(key)
+    return rope if isinstance(rope, dict) else {}  # anything else `_not_representable` names
 
 
 def _not_representable(config: dict[str, Any]) -> list[str]:
@@ -136,7 +136,9 @@ def _not_representable(config: dict[str, Any]) -> list[str]:
         if config.get(key, default) != value
     ]
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key) or {}
+        rope = _rope(config, key)
+        if not isinstance(config.get(key), dict | None):
+            problems.append(f"{key} is {config[key]!r}, and must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             problems.append(f"{key} asks for {kind!r} rotary embeddings; Cria's are not scaled")
@@ -162,13 +164,13 @@ def tokenizer_facts(folder: Path) -> TokenizerFacts:
             raise FileNotFoundError(
                 f"{folder / name} is missing; copy the tokenizer folder that data-prep wrote to {folder}"
             )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = _read_json(folder / "tokenizer_config.json")
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json")
     ids: dict[str, int | None] = {}
     for key in ("bos_token", "eos_token"):
         token = config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        ids[key] = None if token is None else tokenizer.token_to_id(token)
+        token = token.get("content", token) if isinstance(token, dict) else token
+        ids[key] = tokenizer.token_to_id(token) if isinstance(token, str) else None
         if token is not None and ids[key] is None:
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'} names {token!r} as {key}; tokenizer.json does not have it"
@@ -190,9 +192,9 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     stands before every document but the first in shards without BOS.
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if not _begins_with_bos(_read_json(folder / "tokenizer_config.json")):
+    if not _begins_with_bos(read_json(folder / "tokenizer_config.json")):
         for name in {"tokenizer_config.json", "special_tokens_map.json"} & files.keys():
-            content = _read_json(folder / name)
+            content = read_json(folder / name)
             content.pop("bos_token", None)
             files[name] = _as_json(content)
     return files
@@ -246,7 +248,7 @@ def write(
     read_model, read_weights = load(folder)
     wrong = [name for name, content in files.items() if (folder / name).read_bytes() != content]
     wrong += [name for name, tensor in weights.items() if not same_bits(tensor, read_weights[name])]
-    wrong += ["config.json"] * (read_model != model or _read_json(folder / "config.json") != config)
+    wrong += ["config.json"] * (read_model != model or read_json(folder / "config.json") != config)
     if wrong:
         raise OSError(f"{folder}: {wrong[0]} reads otherwise than it was written; check the disk")
     return facts
@@ -274,7 +276,7 @@ class Weights:
         """
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"{directory} has no config.json; name a folder that `pretrain export` wrote")
-        self.model = from_hf_config(_read_json(directory / "config.json"))
+        self.model = from_hf_config(read_json(directory / "config.json"))
         """The shape."""
         self._files: dict[str, Path] = {}
         found: dict[str, Tensor] = {}
@@ -333,11 +335,20 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype | None 
 
 
 def special_ids(directory: Path) -> tuple[int | None, tuple[int, ...]]:
-    """The ids of BOS and of all tokens that end a text, by generation_config.json, else by config.json."""
+    """The ids of BOS and of all tokens that end a text, by generation_config.json, else by config.json.
+
+    Raises:
+        ValueError: something that is no id.
+    """
     file = directory / "generation_config.json"
-    config = _read_json(file if file.is_file() else directory / "config.json")
-    eos = config.get("eos_token_id")
-    return config.get("bos_token_id"), tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+    file = file if file.is_file() else directory / "config.json"
+    config = read_json(file)
+    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for name, value, ids in (("bos_token_id", bos, [] if bos is None else [bos]), ("eos_token_id", eos, eos_ids)):
+        if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+            raise ValueError(f"{file}: {name} is {value!r}; an id is a whole number of at least 0")
+    return bos, tuple(eos_ids)
 
 
 def check_weights(model: ModelConfig, weights: dict[str, Tensor]) -> None:
@@ -363,23 +374,16 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{index}: weight_map is no object of weights and their files; download the folder again")
+        names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which leads out of its folder")
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} is missing; Cria reads weights from safetensors only")
     return [directory / name for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

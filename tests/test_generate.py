@@ -7,6 +7,7 @@ import torch
 from hf_folder import HEADS, TINY, make_model, shape, weights_of, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pretrain import hf
@@ -132,7 +133,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    for temperature in (0.0, 1e-30):
+    for temperature in (0.0, 1e-30, 1e-300):
         assert sample(LOGITS * 1e4, Sampling(temperature, 0), generator()) == int(LOGITS.argmax())
 
 
@@ -233,6 +234,10 @@ def test_an_empty_prompt_starts_from_eos_or_bos(tmp_path: Path, capsys: pytest.C
         assert capsys.readouterr().out == continuation(tokenizer, [first], new) + "\n"
 
 
+def test_a_tiny_share_of_the_probability_is_the_likeliest_token() -> None:
+    assert sample(LOGITS, Sampling(top_p=1e-320), generator()) == int(LOGITS.argmax())
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -241,6 +246,7 @@ def test_an_empty_prompt_starts_from_eos_or_bos(tmp_path: Path, capsys: pytest.C
         (["--top_k", "-3"], "top_k is -3"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "llama " * 200], "positions; shorten it to at most 95"),
+        (["--prompt", "\udcff\udcfe"], "the prompt must be UTF-8"),
         (["--temprature", "1"], "did you mean temperature?"),
     ],
 )
@@ -260,3 +266,31 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.Captur
         main([str(tmp_path)])
     assert stopped.value.code == 2
     assert "has no tokenizer.json; name a folder that `pretrain export` wrote" in capsys.readouterr().err
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_model_that_computes_no_numbers_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], temperature: str
+) -> None:
+    """Its weights are finite where an export checks them; a download may hold others."""
+    export(tmp_path / "model", make_model(TINY))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    said = one_line(capsys, str(tmp_path / "model"), "--prompt", "a", "--temperature", temperature)
+    assert "logits are not finite" in said
+
+
+def test_a_tokenizer_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(tmp_path / "model", make_model(TINY))
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} is no tokenizer" in one_line(capsys, str(tmp_path / "model"))

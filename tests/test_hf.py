@@ -168,6 +168,13 @@ def test_transformers_4_and_5_find_their_own_keys() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000; it must be at most"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', and must be an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], and must be an object"),
+        ({"rope_theta": 10**400, "rope_parameters": {}}, "rope_theta is 1000"),
+        ({"head_dim": {}}, "head_dim is {}"),
     ],
 )
 def test_what_cria_cannot_represent_is_named(setting: dict[str, Any], named: str) -> None:
@@ -213,6 +220,32 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, tokenizer: Path)
     change(index, weight_map={"model.norm.weight": "../other/model.safetensors"})
     with pytest.raises(ValueError, match="leads out of its folder"):
         hf.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 5}, {"model.norm.weight": None}])
+def test_an_index_of_another_shape_is_named(tmp_path: Path, tokenizer: Path, weight_map: Any) -> None:
+    write(tmp_path / "out", TINY, tokenizer, max_shard_size=100_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    for content in ({"weight_map": weight_map}, {}):
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: weight_map is no object of weights"):
+            hf.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "null"])
+def test_json_that_is_no_object_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is not (a )?JSON"):
+        (hf.load if name == "config.json" else hf.special_ids)(tmp_path)
+
+
+@pytest.mark.parametrize("ids", ["x", ["x"], [None], -1, True])
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+def test_special_ids_that_are_no_ids_are_named(tmp_path: Path, ids: Any, key: str) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: ids}))
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {key} is "):
+        hf.special_ids(tmp_path)
 
 
 def test_folders_that_are_no_model_are_named(tmp_path: Path, tokenizer: Path) -> None:
@@ -327,6 +360,22 @@ def test_an_incomplete_tokenizer_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "out", TINY, folder)
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json is missing"):
+        write(tmp_path / "out", TINY, folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\x00", b'{"version": "1.0"'])
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        write(tmp_path / "out", TINY, folder)
+
+
+@pytest.mark.parametrize("token", [5, {"x": 1}, ["</s>"]])
+def test_a_special_token_that_is_no_text_is_refused(tmp_path: Path, token: Any) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    change(folder / "tokenizer_config.json", eos_token=token)
+    with pytest.raises(ValueError, match=r"as eos_token; tokenizer\.json does not have it"):
         write(tmp_path / "out", TINY, folder)
 
 

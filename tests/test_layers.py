@@ -24,6 +24,7 @@ LAYERS = [
         "processes",
         "progress",
         "ranks",
+        "reading",
         "scheduler",
         "sections",
         "versions",
