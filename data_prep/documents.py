@@ -3,6 +3,8 @@
     tokens [start, start + count) --> shard and place --> documents/UNIT.npy: rows and lengths --> file and line
                                                       --> without it (imported data): EOS, counted
 
+A list is held against the manifest whenever it is read: of a wrong one, documents would be named that are not there.
+
 Part of the door between `data_prep` and `pretrain`, as TokenDataset.documents: numpy and the standard library.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,42 @@ _BLOCK = 1 << 24
 def index_path(unit: str) -> str:
     """Where the rows and lengths of a unit's documents lie, relative to the dataset's folder."""
     return f"documents/{unit}.npy"
+
+
+def listed(directory: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows and lengths in tokens, both (n,) uint32, of a shard's documents; None where nobody wrote them down.
+
+    Raises ValueError, naming the file, for a list that is not one of the manifest's documents and tokens.
+    """
+    path = directory / index_path(shard.source_file)
+    if not path.is_file():
+        return None
+    count, remedy = 2 * shard.documents, "delete it and run the command that made the dataset again"
+    with open(path, "rb") as file:
+        header = npy_header(file)
+        if header != ((count,), np.dtype("<u4")):
+            has = f"an array {header[0]} of {header[1]}" if header else "no header of a .npy file"
+            raise ValueError(f"{path} is no list of {shard.documents:,} documents, it has {has}; {remedy}")
+        pairs = np.fromfile(file, "<u4", count)
+    if len(pairs) != count:
+        raise ValueError(f"{path} was cut short, to {len(pairs):,} of {count:,} numbers; {remedy}")
+    rows, lengths = pairs.reshape(-1, 2).T
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens != shard.tokens:
+        raise ValueError(f"{path} has documents of {tokens:,} tokens in all, the manifest {shard.tokens:,}; {remedy}")
+    return rows, lengths
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+    """Shape and type by the header of a .npy file, which then stands at its data; None for a header that is damaged."""
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except OSError:
+        raise
+    except Exception:  # numpy has Python parse a header, and a damaged one fails in as many ways as a program
+        return None
+    return shape, dtype
 
 
 class Part(NamedTuple):
@@ -69,9 +107,9 @@ def _documents(
     directory: Path, shard: Shard, eos_id: int | None, bos_id: int | None
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Rows (n,) and ends (n,) in tokens of a shard's documents; without a list no rows, and the ends by EOS, else by BOS."""
-    index = directory / index_path(shard.source_file)
-    if index.is_file():
-        rows, lengths = np.load(index).reshape(-1, 2).T
+    found = listed(directory, shard)
+    if found is not None:
+        rows, lengths = found
         return rows, np.cumsum(lengths, dtype=np.int64)
     eos, bos = (_places(directory, shard, token) for token in (eos_id, bos_id))
     ends = eos + 1 if eos_id is not None else bos[1:]

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.documents import index_path
+from data_prep.documents import listed
 from data_prep.shard import Manifest
 
 _BINS = np.unique(np.logspace(0, 8, 81).astype(np.int64))  # document lengths in tokens, ten bins a decade
@@ -89,10 +89,10 @@ def document_lengths(root: Path, manifest: Manifest) -> Lengths | None:
     """
     counts, long = np.zeros(_SHORT, np.int64), Counter[int]()
     for shard in manifest.shards:
-        path = root / index_path(shard.source_file)
-        if not path.is_file():
+        found = listed(root, shard)
+        if found is None:
             return None
-        lengths, documents = np.unique(np.load(path)[1::2], return_counts=True)
+        lengths, documents = np.unique(found[1], return_counts=True)
         short = int(np.searchsorted(lengths, _SHORT))
         counts[lengths[:short]] += documents[:short]
         long.update(dict(zip(lengths[short:].tolist(), documents[short:].tolist(), strict=True)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.documents import index_path
+from data_prep.documents import index_path, listed, npy_header
 from data_prep.folder import SETTINGS_NAME
 from data_prep.progress import Display
 from data_prep.scan import Scan, Stretch, scan_all
@@ -77,33 +77,26 @@ def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iter
             yield f"{count:,} {name} for {shard.documents:,} documents"
     if shard.path.endswith(".npy"):
         yield from _header_problems(root, shard)
-    index = root / index_path(shard.source_file)
-    if index.is_file():
-        yield from _index_problems(index, shard)
-    elif (root / SETTINGS_NAME).is_file():
-        yield f"its list of documents, {index.relative_to(root)}, is missing"
+    yield from _index_problems(root, shard)
 
 
 def _header_problems(root: Path, shard: Shard) -> Iterator[str]:
-    try:
-        array = np.load(root / shard.path, mmap_mode="r") if shard.tokens else np.load(root / shard.path)
-    except (ValueError, OSError, EOFError) as error:
-        yield f"not a readable .npy file: {error}"
-        return
-    if array.shape != (shard.tokens,) or array.dtype != DTYPES[shard.dtype]:
-        yield f"its header says {array.shape} of {array.dtype}, the manifest {shard.tokens:,} of {shard.dtype}"
+    with open(root / shard.path, "rb") as file:
+        header = npy_header(file)
+    if header is None:
+        yield "not a readable .npy file: its header is damaged"
+    elif header != ((shard.tokens,), DTYPES[shard.dtype]):
+        yield f"its header says {header[0]} of {header[1]}, the manifest {shard.tokens:,} of {shard.dtype}"
 
 
-def _index_problems(index: Path, shard: Shard) -> Iterator[str]:
+def _index_problems(root: Path, shard: Shard) -> Iterator[str]:
     try:
-        rows, lengths = np.load(index).reshape(-1, 2).T.astype(np.int64)
-    except (ValueError, OSError, EOFError) as error:
-        yield f"{index.name} is not a readable list of documents: {error}"
+        found = listed(root, shard)
+    except ValueError as error:
+        yield str(error)
         return
-    if len(rows) != shard.documents or int(lengths.sum()) != shard.tokens:
-        yield (
-            f"its list has {len(rows):,} documents of {int(lengths.sum()):,} tokens in all, the manifest "
-            f"{shard.documents:,} of {shard.tokens:,}"
-        )
-    if (np.diff(rows) <= 0).any():
-        yield "the lines of its documents are not in order"
+    if found is not None:
+        if (np.diff(found[0].astype(np.int64)) <= 0).any():
+            yield "the lines of its documents are not in order"
+    elif (root / SETTINGS_NAME).is_file():
+        yield f"its list of documents, {index_path(shard.source_file)}, is missing"

@@ -1,5 +1,6 @@
 """Looking into a dataset: verify finds every single change, inspect names file and line, stats adds up."""
 
+import io
 import re
 import shutil
 import tracemalloc
@@ -85,7 +86,9 @@ def test_each_other_fault_has_its_words(dataset: Path, tmp_path: Path, capsys: p
     assert re.search("header says|not a readable .npy file", found("header"))
     assert "ids from 2 to 40000 are not all in a vocabulary of 32000" in found("id")
     assert f"{shard.documents + 1} EOS for {shard.documents} documents" in found("eos")
-    assert f"its list has {shard.documents} documents of {shard.tokens + 1:,} tokens" in found("list")
+    assert f"{index} has documents of {shard.tokens + 1:,} tokens in all, the manifest {shard.tokens:,};" in found(
+        "list"
+    )
     assert "not in order" in found("order")
 
 
@@ -105,6 +108,60 @@ def test_a_missing_list_of_documents_is_a_problem_where_data_was_prepared(
     (copy / "settings.json").unlink()
     assert main(["verify", str(copy)]) == 0
     assert "are what the manifest says, without lists of documents (" in capsys.readouterr().out
+
+
+def _saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+DAMAGED_LISTS = {
+    "zero lengths": lambda pairs, data: _saved(pairs * (np.arange(len(pairs)) % 2 == 0).astype(np.uint32)),
+    "negative": lambda pairs, data: _saved(-pairs.astype(np.int64)),
+    "floats": lambda pairs, data: _saved(pairs.astype(np.float64)),
+    "texts": lambda pairs, data: _saved(pairs.astype(str)),
+    "objects": lambda pairs, data: _saved(pairs.astype(object)),
+    "too few": lambda pairs, data: _saved(pairs[:-2]),
+    "odd": lambda pairs, data: _saved(pairs[:-1]),
+    "cut short": lambda pairs, data: data[:-8],
+    "empty": lambda pairs, data: b"",
+    "zip": lambda pairs, data: b"PK" + data[2:],
+    "zip of nothing": lambda pairs, data: b"PK\x05\x06" + bytes(18),
+    "header of brackets": lambda pairs, data: data[:10] + b"(" * 118 + data[128:],
+    "header of no Python": lambda pairs, data: data[:10] + b"'" * 3 + b"\n" * 115 + data[128:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LISTS)
+def test_a_damaged_list_of_documents_is_named_by_all_who_read_it(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    index = copy / f"documents/{Manifest.load(copy).shards[0].source_file}.npy"
+    index.write_bytes(DAMAGED_LISTS[damage](np.load(index), index.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(str(index))):
+        TokenDataset(copy).documents(0, 10)
+    for command in (["verify"], ["stats"], ["inspect", "--sequence", "0", "--seq_len", "60"]):
+        assert main([command[0], str(copy), *command[1:]]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith("data-prep: error: ")
+        assert str(index) in (captured.out if command == ["verify"] else captured.err)
+        assert "pickle" not in captured.out + captured.err
+    index.unlink()  # the remedy
+    prepare(prepare_options(dataset.parent / "in", copy))
+    assert main(["verify", str(copy)]) == 0
+
+
+@pytest.mark.parametrize("damage", [b"PK", b"", b"\x93NUMPY\x01\x00\x76\x00" + b"(" * 118])
+def test_a_damaged_header_of_a_shard_is_a_problem(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: bytes
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    shard = copy / Manifest.load(copy).shards[0].path
+    shard.write_bytes(damage.ljust(128, b"\0") + shard.read_bytes()[128:])
+    assert main(["verify", str(copy)]) == 2
+    assert "not a readable .npy file: its header is damaged\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seq_len", [16, 100, 2000])
@@ -183,7 +240,7 @@ def test_lengths_counted_file_by_file_are_those_of_all_documents(
         np.save(
             tmp_path / f"documents/{n}.npy", np.stack((np.arange(len(lengths), dtype=np.uint32), lengths), 1).ravel()
         )
-        shards.append(SimpleNamespace(source_file=str(n)))
+        shards.append(SimpleNamespace(source_file=str(n), documents=len(lengths), tokens=int(lengths.sum())))
     found = stats.document_lengths(tmp_path, SimpleNamespace(shards=shards))
     every = np.concatenate(parts)
     assert found is not None
@@ -195,9 +252,11 @@ def test_lengths_counted_file_by_file_are_those_of_all_documents(
 def test_stats_of_many_documents_take_no_memory_for_each(tmp_path: Path) -> None:
     """10 files of a million documents, whose lists are 80 MB, take no more memory than two of them."""
     (tmp_path / "documents").mkdir()
-    shards = [SimpleNamespace(source_file=str(n)) for n in range(10)]
+    pairs = np.arange(2 << 20, dtype=np.uint32) % 5000
+    tokens = int(pairs[1::2].sum(dtype=np.int64))
+    shards = [SimpleNamespace(source_file=str(n), documents=1 << 20, tokens=tokens) for n in range(10)]
     for n in range(10):
-        np.save(tmp_path / f"documents/{n}.npy", np.arange(2 << 20, dtype=np.uint32) % 5000)
+        np.save(tmp_path / f"documents/{n}.npy", pairs)
     peaks = []
     for count in (2, 10):
         tracemalloc.start()
