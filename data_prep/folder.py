@@ -33,6 +33,7 @@ from data_prep.shard import (
     Shard,
     SubsetTotals,
     TokenizerInfo,
+    check_tokenizer,
     write_atomically,
 )
 from data_prep.tokenizer import Tokenizer
@@ -153,8 +154,11 @@ class Folder:
                 if path.is_file():
                     self._compare(inputs, tasks, allow_other_inputs)
                 write_atomically(path, content)
-            if not (self.out / SETTINGS_NAME).is_file():
+            try:
+                check_tokenizer(self.out, settings.tokenizer)
+            except ValueError:  # not begun, or damaged since: the workers load it from there
                 tokenizer.save(self.out / TOKENIZER_DIR, settings.prepend_bos)
+            if not (self.out / SETTINGS_NAME).is_file():
                 write_atomically(self.out / SETTINGS_NAME, (json.dumps(asdict(settings), indent=1) + "\n").encode())
 
     def _compare(self, inputs: dict[str, int], tasks: int, allow_other_inputs: bool) -> None:

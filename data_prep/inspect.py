@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.shard import TOKENIZER_DIR, TokenDataset
+from data_prep.shard import TOKENIZER_DIR, TokenDataset, check_tokenizer
 from data_prep.tokenizer import load
 
 
@@ -25,8 +25,9 @@ class InspectOptions:
 
 
 def run(options: InspectOptions) -> None:
-    """Print the sequence. Raises as TokenDataset.sequences does, ValueError for an index out of range."""
+    """Print the sequence. Raises as TokenDataset.sequences does, ValueError for an index out of range and another tokenizer."""
     dataset = TokenDataset(options.directory)
+    check_tokenizer(options.directory, dataset.manifest.tokenizer)
     try:
         ids = dataset.sequences([options.sequence], options.seq_len)[0]
     except IndexError as error:

@@ -203,12 +203,10 @@ class Manifest:
     def _load(cls, directory: Path, check_files: bool) -> Manifest:
         path = directory / MANIFEST_NAME
         try:
-            raw = json.loads(path.read_bytes())
+            raw = read_object(path, "the file is damaged; prepare the dataset again")
         except FileNotFoundError:
             hint = "prepare it with data-prep; the manifest is written last, so an unfinished run has none"
             raise FileNotFoundError(f"{path} does not exist: {hint}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): the file is damaged; prepare the dataset again") from None
         try:
             manifest = cls._from_json(raw)
             if check_files:
@@ -220,8 +218,8 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _from_json(cls, raw: Any) -> Manifest:
-        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+    def _from_json(cls, raw: dict[str, Any]) -> Manifest:
+        if raw.pop("format", None) != FORMAT:
             raise ValueError(f'not a dataset of ours: "format" is not "{FORMAT}"')
         version = raw.pop("version")
         if version != VERSION:
@@ -304,6 +302,17 @@ def lstat_all(paths: Iterable[str]) -> list[os.stat_result | OSError]:
 def check_inside(path: str) -> None:
     if type(path) is not str or not path or path[0] == "/" or "\0" in path or ".." in path.split("/"):
         raise ValueError(f"shard path {path!r} leads out of the dataset's folder")
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError; ValueError, with the remedy, when there is anything else in it."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # the latter for brackets in thousands of brackets
+        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not an object of JSON but {type(raw).__name__}: {remedy}")
+    return raw
 
 
 def staged_path(path: Path) -> Path:

@@ -53,6 +53,7 @@ from data_prep.manifest import (
     write_atomically,
 )
 from data_prep.scan import Stretch, scan_all
+from data_prep.tokenizer_files import TOKENIZER_DIR, check_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -64,11 +65,10 @@ __all__ = [
     "SubsetTotals",
     "TokenDataset",
     "TokenizerInfo",
+    "check_tokenizer",
     "token_dtype",
     "write_atomically",
 ]
-
-TOKENIZER_DIR = "tokenizer"
 
 RETRY_S = 300.0
 """So long a shard that cannot be read is tried again (seconds): a file system that fails over takes minutes."""

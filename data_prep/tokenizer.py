@@ -12,7 +12,6 @@ tokens. BOS and EOS are added by `data_prep.prepare`, by the dataset's policy.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,10 +26,14 @@ import tokenizers
 
 from data_prep.shard import TokenizerInfo, write_atomically
 from data_prep.tokenizer_convert import SentencePieceModel, bos_template, to_huggingface
-
-MODEL_NAME = "tokenizer.model"
-JSON_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
+from data_prep.tokenizer_files import (
+    CONFIG_NAME,
+    JSON_NAME,
+    MODEL_NAME,
+    json_fingerprint,
+    model_fingerprint,
+    named_tokens,
+)
 
 _PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
@@ -88,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         ids = {"bos_id": self._processor.bos_id(), "eos_id": self._processor.eos_id()}
         self.info = TokenizerInfo(
-            fingerprint=f"sha256:{hashlib.sha256(data).hexdigest()}",
+            fingerprint=model_fingerprint(data),
             kind="sentencepiece",
             vocab_size=self._processor.vocab_size(),
             **{name: value if value >= 0 else None for name, value in ids.items()},
@@ -142,15 +145,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # in text they are text
-        self._tokens = _named_tokens(file.parent)
+        self._tokens = named_tokens(file.parent)
         bos, eos = (self._token_id(file, name) for name in ("bos_token", "eos_token"))
         vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        # What decides on the ids, and nothing of decoding, padding, truncation or templates.
-        decisive = {name: self.raw.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-        canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()
-        self.info = TokenizerInfo(
-            f"sha256:{hashlib.sha256(canonical).hexdigest()}", "huggingface", vocab_size, bos, eos
-        )
+        self.info = TokenizerInfo(json_fingerprint(self.raw), "huggingface", vocab_size, bos, eos)
 
     def _token_id(self, file: Path, name: str) -> int | None:
         if name not in self._tokens:
@@ -172,19 +170,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, directory: str | Path, prepend_bos: bool) -> None:
         """See Tokenizer. What decides on the ids is written as it was read, so that the fingerprint stays."""
         _write_folder(Path(directory), self.raw, self._tokens, self.info.bos_id if prepend_bos else None)
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """Which tokens are BOS, EOS and UNK by the configuration files in `folder`: {"bos_token": "<s>", ...}."""
-    named: dict[str, str] = {}
-    for file in (folder / "special_tokens_map.json", folder / CONFIG_NAME):
-        if file.is_file():
-            config = json.loads(file.read_bytes())
-            for name in ("bos_token", "eos_token", "unk_token"):
-                token = config.get(name)
-                if token is not None:
-                    named[name] = token["content"] if isinstance(token, dict) else token
-    return named
+        (Path(directory) / MODEL_NAME).unlink(missing_ok=True)  # another tokenizer's, which `load` would take first
 
 
 def _write_folder(folder: Path, raw: dict[str, Any], tokens: dict[str, str], prepend_bos_id: int | None) -> None:

@@ -2,6 +2,7 @@
 
 manifest.json --> Manifest.load: itself consistent, all files there and long enough
 --> every shard: header, checksum, ids below the vocabulary size, as many EOS (BOS) as documents
+--> tokenizer/: the one that made the ids
 --> every documents file: as many rows as documents, their lengths the shard's tokens. What data-prep has prepared must
     have them all; imported data has none, which is said.
 """
@@ -19,7 +20,7 @@ from data_prep.documents import index_path, listed, npy_header
 from data_prep.folder import SETTINGS_NAME
 from data_prep.progress import Display
 from data_prep.scan import Scan, Stretch, scan_all
-from data_prep.shard import DTYPES, Manifest, Shard
+from data_prep.shard import DTYPES, Manifest, Shard, check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def run(options: VerifyOptions) -> None:
     manifest = Manifest.load(root)
     stretches = [Stretch(root / s.path, s.dtype, s.offset, s.tokens) for s in manifest.shards]
     total = sum(s.tokens * DTYPES[s.dtype].itemsize for s in manifest.shards)
-    problems, read, tokens = [], 0, 0
+    problems, read, tokens = list(_tokenizer_problems(root, manifest)), 0, 0
     with Display(f"verify {root}", len(stretches), total) as display:
         for shard, found in zip(manifest.shards, scan_all(stretches, manifest.tokenizer), strict=True):
             problems += [f"{shard.path}: {problem}" for problem in _problems(root, manifest, shard, found)]
@@ -61,6 +62,13 @@ def run(options: VerifyOptions) -> None:
         f"{root}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in {len(stretches):,} shards are what "
         f"the manifest says{lists} ({speed})"
     )
+
+
+def _tokenizer_problems(root: Path, manifest: Manifest) -> Iterator[str]:
+    try:
+        check_tokenizer(root, manifest.tokenizer)
+    except ValueError as error:
+        yield str(error)
 
 
 def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Tokenizers: the converted one gives the ids of the original, text stays text, and training is repeatable."""
 
 import json
+import re
+import shutil
 import string
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import tokenizer_train
+from data_prep.shard import check_tokenizer
 from data_prep.tokenizer import Tokenizer, load
 
 LLAMA_MODEL = Path(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
@@ -187,6 +190,52 @@ def test_a_byte_level_tokenizer_of_hugging_face(tmp_path: Path) -> None:
     assert auto.eos_token_id == 0
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|fin|>"}')
     with pytest.raises(ValueError, match=r"no token '<\|fin\|>'"):
+        load(tmp_path)
+
+
+def test_a_saved_folder_is_the_tokenizer_of_its_ids(tmp_path: Path, llama: Tokenizer, small_model: Path) -> None:
+    for n, tokenizer in enumerate((llama, load(small_model))):
+        tokenizer.save(tmp_path / f"{n}/tokenizer", prepend_bos=True)
+        check_tokenizer(tmp_path / str(n), tokenizer.info)
+    with pytest.raises(
+        ValueError, match=r"0/tokenizer is not the tokenizer .* fingerprint sha256:\w+, the manifest sha256:"
+    ):
+        check_tokenizer(tmp_path / "0", tokenizer.info)
+    words, scores = {"<unk>": 0, "a": 1, "b": 2}, [("<unk>", 0.0), ("a", -1.0), ("b", -2.0)]
+    models = [
+        tokenizers.models.WordLevel(words, "<unk>"),
+        tokenizers.models.Unigram(scores, 0),
+        tokenizers.models.BPE(words, []),
+    ]
+    for model in models:
+        source, saved = tmp_path / type(model).__name__, tmp_path / f"{type(model).__name__}.saved"
+        source.mkdir()
+        theirs = tokenizers.Tokenizer(model)
+        theirs.add_special_tokens(["<end>"])
+        theirs.save(str(source / "tokenizer.json"))
+        for config, eos_id in (("{}", None), ('{"eos_token": {"content": "<end>"}}', 3), ('{"eos_token": "b"}', 2)):
+            (source / "tokenizer_config.json").write_text(config)
+            tokenizer = load(source)
+            llama.save(saved / "tokenizer", prepend_bos=False)
+            with pytest.raises(ValueError, match=r"tokenizer\.model is another one"):
+                check_tokenizer(saved, tokenizer.info)
+            tokenizer.save(saved / "tokenizer", prepend_bos=False)
+            check_tokenizer(saved, tokenizer.info)
+            assert load(saved / "tokenizer").info == tokenizer.info
+            assert tokenizer.info.eos_id == eos_id
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "5", '{"eos_token": 5}', '{"eos_token": {}}', '{"eos_token": ["b"]}', "{"]
+)
+def test_a_file_that_does_not_name_the_tokens_is_refused(
+    tmp_path: Path, small_model: Path, name: str, content: str
+) -> None:
+    shutil.copy(small_model / "tokenizer.json", tmp_path)
+    assert load(tmp_path).info.vocab_size == 2000
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
         load(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Looking into a dataset: verify finds every single change, inspect names file and line, stats adds up."""
 
 import io
+import os
 import re
 import shutil
 import tracemalloc
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from test_prepare import options as prepare_options
 from test_sources import line, write_jsonl
 from test_tokenizer import LLAMA_MODEL
@@ -162,6 +164,54 @@ def test_a_damaged_header_of_a_shard_is_a_problem(
     shard.write_bytes(damage.ljust(128, b"\0") + shard.read_bytes()[128:])
     assert main(["verify", str(copy)]) == 2
     assert "not a readable .npy file: its header is damaged\n" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of as many pieces as the dataset's, two of them in each other's place, in a SentencePiece model too."""
+    folder = tmp_path_factory.mktemp("other")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(LLAMA_MODEL.read_bytes())
+    pieces = {piece.piece: piece for piece in model.pieces}
+    pieces["▁word"].piece, pieces["▁file"].piece = "▁file", "▁word"
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    load(folder / "tokenizer.model").save(folder, prepend_bos=False)
+    return folder
+
+
+DAMAGED_TOKENIZERS = {
+    "no folder": lambda folder, other: shutil.rmtree(folder),
+    "no model": lambda folder, other: (folder / "tokenizer.model").unlink(),
+    "no json": lambda folder, other: (folder / "tokenizer.json").unlink(),
+    "no config": lambda folder, other: (folder / "tokenizer_config.json").unlink(),
+    "short model": lambda folder, other: os.truncate(folder / "tokenizer.model", 500),
+    "short json": lambda folder, other: os.truncate(folder / "tokenizer.json", 500),
+    "json of brackets": lambda folder, other: (folder / "tokenizer.json").write_text("[" * 100_000),
+    "json of nothing": lambda folder, other: (folder / "tokenizer.json").write_text("{}"),
+    "config a list": lambda folder, other: (folder / "tokenizer_config.json").write_text("[]"),
+    "other EOS": lambda folder, other: (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>"}'),
+    "another's": lambda folder, other: shutil.copytree(other, folder, dirs_exist_ok=True),
+    "another's json": lambda folder, other: shutil.copy(other / "tokenizer.json", folder),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_TOKENIZERS)
+def test_a_tokenizer_that_did_not_make_the_ids_is_named_and_made_anew(
+    dataset: Path, other_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    DAMAGED_TOKENIZERS[damage](copy / "tokenizer", other_tokenizer)
+    words = f"{copy / 'tokenizer'} is not the tokenizer that made the ids: "
+    assert main(["verify", str(copy)]) == 2
+    assert re.fullmatch(f"{re.escape(words)}.*; run the data-prep command .*\n", capsys.readouterr().out)
+    assert main(["inspect", str(copy), "--sequence", "0", "--seq_len", "60"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert words in captured.err
+    # The remedy; the workers' reference is the folder's tokenizer, and all is done again by it.
+    prepare(prepare_options(dataset.parent / "in", copy, workers=2, encoder="reference"))
+    assert main(["verify", str(copy)]) == 0
+    assert Manifest.load(copy) == Manifest.load(dataset)
 
 
 @pytest.mark.parametrize("seq_len", [16, 100, 2000])
