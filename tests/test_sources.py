@@ -140,6 +140,16 @@ def test_starcoder_splits_are_disjoint_and_everything(tmp_path: Path) -> None:
     assert everything(StarCoder(tmp_path / "moved", "train", 0.1)) == train
 
 
+@pytest.mark.parametrize("input_folder", ["corpus", "corpus/starcoderdata/python"])
+def test_starcoder_is_not_read_from_above_or_below_its_folder(tmp_path: Path, input_folder: str) -> None:
+    for language in ("python", "java"):
+        write_parquet(tmp_path / f"corpus/starcoderdata/{language}/train-00000-of-00001.parquet", ["a", "b"])
+    assert len(StarCoder(tmp_path / "corpus/starcoderdata", "train", 0.1).units()) == 2
+    words = f"below --input {tmp_path / input_folder}: give the folder that holds the languages"
+    with pytest.raises(ValueError, match=words):
+        StarCoder(tmp_path / input_folder, "train", 0.1).units()
+
+
 def test_a_parquet_column_that_is_missing_or_holds_no_text(tmp_path: Path) -> None:
     (tmp_path / "python").mkdir()
     pq.write_table(pa.table({"text": ["a", "b"], "id": [1, 2]}), tmp_path / "python/a.parquet")
