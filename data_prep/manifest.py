@@ -52,7 +52,9 @@ class TokenizerInfo:
 
     def __post_init__(self) -> None:
         _check_digest("tokenizer fingerprint", self.fingerprint)
-        _check_counts("tokenizer", vocab_size=self.vocab_size)
+        if self.kind not in ("sentencepiece", "huggingface"):
+            raise ValueError(f"tokenizer kind {self.kind!r} is neither sentencepiece nor huggingface")
+        check_counts("tokenizer", vocab_size=self.vocab_size)
         for name, value in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
             if value is not None and not (type(value) is int and 0 <= value < self.vocab_size):
                 raise ValueError(f"tokenizer {name} {value!r} is not an id in [0, vocab_size {self.vocab_size})")
@@ -81,11 +83,14 @@ class Shard:
 
     def __post_init__(self) -> None:
         check_inside(self.path)
+        if type(self.source_file) is not str or type(self.dropped) is not dict:
+            what = f"source_file {self.source_file!r} is not text, or dropped {self.dropped!r} no counts by reason"
+            raise ValueError(f"shard {self.path}: {what}")
         if self.dtype not in DTYPES:
             raise ValueError(f"shard {self.path}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        _check_counts(f"shard {self.path}", offset=self.offset, tokens=self.tokens, documents=self.documents)
+        check_counts(f"shard {self.path}", offset=self.offset, tokens=self.tokens, documents=self.documents)
         if self.dropped:
-            _check_counts(f"shard {self.path}: dropped", **self.dropped)
+            check_counts(f"shard {self.path}: dropped", **self.dropped)
         _check_digest(f"shard {self.path}: checksum", self.checksum)
 
     @property
@@ -106,7 +111,7 @@ class SubsetTotals:
     """Documents dropped, by reason."""
 
     def __post_init__(self) -> None:
-        _check_counts("subset", documents=self.documents, tokens=self.tokens, **self.dropped)
+        check_counts("subset", documents=self.documents, tokens=self.tokens, **self.dropped)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,9 @@ class Manifest:
     """Further settings of the source that decided which documents are in (StarCoderData's holdout)."""
 
     def __post_init__(self) -> None:
+        check_types("manifest", str, name=self.name, split=self.split)
+        check_types("manifest", bool, append_eos=self.append_eos, prepend_bos=self.prepend_bos)
+        check_types("manifest", dict, subsets=self.subsets, settings=self.settings)
         if self.append_eos and self.tokenizer.eos_id is None:
             raise ValueError("append_eos is set, but the tokenizer has no EOS token")
         if self.prepend_bos and self.tokenizer.bos_id is None:
@@ -270,7 +278,13 @@ def _add_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(sorted(sums.items()))
 
 
-def _check_counts(what: str, **counts: int) -> None:
+def check_types(what: str, kind: type, /, **values: object) -> None:
+    for name, value in values.items():
+        if type(value) is not kind:
+            raise ValueError(f"{what}: {name} is {value!r}, not of type {kind.__name__}")
+
+
+def check_counts(what: str, /, **counts: int) -> None:
     for name, value in counts.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{what}: {name} is {value!r}, not a whole number from 0 up")

@@ -252,7 +252,7 @@ def test_a_fingerprint_names_the_token_stream(tmp_path: Path, parts: list[np.nda
         make_dataset(tmp_path / "c", [*parts[:-1], parts[-1] + 1]),
         Manifest("slimpajama", "train", TOKENIZER, False, False, first.shards),
         Manifest("slimpajama", "train", TOKENIZER, True, True, first.shards),
-        Manifest("slimpajama", "train", TokenizerInfo("sha256:" + "1" * 64, "s", 32000, 1, 2), True, False,
+        Manifest("slimpajama", "train", TokenizerInfo("sha256:" + "1" * 64, TOKENIZER.kind, 32000, 1, 2), True, False,
                  first.shards),
     ]  # fmt: skip
     assert len({first.fingerprint, *(m.fingerprint for m in others)}) == 1 + len(others)
@@ -306,6 +306,14 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, parts: list[np.ndarray]
         ({"tokenizer": vars(TOKENIZER) | {"eos_id": 32000}}, "eos_id 32000 is not an id"),
         ({"shards": []}, "not the sums over its shards"),
         ({"subsets": {"Book": {"documents": 8, "tokens": 1, "dropped": {}}}}, "subsets have 1 tokens"),
+        ({"subsets": {"Book": {"documents": 8, "tokens": 1, "dropped": []}}}, "mapping"),
+        ({"tokenizer": vars(TOKENIZER) | {"kind": 3}}, "kind 3 is neither sentencepiece nor huggingface"),
+        ({"name": 3}, "name is 3, not of type str"),
+        ({"split": None}, "split is None, not of type str"),
+        ({"append_eos": 1}, "append_eos is 1, not of type bool"),
+        ({"prepend_bos": "no"}, "prepend_bos is 'no', not of type bool"),
+        ({"settings": [["holdout", 0.1]]}, r"settings is \[\['holdout', 0\.1\]\], not of type dict"),
+        ({"settings": None}, "settings is None, not of type dict"),
     ],
 )
 def test_a_damaged_manifest_is_one_clear_error(
@@ -319,11 +327,31 @@ def test_a_damaged_manifest_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("source_file", ["a"]), ("source_file", None), ("source_file", 3), ("dropped", []), ("dropped", None)],
+)
+def test_a_damaged_shard_of_a_manifest_is_one_clear_error(
+    tmp_path: Path, parts: list[np.ndarray], field: str, value: object
+) -> None:
+    make_dataset(tmp_path, parts)
+    shards = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    change(tmp_path, shards=[shards[0] | {field: value}, *shards[1:]])
+    with pytest.raises(
+        ValueError, match=rf"manifest\.json: shard shards/00000\.npy: .*{field} {re.escape(repr(value))} "
+    ):
+        Manifest.load(tmp_path)
+
+
 def test_no_manifest_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="prepare it with data-prep"):
         TokenDataset(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": "cria')
-    with pytest.raises(ValueError, match="not JSON"):
+    for content in ('{"format": "cria', "[" * 100_000, '{"a":' * 100_000):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=r"manifest\.json is not JSON \(.*\): the file is damaged"):
+            TokenDataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json is not an object of JSON but list: the file is damaged"):
         TokenDataset(tmp_path)
 
 
