@@ -24,7 +24,7 @@ import orjson
 
 from data_prep.documents import index_path
 from data_prep.lock import LOCK_NAME, locked
-from data_prep.manifest import is_left_over, staged_path
+from data_prep.manifest import check_counts, check_types, is_left_over, read_object, staged_path
 from data_prep.readers import BROKEN_GROUP, UNREADABLE
 from data_prep.shard import (
     MANIFEST_NAME,
@@ -80,6 +80,10 @@ class BadDocument:
     count: int = 1
     """Documents that were lost by it."""
 
+    def __post_init__(self) -> None:
+        check_counts("bad document", line=self.line, count=self.count)
+        check_types("bad document", str, reason=self.reason, detail=self.detail)
+
 
 @dataclass(frozen=True)
 class UnitRecord:
@@ -97,6 +101,10 @@ class UnitRecord:
     """The first of them, one by one."""
     engine: str = ""
     """What encoded it, "gigatoken" or "reference"; empty in records of before this was written down."""
+
+    def __post_init__(self) -> None:
+        counts = {"bad_documents": self.bad_documents, "lost_bytes": self.lost_bytes}
+        check_counts("record", source_bytes=self.source_bytes, **counts)
 
     @property
     def documents_read(self) -> int:
@@ -190,17 +198,28 @@ class Folder:
                     path.unlink(missing_ok=True)
 
     def settings(self) -> Settings:
-        """What the folder was begun with. Raises FileNotFoundError when it was not."""
-        raw = self._load(SETTINGS_NAME)
-        return Settings(**{**raw, "tokenizer": TokenizerInfo(**raw["tokenizer"])})
+        """What the folder was begun with. Raises FileNotFoundError when it was not, ValueError for a damaged file."""
+        remedy = "copy it from where it is whole, or begin again in another --out"
+        raw = self._load(SETTINGS_NAME, remedy)
+        try:
+            settings = Settings(**{**raw, "tokenizer": TokenizerInfo(**raw["tokenizer"])})
+            settings.manifest((), {})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.out / SETTINGS_NAME} is damaged ({error}): {remedy}") from None
+        return settings
 
     def inputs(self) -> dict[str, int]:
-        """The input files and their sizes in bytes, in order. Raises FileNotFoundError when it was not begun."""
-        return self._load(INPUTS_NAME)
+        """The input files and their sizes in bytes, in order. Raises as `settings` does."""
+        remedy = "delete it and run the command that was begun in this folder again"
+        inputs = self._load(INPUTS_NAME, remedy)
+        for unit, size in inputs.items():
+            if type(size) is not int or size < 0:
+                raise ValueError(f"{self.out / INPUTS_NAME} is damaged ({unit} has {size!r} bytes): {remedy}")
+        return inputs
 
-    def _load(self, name: str) -> Any:
+    def _load(self, name: str, remedy: str) -> dict[str, Any]:
         try:
-            return orjson.loads((self.out / name).read_bytes())
+            return read_object(self.out / name, remedy)
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.out} has no {name}: no data-prep command was begun there") from None
 
@@ -219,7 +238,7 @@ class Folder:
             whole &= os.stat(f"{self.out}/{index_path(unit)}").st_size == index_bytes
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None  # none there, or torn by a power failure
-        return record if whole and record.source_bytes == source_bytes else None
+        return record if whole and (shard.source_file, record.source_bytes) == (unit, source_bytes) else None
 
     def records(self, inputs: dict[str, int]) -> dict[str, UnitRecord]:
         """The records of all units that are done, in the order of `inputs`."""

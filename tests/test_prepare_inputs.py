@@ -127,3 +127,65 @@ def test_records_of_before_the_encoder_stood_in_them_count(
         path.write_text(json.dumps(record))
     run(options(corpus, out))
     assert "0 of 6 input files done now" in capsys.readouterr().out
+
+
+def _damaged(record: dict, place: str, value: object) -> dict:
+    """`record` with `value` at "a.b" or "a"."""
+    key, _, rest = place.partition(".")
+    return record | {key: _damaged(record[key], rest, value) if rest else value}
+
+
+PLACES = ("bad_documents", "lost_bytes", "source_bytes", "shard.source_file", "shard.dropped", "bad")
+NO_DAMAGE = (("shard.dropped", {}), ("bad", []), ("bad", {}))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(p, v) for p in PLACES for v in (None, "3", [], {}, -1, 0.5) if (p, v) not in NO_DAMAGE],
+)
+def test_a_damaged_record_is_none(
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    place: str,
+    value: object,
+) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    folder = Folder(out)
+    unit, *others = folder.inputs()
+    path = out / f"units/{unit}.json"
+    path.write_text(json.dumps(_damaged(json.loads(path.read_text()), place, value)))
+    assert list(folder.records(folder.inputs())) == others
+    with pytest.raises(ValueError, match=f"1 of 6 input files are not done: {unit}"):
+        finish(FinishOptions(directory=str(out)))
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("settings.json", ("[]", "null", "{}", '"x"', "{", "[" * 100_000, '{"tokenizer": []}')),
+        ("inputs.json", ("[]", "null", '"x"', "{", "[" * 100_000, '{"a": "x"}', '{"a": -1}', '{"a": null}')),
+    ],
+)
+def test_what_a_folder_was_begun_with_is_not_read_from_a_damaged_file(
+    corpus: Path,  # noqa: F811
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    contents: tuple[str, ...],
+) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    for content in contents:
+        (out / name).write_text(content)
+        for command in (lambda: run(options(corpus, out)), lambda: finish(FinishOptions(directory=str(out)))):
+            with pytest.raises(ValueError, match=rf"{out / name} is .*: (copy it from|delete it and run the command)"):
+                command()
+    (out / name).write_bytes((undisturbed / name).read_bytes())
+    settings = json.loads((out / name).read_text())
+    for field, value in (("source", []), ("name", 3), ("append_eos", None)) if name == "settings.json" else ():
+        (out / name).write_text(json.dumps(settings | {field: value}))
+        with pytest.raises(ValueError, match=rf"{out / name} is damaged \(manifest: "):
+            run(options(corpus, out))
+    (out / name).unlink()
+    if name == "inputs.json":  # the remedy
+        run(options(corpus, out))
+        assert_same_bytes(out, undisturbed)
