@@ -55,6 +55,10 @@ def run(options: ImportOptions) -> Manifest:
         raise ValueError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
     if (root / MANIFEST_NAME).is_file() and not Manifest.load(root).name.startswith("import"):
         raise ValueError(f"{root} is a dataset of data-prep already: it has a {MANIFEST_NAME} that was not imported")
+    if Path(options.pattern).is_absolute():
+        raise ValueError(
+            f"pattern {options.pattern!r} is absolute: files lie in {root}, give a pattern within it, *.bin"
+        )
     files = sorted(path for path in root.glob(options.pattern) if path.is_file())
     if not files:
         raise FileNotFoundError(f"no file in {root} matches {options.pattern}")

@@ -119,7 +119,7 @@ def _fixed_part(pattern: str) -> str:
     """The folder above the first wildcard, absolute: names of units do not depend on what else lies there."""
     parts = Path(os.path.abspath(pattern)).parts
     fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return os.path.join(*parts[:fixed])
+    return os.path.join(*parts[: max(1, fixed)])
 
 
 def _value(record: Any, key: str) -> Any:
@@ -165,6 +165,8 @@ class HubDataset(Source):
         self, dataset: str, split: str, config: str | None = None, revision: str | None = None, text_key: str = "text"
     ) -> None:
         """See HubOptions. Raises ValueError for a dataset, configuration, split or column that does not exist."""
+        if not dataset:
+            raise ValueError("--dataset is empty: give a name on the Hub, or the path of a local dataset")
         self.dataset, self.split, self.config, self.revision, self.text_key = dataset, split, config, revision, text_key
         self._stream: Any = None
         columns = self._load().column_names

@@ -102,6 +102,18 @@ def test_megatron_files_that_do_not_belong_together(tmp_path: Path) -> None:
         run(options(tmp_path))
 
 
+def test_files_that_do_not_lie_in_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.bin").write_bytes(b"\3\0" * 10)
+    for pattern, message in (
+        (f"{tmp_path}/*.bin", r"/\*\.bin' is absolute: files lie in .*in, give"),
+        ("../*.bin", "leads out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(options(tmp_path / "in", pattern=pattern, append_eos=False))
+    assert not list((tmp_path / "in").iterdir())
+
+
 def test_a_dataset_of_ours_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\3\0" * 10)
     manifest = run(options(tmp_path, append_eos=False))

@@ -60,6 +60,8 @@ def test_units_subsets_and_bad_lines(tmp_path: Path) -> None:
     assert TextFiles([f"{tmp_path}/x/*/*.jsonl"]).units() == ["de/b.jsonl", "en/a.jsonl"]
     with pytest.raises(FileNotFoundError, match="no file matches"):
         TextFiles([f"{tmp_path}/*.gz"]).units()
+    with pytest.raises(FileNotFoundError, match="no file matches /;"):
+        TextFiles(["/"]).units()
     with pytest.raises(ValueError, match="validation split is empty"):
         TextFiles([str(tmp_path)], split="validation")
 
@@ -113,6 +115,7 @@ def test_a_dataset_of_the_hub_streams_file_by_file(local_dataset: Path) -> None:
         ({"text_key": "text"}, "has no column 'text', only id, words"),
         ({"split": "test"}, "can't load the dataset"),
         ({"dataset": str(local_dataset / "nothing")}, "can't load the dataset"),
+        ({"dataset": ""}, "--dataset is empty"),
     ]:
         with pytest.raises(ValueError, match=message):
             HubDataset(**{"dataset": str(local_dataset), "split": "train", "text_key": "words", **changes})
