@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import bench_peers, bench_result, config
-from pretrain.bench_result import Result, Row
+from pretrain.bench_result import Result, Row, SoFar
 from pretrain.bench_rows import Child
 from pretrain.sections import ModelConfig
 
@@ -98,12 +98,14 @@ SHAPES = (
 """Shapes as published: TinyLlama's and Pythia's papers (arXiv 2401.02385, 2304.01373), MPT-1b's llm-foundry configuration."""
 
 
-def paper(args: Any, settings: config.Config) -> Result:
+def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     """Time the three at `args.scale`, with the configuration's batch, precision and compilation."""
     seq_len = SEQ_LEN if args.scale == 1 else settings.data.seq_len
     ours, *others = [shape if args.scale == 1 else shape.scaled(args.scale) for shape in SHAPES]
     settings = replace(settings, model=_model(ours, seq_len), data=replace(settings.data, seq_len=seq_len))
     settings = replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size))
+    subject = {**bench_result.subject(settings, 1), "scale": args.scale}
+    so_far.begin("paper", subject)
     with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:
         bench = bench_peers.Bench(args, settings, Path(scratch), in_turns=False)
         bench.hand_over()
@@ -118,7 +120,6 @@ def paper(args: Any, settings: config.Config) -> Result:
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
         *bench_result.notes(args.steps, args.warmup)[:2],
     ]
-    subject = {**bench_result.subject(settings, 1), "scale": args.scale}
     return Result("paper", title, subject, rows, notes)
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain import bench_result, bench_step, config, hf
-from pretrain.bench_result import Result, Row
+from pretrain.bench_result import Result, Row, SoFar
 from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command, take_turns
 from pretrain.model import Llama
 from pretrain.optim import learning_rate
@@ -87,11 +87,12 @@ VARIANTS = (
 """The most telling first: a budget may end before the last."""
 
 
-def peers(args: Any, settings: config.Config) -> Result:
+def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     """Time ours and every peer on the same weights and batches; ratios are the best of ours to each."""
     settings = replace(
         settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
     )
+    so_far.begin("peers", bench_result.subject(settings, 1))
     on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="cria-peers-") as scratch:
         bench = Bench(args, settings, Path(scratch), in_turns=not on_gpu)

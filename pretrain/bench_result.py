@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pretrain.bench_rows import NOT_ASKED_FOR
 from pretrain.sections import Config
 from pretrain.versions import own_version, versions
 
@@ -90,8 +91,8 @@ def _operations(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def subject(settings: Config, world_size: int) -> dict[str, Any]:
-    """What must be the same for two results to be compared."""
+def subject(settings: Config, world_size: int, data: str = "random") -> dict[str, Any]:
+    """What must be the same for two results to be compared; data: random ids, or the run's own (real)."""
     return {
         "chip": _chip(),
         "threads": torch.get_num_threads(),
@@ -101,6 +102,10 @@ def subject(settings: Config, world_size: int) -> dict[str, Any]:
         "micro_batch_size": settings.train.micro_batch_size,
         "global_batch_size": settings.train.global_batch_size,
         "parallel": asdict(settings.parallel),
+        "data": data,
+        "intra_document": settings.data.intra_document,
+        "deterministic": settings.train.deterministic,
+        "z_loss": settings.train.z_loss,
     }
 
 
@@ -132,34 +137,88 @@ def _chip() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def compare(result: Result, earlier: Path, noise_pct: float) -> tuple[list[str], list[str]]:
-    """One line for each row that both have, and the names of those that lost more than `noise_pct` of their tokens/s.
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier result to compare with. Read before anything is timed: its file may be the one that the new result goes to."""
 
-    A row that had figures and has none now is lost as well.
+    path: Path
+    kind: str
+    subject: dict[str, Any]
+    figures: dict[str, float]
+    """Tokens/s/GPU by row; those with a problem have none."""
 
-    Raises:
-        OSError, ValueError: the file cannot be read, or was measured on something else.
+    @classmethod
+    def read(cls, path: Path) -> "Earlier":
+        """Raises OSError, ValueError: the file cannot be read, or nothing can be compared with it."""
+        try:
+            found = json.loads(path.read_text())
+            rows = [row for row in found["rows"] if row.get("problem") is None]
+            figures = {row["name"]: float(row["tokens_per_sec_per_gpu"]) for row in rows}
+            earlier = cls(path, found["kind"], dict(found["subject"]), figures)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"--compare {path} is not a result of pretrain bench: {error!r}") from error
+        for name, tokens in figures.items():
+            if not tokens > 0:
+                raise ValueError(
+                    f"--compare {path} has {tokens:g} tokens/s/GPU for {name}: nothing is slower than that"
+                )
+        if not figures:
+            raise ValueError(f"--compare {path} has no row with figures")
+        return earlier
+
+    def check(self, kind: str, subject: dict[str, Any]) -> None:
+        """Raises ValueError: it was measured on something else. What an older version did not note is taken as the same."""
+        before, now = _flat(self.subject), _flat(json.loads(json.dumps(subject)))
+        differs = [f"{key} was {before[key]} and is {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        what = f"a {self.kind} and this is a {kind}" if self.kind != kind else "; ".join(differs)
+        if what:
+            raise ValueError(f"--compare {self.path} cannot be compared: {what}")
+
+    def unsaid(self, subject: dict[str, Any]) -> list[str]:
+        """What an older version did not note of its subject."""
+        return sorted(_flat(subject).keys() - _flat(self.subject).keys())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def compare(result: Result, earlier: Earlier, noise_pct: float, all_asked_for: bool) -> tuple[list[str], list[str]]:
+    """One line for each row that had figures, and the names of those that lost more than `noise_pct` of their tokens/s.
+
+    A row that has none now is lost as well, but for those that were not to be timed: left out by --rows (`all_asked_for` is
+    False then), or by a sweep, whose search goes where it finds speed.
     """
-    try:
-        before = json.loads(earlier.read_text())
-        old_subject, old_rows = before["subject"], {row["name"]: row for row in before["rows"]}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--compare {earlier} is not a result of pretrain bench: {error!r}") from error
-    now = json.loads(json.dumps(result.subject))
-    differs = [f"{key} was {old_subject.get(key)} and is {now[key]}" for key in now if now[key] != old_subject.get(key)]
-    if before["kind"] != result.kind or differs:
-        what = f"a {before['kind']} and this is a {result.kind}" if before["kind"] != result.kind else differs[0]
-        raise ValueError(f"--compare {earlier} cannot be compared: {what}")
+    found = {row["name"]: row for row in result.rows}
+    free = result.kind == "sweep" or not all_asked_for
     lines, lost = [], []
-    for row in result.rows:
-        was = old_rows.get(row["name"], {}).get("tokens_per_sec_per_gpu")
-        if was is None:
-            continue
-        change_pct = 100 * ((row.get("tokens_per_sec_per_gpu") or 0) / was - 1)
-        if row["problem"] or change_pct < -noise_pct:
-            lost.append(row["name"])
-        figure = row["problem"] or f"{row['tokens_per_sec_per_gpu']:,.0f} ({change_pct:+.1f}%)"
-        lines.append(f"{row['name']}: {was:,.0f} tokens/s/GPU before, now {figure}")
-    if not lines:
-        raise ValueError(f"--compare {earlier} has no row with figures that this result has too")
+    if unsaid := earlier.unsaid(result.subject):
+        lines.append(f"{earlier.path} is older and does not say {', '.join(unsaid)}: taken as the same")
+    for name, was in earlier.figures.items():
+        row = found.get(name, {"problem": NOT_ASKED_FOR if free else "missing"})
+        if row["problem"] == NOT_ASKED_FOR:
+            figure = "not timed"
+        elif row["problem"]:
+            figure = row["problem"]
+            lost.append(name)
+        else:
+            change_pct = 100 * (row["tokens_per_sec_per_gpu"] / was - 1)
+            figure = f"{row['tokens_per_sec_per_gpu']:,.0f} ({change_pct:+.1f}%)"
+            lost += [name] if change_pct < -noise_pct else []
+        lines.append(f"{name}: {was:,.0f} tokens/s/GPU before, now {figure}")
     return lines, lost
+
+
+class SoFar:
+    """What a benchmark has found so far."""
+
+    def __init__(self, earlier: Earlier | None = None):
+        self._earlier = earlier
+
+    def begin(self, kind: str, subject: dict[str, Any]) -> None:
+        """Say what is about to be timed. Raises ValueError: it cannot be compared with --compare."""
+        if self._earlier is not None:
+            self._earlier.check(kind, subject)

@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 """Where the packages lie: children import them from there, whether they are installed or not."""
 
 
+NOT_ASKED_FOR = "not asked for (--rows)"
+"""Problem of a row that was left out."""
+
 SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
 """A row is not begun with less time left (seconds)."""
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pretrain import backends, bench_result, config, parallel
-from pretrain.bench_result import Result, Row
-from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command
+from pretrain.bench_result import Result, Row, SoFar
+from pretrain.bench_rows import NOT_ASKED_FOR, SHORTEST_ROW_S, Budget, Child, bench_command
 from pretrain.sections import OpsConfig
 
 GAIN = 1.01
@@ -52,8 +52,14 @@ class Point:
         return ", ".join([f"micro-batch {self.micro_batch_size} {kind}", *extras])
 
 
-def sweep(args: Any, settings: config.Config, keys: list[str]) -> Result:
+def sweep(args: Any, settings: config.Config, keys: list[str], so_far: SoFar) -> Result:
     """Search from what is configured; the result names the best that fits, and the keys that set it."""
+    subject = {
+        **bench_result.subject(settings, args.ranks, args.data),
+        "memory_limit_gib": args.memory_limit_gib,
+        "grad_accum_steps": args.grad_accum_steps,
+    }
+    so_far.begin("sweep", subject)
     with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
         search = Sweep(args, settings, keys, Path(scratch))
         best = search.best()
@@ -65,7 +71,6 @@ def sweep(args: Any, settings: config.Config, keys: list[str]) -> Result:
         rows[list(search.tried).index(best)]["note"] = "best"
         verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`"
     title = f"{args.config.stem}: which settings are the fastest{limit}"
-    subject = {**bench_result.subject(settings, args.ranks), "memory_limit_gib": args.memory_limit_gib}
     return Result("sweep", title, subject, rows, [verdict, *bench_result.notes(args.steps, args.warmup)])
 
 
@@ -151,7 +156,7 @@ class Sweep:
     def _time(self, point: Point) -> Row:
         wanted = self._args.rows
         if wanted is not None and not any(point.name.startswith(part.strip()) for part in wanted.split(",")):
-            return {"problem": "not asked for (--rows)"}
+            return {"problem": NOT_ASKED_FOR}
         if self._budget.too_short(SHORTEST_ROW_S):
             return {"problem": "not timed: no time left"}
         args = self._args

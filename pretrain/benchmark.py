@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
         _check(args, settings)
         from pretrain import bench_result  # torch takes seconds: a typing error should not
 
-        result = _run(args, settings, keys)
+        earlier = None if args.compare is None else bench_result.Earlier.read(args.compare)
+        result = _run(args, settings, keys, bench_result.SoFar(earlier))
         if result is None:  # another rank's
             return 0
         if args.row is not None:  # for whoever started this process
@@ -39,11 +40,11 @@ def main(argv: list[str]) -> int:
         result.save(args.out)
         print(result.markdown())
         print(f"{args.out}.json, {args.out}.md")
-        if args.compare is not None:
-            lines, lost = bench_result.compare(result, args.compare, args.noise_pct)
+        if earlier is not None:
+            lines, lost = bench_result.compare(result, earlier, args.noise_pct, all_asked_for=args.rows is None)
             print("\n".join(lines))
             if lost:
-                print(f"SLOWER by more than {args.noise_pct:g}%: {', '.join(lost)}")
+                print(f"SLOWER by more than {args.noise_pct:g}%, or gone: {', '.join(lost)}")
                 return 1
     except (ValueError, OSError) as error:
         fail(PROG, error)
@@ -85,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="For --paper: size of the models, 1 is the paper's; hours are scaled up.",
     )
-    add("--compare", type=Path, help="An earlier OUT.json; status 1 where a row lost more than --noise_pct.")
+    add(
+        "--compare", type=Path, help="An earlier OUT.json; status 1 where a row lost more than --noise_pct, or is gone."
+    )
     add("--noise_pct", type=float, default=5.0, help="What counts as slower (percent).")
     add("--out", type=Path, help="Where the result goes, without suffix (path); none: RUN_DIR-bench/KIND.")
     add("--in_turns", action="store_true", help=argparse.SUPPRESS)  # for a child that takes turns with others
@@ -118,23 +121,23 @@ def _check(args: argparse.Namespace, settings: config.Config) -> None:
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
 
 
-def _run(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> Any:
+def _run(args: argparse.Namespace, settings: config.Config, keys: list[str], so_far: Any) -> Any:
     if args.kind == "sweep":
         from pretrain import bench_sweep
 
-        return bench_sweep.sweep(args, settings, keys)
+        return bench_sweep.sweep(args, settings, keys, so_far)
     if args.kind == "peers":
         from pretrain import bench_peers
 
-        return bench_peers.peers(args, settings)
+        return bench_peers.peers(args, settings, so_far)
     if args.kind == "paper":
         from pretrain import bench_paper
 
-        return bench_paper.paper(args, settings)
-    return _step(args, settings)
+        return bench_paper.paper(args, settings, so_far)
+    return _step(args, settings, so_far)
 
 
-def _step(args: argparse.Namespace, settings: config.Config) -> Any:
+def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any:
     """The configuration's own step, on all ranks; the result is rank 0's, None on the others."""
     with importing():
         from pretrain import bench_result, bench_step, parallel, ranks
@@ -144,6 +147,8 @@ def _step(args: argparse.Namespace, settings: config.Config) -> Any:
         sequences = settings.train.micro_batch_size * world_size * args.grad_accum_steps
         settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
     config.grad_accum_steps(settings.train, world_size)
+    subject = bench_result.subject(settings, world_size, args.data)
+    so_far.begin("step", subject)
     trace = args.out.with_name(f"{args.out.name}.trace.json")
     timing = bench_step.Timing(
         steps=args.steps,
@@ -166,7 +171,6 @@ def _step(args: argparse.Namespace, settings: config.Config) -> Any:
         f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
         f"{accumulated} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
     )
-    subject = bench_result.subject(settings, world_size)
     notes = bench_result.notes(args.steps, args.warmup)
     if row.get("planned_mem_gib"):
         peak, planned = row["peak_mem_gib"], row["planned_mem_gib"]

@@ -138,7 +138,7 @@ def test_slower_than_before_is_status_1(stepped: Path, settings: Path, capsys: p
 
     assert again(1e-6) == 0
     assert again(1e6) == 1
-    assert "SLOWER by more than 5%: cria" in capsys.readouterr().out
+    assert "SLOWER by more than 5%, or gone: cria" in capsys.readouterr().out
     assert again(1e6, "--noise_pct", "100") == 0
     for keys, subject in ((["--model.hidden_size", "32"], {}), ([], {"chip": "another"})):
         with pytest.raises(SystemExit) as stopped:
@@ -149,11 +149,74 @@ def test_slower_than_before_is_status_1(stepped: Path, settings: Path, capsys: p
 
 def test_a_row_that_lost_its_figures_is_slower(stepped: Path) -> None:
     before = load(stepped)
-    rows = [{"name": "cria", "problem": "does not fit"}]
-    result = bench_result.Result("step", "t", before["subject"], rows)
-    lines, lost = bench_result.compare(result, stepped.with_name("step.json"), 5.0)
-    assert lost == ["cria"]
-    assert "does not fit" in lines[0]
+    earlier = bench_result.Earlier.read(stepped.with_name("step.json"))
+    for rows, says in (([{"name": "cria", "problem": "does not fit"}], "does not fit"), ([], "now missing")):
+        result = bench_result.Result("step", "t", before["subject"], rows)
+        lines, lost = bench_result.compare(result, earlier, 5.0, all_asked_for=True)
+        assert lost == ["cria"]
+        assert says in lines[0]
+    lines, lost = bench_result.compare(result, earlier, 5.0, all_asked_for=False)
+    assert (lost, lines[0].endswith("now not timed")) == ([], True)
+
+
+def test_a_result_is_compared_with_what_its_file_held_before(stepped: Path, settings: Path) -> None:
+    """The default output of today is the earlier result of tomorrow, and is saved over."""
+    before = load(stepped)
+    before["rows"][0]["tokens_per_sec_per_gpu"] *= 1e6
+    same = settings.parent / "same.json"
+    same.write_text(json.dumps(before))
+    argv = ["--config", settings, "--steps", 1, "--warmup", 1, "--out", same.with_suffix(""), "--compare", same]
+    assert benchmark.main(list(map(str, argv))) == 1
+    assert load(same.with_suffix(""))["rows"][0]["tokens_per_sec_per_gpu"] < 1e6
+
+
+KINDS = ([], ["--sweep"], ["--peers"], ["--paper"])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "".join(kind) or "step")
+def test_what_cannot_be_compared_is_refused_before_anything_is_timed(
+    kind: list[str], settings: Path, stepped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timed(*_: object, **__: object) -> None:
+        raise AssertionError("it was timed")
+
+    monkeypatch.setattr(bench_step, "measure", timed)
+    for module in (bench_sweep, bench_peers):
+        monkeypatch.setattr(module, "Child", timed)
+    earlier = settings.parent / "another.json"
+    text = json.dumps(load(stepped))
+    cases = [(["--data", "real"], text, "data was random and is real")] if kind in KINDS[:2] else []
+    cases += [
+        (["--train.z_loss", "0.1"], text, "z_loss was 0.0 and is 0.1"),
+        (["--train.deterministic", "true"], text, "deterministic was False and is True"),
+        (["--data.intra_document", "true"], text, "intra_document was False and is True"),
+        ([], text.replace('"kind"', '"kin"'), "is not a result of pretrain bench: KeyError('kind')"),
+        ([], json.dumps({**json.loads(text), "rows": []}), "no row with figures"),
+        ([], text.replace('"tokens_per_sec_per_gpu": ', '"tokens_per_sec_per_gpu": 0, "was": '), "has 0 tokens/s/GPU"),
+    ]
+    for keys, holds, says in cases:
+        earlier.write_text(holds.replace('"kind": "step"', f'"kind": "{"".join(kind)[2:] or "step"}"'))
+        with pytest.raises(SystemExit) as stopped:
+            benchmark.main(["--config", str(settings), *kind, "--compare", str(earlier), *keys])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert said.count("\n") == 1
+        assert says in said
+
+
+def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, settings: Path, tmp_path: Path) -> None:
+    older = load(stepped)
+    for key in ("data", "intra_document", "deterministic", "z_loss"):
+        del older["subject"][key]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    earlier = bench_result.Earlier.read(tmp_path / "older.json")
+    now = bench_result.Result("step", "t", bench_result.subject(config.load(settings), 1), load(stepped)["rows"])
+    earlier.check("step", now.subject)
+    lines, lost = bench_result.compare(now, earlier, 5.0, all_asked_for=True)
+    assert lost == []
+    assert "does not say data, deterministic, intra_document, z_loss: taken as the same" in lines[0]
+    recorded = Path(__file__).parent.parent / "benchmarks" / "results" / "peers_cpu.json"
+    assert bench_result.Earlier.read(recorded).figures["cria"] > 0
 
 
 @pytest.mark.parametrize(
