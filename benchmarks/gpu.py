@@ -37,7 +37,7 @@ OPTIONAL = (
     "torchtitan",
 )
 
-FULL = ["--train.micro_batch_size", "16", "--train.global_batch_size", "16"]
+FULL = ["--train.micro_batch_size", "16"]
 
 SMALL = [
     *("--model.hidden_size", "64", "--model.intermediate_size", "160", "--model.num_hidden_layers", "2"),
@@ -67,12 +67,18 @@ SHORT = ["--steps", "2", "--warmup", "1"]
 
 RECOMPUTE = ["--parallel.recompute", "mlp"]
 
-TWO = ["--train.global_batch_size", "32", "--grad_accum_steps", "2"]
-"""As in a run, where the gradient of the micro-steps before is there at the peak."""
+ONE = ["--train.global_batch_size", "16", "--grad_accum_steps", "1"]
 
-QUICK = ["--steps", "6", "--warmup", "3"]
+TWO = ["--train.global_batch_size", "32", "--grad_accum_steps", "2"]
+"""As in a run, where the gradient of the micro-steps before is there at the peak. The sweep sees to that by itself: it has the
+configuration's own global batch, and times up to three of a step's micro-steps."""
+
+QUICK = ["--steps", "3", "--warmup", "2"]
+"""Of several micro-steps each."""
 
 FEW = ["--rows", "micro-batch 2 eager,micro-batch 1 eager"]
+
+FOUR = ["--train.global_batch_size", "8"]
 
 SOME = ["--rows", "transformers (eager),litgpt,stand-in"]
 
@@ -82,7 +88,9 @@ ROWS = ("peers", "sweep")
 PARTS = (
     Part("operations", "Operations against the reference, in value and gradient", 75),
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
-    Part("step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, ["--profile"], SHORT),
+    Part(
+        "step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, [*ONE, "--profile"], SHORT
+    ),
     # An A100-40G has 39.4 GiB, and its context takes some; the limit holds for tensors.
     Part(
         "40gb",
@@ -92,9 +100,9 @@ PARTS = (
         SHORT,
     ),
     Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
-    Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
-    Part("paper", "hours for 300B tokens", 250, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
-    Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW], True),
+    Part("peers", "ours against every peer", 560, ["--peers", *ONE], [*SHORT, *SOME], True),
+    Part("paper", "hours for 300B tokens", 270, ["--paper", *ONE, *QUICK], [*SHORT, "--scale", "0.03"], True),
+    Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW, *FOUR], True),
 )
 """Each takes at most what time is left: the later ones are best asked for by themselves, --parts peers."""
 
@@ -169,18 +177,8 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
 
 
 def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> bool:
-    command = [
-        sys.executable,
-        "-m",
-        "pretrain",
-        "bench",
-        "--config",
-        str(args.config),
-        *FULL,
-        "--grad_accum_steps",
-        "1",
-    ]
-    command += [*part.options, *(part.small + SMALL if args.small else []), "--out", str(out)]
+    command = [sys.executable, "-m", "pretrain", "bench", "--config", str(args.config), *FULL]
+    command += [*part.options, *(SMALL + part.small if args.small else []), "--out", str(out)]
     if part.budget:
         aside = 10 if args.small else 40  # for its imports, the device's context, and to write the result
         command += ["--budget_s", f"{seconds - aside:.0f}"]

@@ -49,10 +49,16 @@ class Timing:
     """File to write the window's trace to (path)."""
     in_turns: bool = False
     """Wait for a line on standard input before each step."""
+    of_micro_steps: int | None = None
+    """Micro-steps of the step that the figures are of; where the timed step has fewer, it must have `MICRO_STEPS`, and each
+    further one is counted with the seconds of the second. None: those of the timed step."""
 
 
 def measure(settings: Config, timing: Timing) -> dict[str, Any]:
-    """Time the step that `settings` describes; returns a row, the same on all ranks. Out of memory is a row with a `problem`.
+    """Time the step that `settings` describes; returns a row. Out of memory is a row with a `problem`.
+
+    Durations are those of the slowest rank and memory that of the fullest, the same on all ranks; the share of waiting for
+    data, what is as logged, and the profile are each rank's own.
 
     Raises:
         ValueError, OSError: something that the user can mend, in one line.
@@ -70,7 +76,7 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
             if problem is None:
                 raise
             return {"problem": problem, **bench_timing.memory(device)}
-    return {"problem": bench_timing.over_limit(device, timing.memory_limit_gib), **row}
+    return {"problem": bench_timing.over_limit(device, row["peak_mem_gib"], timing.memory_limit_gib), **row}
 
 
 def _device(settings: Config) -> torch.device:
@@ -81,8 +87,10 @@ def _device(settings: Config) -> torch.device:
 
 def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     device, world_size = run.fabric.device, run.fabric.world_size
-    micro_batches = trainer.make_loader(run)
     timer = bench_timing.Timer(device, timing.in_turns)
+    micro_batches = trainer.make_loader(run)
+    if timing.of_micro_steps is not None:
+        micro_batches = timer.marked(micro_batches)
     losses = []
     for step in timer.steps(timing.warmup, timed=False):
         if step == timing.warmup - 1:  # behind the compilation
@@ -95,14 +103,11 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     for _ in timer.steps(timing.steps, timed=True):
         losses.append(trainer.optimizer_step(run, micro_batches).loss)
     run.clock.pause()
-    tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
-    as_logged = metrics.train_metrics(run.clock, tokens_per_step, world_size, run.flops_per_token, device)
-    seconds = ranks.all_reduce_max(torch.tensor(timer.seconds(), dtype=torch.float64)).tolist()
+    speed = _speed(run, timing, timer)
     used = bench_timing.memory(device)  # before the profiler, which needs some itself
+    used = dict(zip(used, _largest(list(used.values()))))
     mean_losses = (ranks.all_reduce_sum(torch.stack(losses)) / world_size).tolist()
-    step_time_s = statistics.median(seconds)
-    rates = metrics.throughput(tokens_per_step, step_time_s, world_size, run.flops_per_token, device)
-    run.fabric.print(f"timed: {rates['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU")  # whatever becomes of the profile
+    run.fabric.print(f"timed: {speed['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU")  # whatever becomes of the profile
     window: dict[str, Any] = {"communication_pct": 0.0, "exposed_communication_pct": 0.0}
     if world_size > 1 or timing.profile:
         trace = timing.trace if ranks.rank() == 0 else None
@@ -113,24 +118,54 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         except Exception as error:  # the steps that were timed stay
             run.fabric.print(f"no profile: {type(error).__name__}: {error}")
     return {
-        **rates,
-        "as_logged_tokens_per_sec_per_gpu": as_logged["tokens_per_sec_per_gpu"],
-        "step_time_s": step_time_s,
-        "step_time_spread_pct": 100 * (max(seconds) - min(seconds)) / step_time_s,
-        "data_wait_pct": 100 * as_logged["data_wait_s"] / as_logged["step_time_s"],
+        **speed,
         **window,
         **used,
         "first_loss": mean_losses[0],
         "last_loss": mean_losses[-1],
-        "seconds": seconds,
-        "tokens_per_step": tokens_per_step,
-        "grad_accum_steps": run.grad_accum_steps,
         "world_size": world_size,
         "device": parallel.device_name(device),
         "flops_per_token": run.flops_per_token,
         "planned_mem_gib": _planned_mem_gib(run) if device.type == "cuda" else None,
         "backends": {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices},
     }
+
+
+def _speed(run: trainer.Run, timing: Timing, timer: bench_timing.Timer) -> dict[str, Any]:
+    """The figures of a step of `of_micro_steps`; its spread, `seconds` and waiting for data are the timed step's."""
+    device, timed = run.fabric.device, run.grad_accum_steps
+    micro_steps = timing.of_micro_steps or timed
+    assert micro_steps == timed or micro_steps > timed == bench_timing.MICRO_STEPS
+    seconds = _largest(timer.seconds())
+    between = _largest(timer.micro_step_seconds(1)) if micro_steps > timed else []
+    further_s = (micro_steps - timed) * statistics.median(between) if between else 0.0
+    tokens_per_step = run.config.train.global_batch_size // timed * micro_steps * run.config.data.seq_len
+
+    def rates(step_time_s: float) -> dict[str, float | None]:
+        return metrics.throughput(tokens_per_step, step_time_s, run.fabric.world_size, run.flops_per_token, device)
+
+    step_time_s = statistics.median(seconds)
+    row = {
+        **rates(step_time_s + further_s),
+        "step_time_s": step_time_s + further_s,
+        "step_time_spread_pct": 100 * (max(seconds) - min(seconds)) / step_time_s,
+        "tokens_per_step": tokens_per_step,
+        "grad_accum_steps": micro_steps,
+        "timed_micro_steps": timed,
+        "seconds": seconds,
+        "second_micro_step_seconds": between,
+    }
+    if timing.in_turns:  # the run's clock has counted the turns of the others
+        return row
+    logged_s = run.clock.train_s / run.clock.steps + further_s
+    row["as_logged_tokens_per_sec_per_gpu"] = rates(logged_s)["tokens_per_sec_per_gpu"]
+    row["data_wait_pct"] = 100 * run.clock.data_wait_s / run.clock.train_s
+    return row
+
+
+def _largest(figures: list[float]) -> list[float]:
+    """Each figure of the rank that has the most of it."""
+    return ranks.all_reduce_max(torch.tensor(figures, dtype=torch.float64)).tolist()
 
 
 def _planned_mem_gib(run: trainer.Run) -> float | None:
@@ -152,7 +187,7 @@ def _say_how_long(run: trainer.Run, timing: Timing) -> None:
     if seconds * timing.steps > 60:
         run.fabric.print(
             f"a step of {run.grad_accum_steps} micro-steps takes {seconds:.1f} s; {timing.steps} more follow. For a quick look: "
-            "--grad_accum_steps 1"
+            "--grad_accum_steps 2 (with 1 no gradients of earlier micro-steps are there at the peak of memory)"
         )
 
 

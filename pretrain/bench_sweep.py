@@ -3,7 +3,9 @@
     start ─> micro-batches ─> compile ─> operations ─> recompute and checkpointing, with their own micro-batches ─> best
 
 One setting after the other, the best kept: not every combination. Each is a `pretrain bench` in processes of its own, so that
-one that runs out of memory is a row of the table and touches no other.
+one that runs out of memory is a row of the table and touches no other. A row is the whole step of the global batch, of which at
+most `MICRO_STEPS` micro-steps are run: with one alone, the gradients of those before would be missing from the peak of memory,
+and each micro-batch would pay for an update, which is dearest to the smallest.
 """
 
 import tempfile
@@ -16,6 +18,7 @@ import torch
 from pretrain import backends, bench_result, config, parallel
 from pretrain.bench_result import Result, Row, SoFar
 from pretrain.bench_rows import NOT_ASKED_FOR, SHORTEST_ROW_S, Budget, Child, bench_command
+from pretrain.bench_timing import MICRO_STEPS
 from pretrain.sections import OpsConfig
 
 GAIN = 1.01
@@ -60,18 +63,30 @@ def sweep(args: Any, settings: config.Config, keys: list[str], so_far: SoFar) ->
         "grad_accum_steps": args.grad_accum_steps,
     }
     so_far.begin("sweep", subject)
+    config.grad_accum_steps(settings.train, args.ranks)  # whole, or refused as training would
     with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
         search = Sweep(args, settings, keys, Path(scratch))
         best = search.best()
+    return _result(args, search, best, subject)
+
+
+def _result(args: Any, search: "Sweep", best: Point | None, subject: dict[str, Any]) -> Result:
     rows = [{**row, "name": point.name} for point, row in search.tried.items()]
     limit = f" in {args.memory_limit_gib:g} GiB" if args.memory_limit_gib else ""
+    untimed = sum((row["problem"] or "").startswith("not timed") for row in rows)
+    caveat = f" Of {len(rows)} rows tried, {untimed} not timed: --budget_s was over." if untimed else ""
     if best is None:
-        verdict = f"Nothing that was tried fits{limit}."
+        verdict = f"Nothing that was tried fits{limit}.{caveat}"
     else:
-        rows[list(search.tried).index(best)]["note"] = "best"
-        verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`"
+        row = rows[list(search.tried).index(best)]
+        row["note"] = ", ".join(["best", *filter(None, [row.get("note")])])
+        verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`.{caveat}"
+    steps = (
+        f"Speed is that of a whole step. At most {MICRO_STEPS} of its micro-steps are timed, each further one counts as long as "
+        "the second; spread, data and communication are those of the timed ones."
+    )
     title = f"{args.config.stem}: which settings are the fastest{limit}"
-    return Result("sweep", title, subject, rows, [verdict, *bench_result.notes(args.steps, args.warmup)])
+    return Result("sweep", title, subject, rows, [verdict, steps, *bench_result.notes(args.steps, args.warmup)])
 
 
 class Sweep:
@@ -80,6 +95,7 @@ class Sweep:
     def __init__(self, args: Any, settings: config.Config, keys: list[str], scratch: Path):
         self._args, self._settings, self._keys, self._scratch = args, settings, keys, scratch
         self._budget = Budget(args.budget_s)
+        self._sequences = settings.train.global_batch_size // args.ranks
         self.tried: dict[Point, Row] = {}
 
     def best(self) -> Point | None:
@@ -103,17 +119,23 @@ class Sweep:
         return best if self._speed(best) > 0 else None
 
     def _best_micro_batch(self, point: Point) -> Point:
-        """Halve the micro-batch until it fits, or else double it until it does not, or gains nothing."""
-        while self._speed(point) == 0 and point.micro_batch_size > 1:
+        """Halve the micro-batch until it fits, or else double it until it does not, or gains nothing.
+
+        Only while it divides what a rank takes a step: training refuses others.
+        """
+        while self._speed(point) == 0 and self._divides(point.micro_batch_size // 2):
             point = replace(point, micro_batch_size=point.micro_batch_size // 2)
             if self._speed(point) > 0:
                 return point
         while self._speed(point) > 0:
             larger = replace(point, micro_batch_size=2 * point.micro_batch_size)
-            if self._speed(larger) < GAIN * self._speed(point):
+            if not self._divides(larger.micro_batch_size) or self._speed(larger) < GAIN * self._speed(point):
                 break
             point = larger
         return point
+
+    def _divides(self, micro_batch_size: int) -> bool:
+        return micro_batch_size > 0 and self._sequences % micro_batch_size == 0
 
     def _faster(self, a: Point, b: Point) -> Point:
         return b if self._speed(b) > self._speed(a) else a
@@ -160,15 +182,20 @@ class Sweep:
         if self._budget.too_short(SHORTEST_ROW_S):
             return {"problem": "not timed: no time left"}
         args = self._args
-        accumulate = args.grad_accum_steps or 1
-        sequences = point.micro_batch_size * args.ranks * accumulate
+        micro_steps = args.grad_accum_steps or self._sequences // point.micro_batch_size
+        timed = min(MICRO_STEPS, micro_steps)
+        sequences = point.micro_batch_size * args.ranks * timed
         out = self._scratch / f"{len(self.tried)}.json"
         options = ["--config", str(args.config), *self._keys, *self.keys(point)]
-        options += ["--train.global_batch_size", str(sequences), "--data", args.data, "--row", str(out)]
+        options += ["--train.global_batch_size", str(sequences), "--of_micro_steps", str(micro_steps)]
+        options += ["--data", args.data, "--row", str(out)]
         options += ["--steps", str(args.steps), "--warmup", str(args.warmup), "--out", str(out.with_suffix(""))]
         if args.memory_limit_gib:
             options += ["--memory_limit_gib", str(args.memory_limit_gib)]
-        return Child(bench_command(options, args.ranks), out, self._budget.left()).row()
+        row = Child(bench_command(options, args.ranks), out, self._budget.left()).row()
+        if row["problem"] is None:
+            row["note"] = f"{micro_steps} micro-steps a step, {timed} timed"
+        return row
 
 
 def _libraries(settings: config.Config) -> list[str]:

@@ -11,9 +11,14 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+MICRO_STEPS = 3
+"""As many show a step of any number of micro-steps: the first, one of those between, which are all alike, and the last."""
 
 SPENT = ("out of memory", "can't allocate memory", "Unable to allocate")
 """What the allocators of CUDA, of torch on a CPU and of numpy say when there is no memory left."""
@@ -30,6 +35,8 @@ class Timer:
         self._device, self._in_turns = device, in_turns
         gc.freeze()  # collecting all that was imported would be counted as a step's
         self._marks: list[tuple[Any, Any]] = []
+        self._asked: list[Any] = []
+        self._micro_marks: list[list[Any]] = []
 
     def steps(self, number: int, timed: bool) -> Iterator[int]:
         """Count from 0 to `number` - 1; what happens between two counts is a step, and is kept if `timed`."""
@@ -38,12 +45,24 @@ class Timer:
                 print("ready", flush=True)
                 if not sys.stdin.readline():
                     raise SystemExit("whoever gave the turns is gone")
+            self._asked = []
             started = self._mark()
             yield step
             if timed:
                 self._marks.append((started, self._mark()))
+                self._micro_marks.append(self._asked)
             elif self._in_turns:
                 self._mark()  # a turn ends when its work does
+
+    def marked(self, micro_batches: Iterator[T]) -> Iterator[T]:
+        """The same micro-batches, for `micro_step_seconds`: each is asked for when its micro-step begins."""
+        while True:
+            self._asked.append(self._mark())
+            try:
+                micro_batch = next(micro_batches)
+            except StopIteration:
+                return
+            yield micro_batch
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
@@ -56,10 +75,17 @@ class Timer:
 
     def seconds(self) -> list[float]:
         """The timed steps' durations; waits for the device."""
+        return self._between(self._marks)
+
+    def micro_step_seconds(self, micro_step: int) -> list[float]:
+        """The durations of the timed steps' `micro_step`, counted from 0; not the last, which the update follows."""
+        return self._between([(asked[micro_step], asked[micro_step + 1]) for asked in self._micro_marks])
+
+    def _between(self, marks: list[tuple[Any, Any]]) -> list[float]:
         if self._device.type != "cuda":
-            return [end - start for start, end in self._marks]
+            return [end - start for start, end in marks]
         torch.cuda.synchronize(self._device)
-        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
+        return [start.elapsed_time(end) / 1000 for start, end in marks]
 
 
 def limit_memory(device: torch.device, limit_gib: float | None) -> None:
@@ -85,9 +111,8 @@ def memory(device: torch.device) -> dict[str, float]:
     return {"peak_mem_gib": allocated / 2**30, "reserved_mem_gib": reserved / 2**30}
 
 
-def over_limit(device: torch.device, limit_gib: float | None) -> str | None:
-    """On a CPU nothing holds a process to a limit while it runs: say afterwards that it went over it."""
-    peak = memory(device)["peak_mem_gib"]
+def over_limit(device: torch.device, peak: float, limit_gib: float | None) -> str | None:
+    """On a CPU nothing holds a process to a limit while it runs: say afterwards that its peak (GiB) went over it."""
     if limit_gib is None or device.type == "cuda" or peak <= limit_gib:
         return None
     return f"does not fit: {peak:.2f} GiB resident at the peak, the limit is {limit_gib:g} GiB"

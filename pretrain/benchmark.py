@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--noise_pct", type=float, default=5.0, help="What counts as slower (percent).")
     add("--out", type=Path, help="Where the result goes, without suffix (path); none: RUN_DIR-bench/KIND.")
+    add("--of_micro_steps", type=int, help=argparse.SUPPRESS)  # for a child: Timing.of_micro_steps
     add("--in_turns", action="store_true", help=argparse.SUPPRESS)  # for a child that takes turns with others
     add("--row", type=Path, help=argparse.SUPPRESS)  # for a child: write the bare row there
     return parser
@@ -158,6 +159,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         profile=args.profile,
         trace=trace if args.profile else None,
         in_turns=args.in_turns,
+        of_micro_steps=args.of_micro_steps,
     )
     row = {"name": "cria", **bench_step.measure(settings, timing)}
     first = ranks.rank() == 0

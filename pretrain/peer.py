@@ -216,12 +216,13 @@ def time_steps(spec: Spec) -> dict[str, Any]:
         step(number + spec["warmup"])
     seconds = timer.seconds()
     step_time_s = statistics.median(seconds)
+    used = bench_timing.memory(device)
     return {
-        "problem": bench_timing.over_limit(device, spec["memory_limit_gib"]),
+        "problem": bench_timing.over_limit(device, used["peak_mem_gib"], spec["memory_limit_gib"]),
         "tokens_per_sec_per_gpu": batches[0, :, 1:].numel() / step_time_s,
         "step_time_s": step_time_s,
         "step_time_spread_pct": 100 * (max(seconds) - min(seconds)) / step_time_s,
-        **bench_timing.memory(device),
+        **used,
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),
         "seconds": seconds,

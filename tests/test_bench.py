@@ -119,6 +119,16 @@ def test_memory_that_does_not_suffice_is_a_row(settings: Path) -> None:
     assert "the limit is 0.01 GiB" in row["problem"]
 
 
+def test_peak_memory_is_that_of_the_fullest_rank(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_timing, "memory", lambda device: {"peak_mem_gib": 1.0, "reserved_mem_gib": 1.0})
+    reduced = bench_step.ranks.all_reduce_max
+    another = lambda tensor: reduced(tensor).clamp(min=3.0 if tensor.dtype == torch.float64 else None, max=1e9)  # noqa: E731
+    monkeypatch.setattr(bench_step.ranks, "all_reduce_max", another)
+    row = bench_step.measure(config.load(settings), bench_step.Timing(steps=1, warmup=1, memory_limit_gib=2.0))
+    assert row["peak_mem_gib"] == 3.0
+    assert row["problem"] == "does not fit: 3.00 GiB resident at the peak, the limit is 2 GiB"
+
+
 def test_what_runs_out_of_memory_is_told_from_what_is_wrong() -> None:
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 39.50 GiB of which ..."
     told = bench_timing.out_of_memory(torch.OutOfMemoryError(said))
@@ -254,6 +264,7 @@ def search(
     tmp_path: Path,
     speed: "dict | None" = None,
     fits: int = 16,
+    sequences: int = 256,
     backends: "dict[str, str] | None" = None,
 ) -> tuple[bench_sweep.Sweep, Point | None]:
     """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it."""
@@ -272,7 +283,9 @@ def search(
             return {"problem": None, "tokens_per_sec_per_gpu": tokens, "backends": backends or {}}
 
     args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
-    machine = Machine(args, config.load(settings), [], tmp_path)
+    chosen = config.load(settings)
+    chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, global_batch_size=sequences))
+    machine = Machine(args, chosen, [], tmp_path)
     return machine, machine.best()
 
 
@@ -287,7 +300,7 @@ def test_the_sweep_finds_the_best_that_fits(settings: Path, tmp_path: Path) -> N
     assert keys[keys.index("--train.micro_batch_size") + 1] == "16"
     assert keys[keys.index("--parallel.compile") + 1] == "true"
     assert keys[keys.index("--model.ops.attention") + 1] == "torch"
-    config.parse(["--config", str(settings), "--train.global_batch_size", "16", *keys])  # they are keys
+    config.parse(["--config", str(settings), "--train.global_batch_size", "256", *keys])  # they are keys
 
 
 def test_the_sweep_times_no_library_twice(settings: Path, tmp_path: Path) -> None:
@@ -315,11 +328,56 @@ def test_the_sweep_goes_down_until_it_fits(settings: Path, tmp_path: Path) -> No
     assert all(row["problem"] for row in machine.tried.values())
 
 
+def test_the_sweep_tries_what_training_takes(settings: Path, tmp_path: Path) -> None:
+    machine, best = search(settings, tmp_path, sequences=24)
+    assert best is not None
+    assert {point.micro_batch_size for point in machine.tried} == {2, 4, 8}  # 16 would fit
+    machine, best = search(settings, tmp_path, fits=1, sequences=6)
+    assert {point.micro_batch_size for point in machine.tried} == {1, 2}
+
+
+def test_a_sweep_s_row_is_a_whole_step(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of its four micro-steps are run, so that gradients are there at the peak and one update is paid by four."""
+    out = settings.parent / "whole"
+    argv = ["--config", settings, "--sweep", "--rows", "micro-batch 2 eager", "--steps", 3, "--warmup", 1, "--out", out]
+    assert benchmark.main(list(map(str, argv))) == 0
+    row = next(row for row in load(out)["rows"] if row["name"] == "micro-batch 2 eager")
+    assert (row["grad_accum_steps"], row["timed_micro_steps"], row["tokens_per_step"]) == (4, 3, 8 * 32)
+    assert len(row["seconds"]) == len(row["second_micro_step_seconds"]) == 3
+    assert all(one < all_three for one, all_three in zip(row["second_micro_step_seconds"], row["seconds"]))
+    whole_s = statistics.median(row["seconds"]) + statistics.median(row["second_micro_step_seconds"])
+    assert row["step_time_s"] == pytest.approx(whole_s)
+    assert row["tokens_per_sec_per_gpu"] == pytest.approx(8 * 32 / whole_s)
+    assert "4 micro-steps a step, 3 timed" in capsys.readouterr().out
+
+
+def test_a_micro_step_begins_when_its_batch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: now[0])
+    timer = bench_timing.Timer(torch.device("cpu"))
+    batches = timer.marked(iter(range(12)))
+    for timed in (False, True):
+        for step in timer.steps(2, timed):
+            for seconds in (1, 2, 4):
+                next(batches)
+                now[0] += (step + 1) * seconds
+            now[0] += 8
+    assert timer.seconds() == [15, 22]
+    assert timer.micro_step_seconds(1) == [2, 4]
+    assert list(batches) == []
+
+
 def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     args = benchmark._parser().parse_args(["--config", str(settings), "--sweep", "--budget_s", "1"])
     machine = bench_sweep.Sweep(args, config.load(settings), [], tmp_path)
     assert machine.best() is None
     assert {row["problem"] for row in machine.tried.values()} == {"not timed: no time left"}
+    best = Point(2, False, "as configured", 0)
+    machine.tried = {best: {"problem": None}, **{point: row for point, row in machine.tried.items() if point != best}}
+    verdict = bench_sweep._result(args, machine, best, {}).notes[0]
+    assert verdict.endswith(
+        f". Of {len(machine.tried)} rows tried, {len(machine.tried) - 1} not timed: --budget_s was over."
+    )
 
 
 # --- children --------------------------------------------------------------------------------------------------------
@@ -388,6 +446,7 @@ def test_a_peer_trains_the_same_model_and_the_result_says_how_fast(
     rows = {row["name"]: row for row in load(out)["rows"]}
     ours, theirs = rows["cria"], rows["transformers (eager)"]
     assert (ours["problem"], theirs["problem"]) == (None, None)
+    assert not {"as_logged_tokens_per_sec_per_gpu", "data_wait_pct"} & ours.keys(), "they would count the others' turns"
     assert theirs["first_loss"] == pytest.approx(ours["first_loss"], abs=bench_peers.LOSS_TOLERANCE["fp32"])
     assert theirs["ratio"] == pytest.approx(bench_peers._ratio(ours, theirs, in_turns=True))
     assert "times the fastest peer (transformers (eager))" in capsys.readouterr().out
