@@ -106,21 +106,26 @@ def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     settings = replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size))
     subject = {**bench_result.subject(settings, 1), "scale": args.scale}
     so_far.begin("paper", subject)
-    with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:
-        bench = bench_peers.Bench(args, settings, Path(scratch), in_turns=False)
-        bench.hand_over()
-        rows = [{**bench.cria(ours.name, []).row(), "name": ours.name, "parameters": ours.parameters()}]
-        rows += [_time(bench, shape, seq_len) for shape in others]
-    for row, shape, whole in zip(rows, (ours, *others), SHAPES):
-        row["paper_a100_hours"] = whole.paper_a100_hours
-        if row["problem"] is None:
-            _set_hours(row, shape, whole, seq_len)
     title = f"GPU hours for {TOKENS / 1e9:.0f}B tokens, beside those of TinyLlama's paper (table 2)"
     notes = [
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
         *bench_result.notes(args.steps, args.warmup)[:2],
     ]
-    return Result("paper", title, subject, rows, notes)
+    result = Result("paper", title, subject, [], notes)
+    with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:
+        bench = bench_peers.Bench(args, settings, Path(scratch), in_turns=False)
+        bench.hand_over()
+        for shape, whole in zip((ours, *others), SHAPES):
+            if shape is ours:
+                row = {**bench.cria(shape.name, []).row(), "name": shape.name, "parameters": shape.parameters()}
+            else:
+                row = _time(bench, shape, seq_len)
+            row["paper_a100_hours"] = whole.paper_a100_hours
+            if row["problem"] is None:
+                _set_hours(row, shape, whole, seq_len)
+            result.rows.append(row)
+            so_far.add(result)
+    return result
 
 
 def _model(shape: Shape, seq_len: int) -> ModelConfig:

@@ -108,7 +108,7 @@ def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
             return _compared(_in_turns(bench, ours, wanted), args, settings, in_turns=True)
         for rows in _one_after_the_other(bench, ours, wanted):
             result = _compared(copy.deepcopy(rows), args, settings, in_turns=False)
-            result.save(args.out)  # whatever becomes of the rows to come
+            so_far.add(result)
         return result
 
 
@@ -148,12 +148,18 @@ def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: lis
 
 
 def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
-    children: dict[str, Child | Row] = {
-        name: bench.cria(name, keys) for name, keys in ours.items() if bench.asked_for(name)
-    }
-    children |= {variant.name: bench.peer(variant) for variant in wanted}
-    take_turns([child for child in children.values() if isinstance(child, Child)])
-    return [{**(child.row() if isinstance(child, Child) else child), "name": name} for name, child in children.items()]
+    children: dict[str, Child | Row] = {}
+    try:
+        children |= {name: bench.cria(name, keys) for name, keys in ours.items() if bench.asked_for(name)}
+        children |= {variant.name: bench.peer(variant) for variant in wanted}
+        take_turns([child for child in children.values() if isinstance(child, Child)])
+        rows = {name: child.row() if isinstance(child, Child) else child for name, child in children.items()}
+    except BaseException:  # Ctrl-C does not reach them
+        for child in children.values():
+            if isinstance(child, Child):
+                child.kill()
+        raise
+    return [{**row, "name": name} for name, row in rows.items()]
 
 
 class Bench:

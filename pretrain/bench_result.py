@@ -9,7 +9,8 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,24 @@ def compare(result: Result, earlier: Earlier, noise_pct: float, all_asked_for: b
     return lines, lost
 
 
-class SoFar:
-    """What a benchmark has found so far."""
+UNFINISHED = "Interrupted, or still being timed: these are the rows so far."
 
-    def __init__(self, earlier: Earlier | None = None):
-        self._earlier = earlier
+
+class SoFar:
+    """What a benchmark has found so far: saved with each row, so that none is lost when it is interrupted."""
+
+    def __init__(self, out: Path | None, earlier: Earlier | None = None):
+        self._out, self._earlier = out, earlier
+        self.result: Result | None = None
 
     def begin(self, kind: str, subject: dict[str, Any]) -> None:
         """Say what is about to be timed. Raises ValueError: it cannot be compared with --compare."""
         if self._earlier is not None:
             self._earlier.check(kind, subject)
+
+    def add(self, result: Result) -> None:
+        """There is one more row."""
+        self.result = replace(result, notes=[UNFINISHED, *result.notes])
+        if self._out is not None:
+            with suppress(OSError):  # a disk that is full now does not end the timing; the last save says what is wrong
+                self.result.save(self._out)

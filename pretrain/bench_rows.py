@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pretrain import processes
 from pretrain.bench_timing import SPENT
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +70,16 @@ class Child:
 
     def _expire(self) -> None:
         self._expired = True
-        self._kill()
+        self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End it, and the ranks that it has started, each of which torchrun gives a session of its own."""
+        if self._process.poll() is not None:
+            return
+        ranks = processes.descendants(self._process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        processes.kill(ranks)
 
     def ready(self) -> bool:
         """Wait until it stands before its next step; False: it has no more, or is gone."""
@@ -93,7 +99,7 @@ class Child:
         try:
             status = self._process.wait()
         except BaseException:  # Ctrl-C: it does not reach a session of its own
-            self._kill()
+            self.kill()
             raise
         self._watch.cancel()
         self._log.seek(0)

@@ -9,6 +9,7 @@ and each micro-batch would pay for an update, which is dearest to the smallest.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def sweep(args: Any, settings: config.Config, keys: list[str], so_far: SoFar) ->
     config.grad_accum_steps(settings.train, args.ranks)  # whole, or refused as training would
     with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
         search = Sweep(args, settings, keys, Path(scratch))
+        search.after_row = lambda: so_far.add(_result(args, search, search.fastest(), subject))
         best = search.best()
     return _result(args, search, best, subject)
 
@@ -97,6 +99,7 @@ class Sweep:
         self._budget = Budget(args.budget_s)
         self._sequences = settings.train.global_batch_size // args.ranks
         self.tried: dict[Point, Row] = {}
+        self.after_row: Callable[[], None] = lambda: None
 
     def best(self) -> Point | None:
         """Go along one setting after the other; None where nothing fits."""
@@ -144,8 +147,14 @@ class Sweep:
         """Tokens/s/GPU, 0 for what has a problem; timed when it is first asked for."""
         if point not in self.tried:
             self.tried[point] = self._time(point)
+            self.after_row()
         row = self.tried[point]
         return 0.0 if row["problem"] else row["tokens_per_sec_per_gpu"]
+
+    def fastest(self) -> Point | None:
+        """Of those that were tried until now; None where none fits."""
+        point = max(self.tried, key=self._speed)
+        return point if self._speed(point) > 0 else None
 
     def keys(self, point: Point) -> list[str]:
         """The keys of the configuration that set it."""

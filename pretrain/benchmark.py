@@ -5,12 +5,15 @@
                                  --peers           the same model through litgpt, transformers, torchtitan ...
                                  --paper           GPU hours for 300B tokens: TinyLlama-1.1B, Pythia-1.0B, MPT-1.3B
 
-Each leaves OUT.json and OUT.md; `--compare` an earlier OUT.json ends with status 1 where something got slower.
+Each leaves OUT.json and OUT.md, the last three from the first row on; `--compare` an earlier OUT.json ends with status 1 where
+something got slower.
 """
 
 import argparse
 import json
 import os
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,32 +26,49 @@ PROG = "pretrain bench"
 
 
 def main(argv: list[str]) -> int:
-    """Time, write the result, compare; 1: slower than before, or nothing could be timed."""
+    """Time, write the result, compare; 1: slower than before, or nothing could be timed; 130: interrupted."""
     parser = _parser()
     args, keys = parser.parse_known_args(argv)
     try:
         settings = config.parse(["--config", str(args.config), *keys], PROG)
         _check(args, settings)
-        from pretrain import bench_result  # torch takes seconds: a typing error should not
-
-        earlier = None if args.compare is None else bench_result.Earlier.read(args.compare)
-        result = _run(args, settings, keys, bench_result.SoFar(earlier))
-        if result is None:  # another rank's
-            return 0
-        if args.row is not None:  # for whoever started this process
-            return 0
-        result.save(args.out)
-        print(result.markdown())
-        print(f"{args.out}.json, {args.out}.md")
-        if earlier is not None:
-            lines, lost = bench_result.compare(result, earlier, args.noise_pct, all_asked_for=args.rows is None)
-            print("\n".join(lines))
-            if lost:
-                print(f"SLOWER by more than {args.noise_pct:g}%, or gone: {', '.join(lost)}")
-                return 1
+        return _bench(args, settings, keys)
     except (ValueError, OSError) as error:
         fail(PROG, error)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _bench(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> int:
+    from pretrain import bench_result  # torch takes seconds: a typing error should not
+
+    earlier = None if args.compare is None else bench_result.Earlier.read(args.compare)
+    so_far = bench_result.SoFar(args.out if args.row is None else None, earlier)
+    try:
+        result = _run(args, settings, keys, so_far)
+    except KeyboardInterrupt:
+        if so_far.result is not None:
+            _show(so_far.result, args.out)
+        raise
+    if result is None or args.row is not None:  # another rank's; for whoever started this process
+        return 0
+    _show(result, args.out)
+    if earlier is not None:
+        lines, lost = bench_result.compare(result, earlier, args.noise_pct, all_asked_for=args.rows is None)
+        print("\n".join(lines))
+        if lost:
+            print(f"SLOWER by more than {args.noise_pct:g}%, or gone: {', '.join(lost)}")
+            return 1
     return 0 if any(row["problem"] is None for row in result.rows) else 1
+
+
+def _show(result: Any, out: Path) -> None:
+    """First the table: the disk may be full by now."""
+    print(result.markdown(), flush=True)
+    result.save(out)
+    print(f"{out}.json, {out}.md")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +140,17 @@ def _check(args: argparse.Namespace, settings: config.Config) -> None:
         raise FileNotFoundError(f"--compare {args.compare} is missing; an earlier result's OUT.json is needed")
     if args.out is None:
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
+    if args.row is None and os.environ.get("RANK", "0") == "0":
+        _make_folder(args.out)
+
+
+def _make_folder(out: Path) -> None:
+    """For the result, before minutes are spent on it. Raises OSError: nothing can be written there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OSError(f"--out {out}: nothing can be written there: {error}") from error
 
 
 def _run(args: argparse.Namespace, settings: config.Config, keys: list[str], so_far: Any) -> Any:

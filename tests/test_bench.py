@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -22,6 +23,7 @@ from pretrain import (
     benchmark,
     config,
     metrics,
+    processes,
 )
 from pretrain.bench_sweep import Point
 from pretrain.sections import ParallelConfig
@@ -235,6 +237,8 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--memory_limit_gib", "-1"], "--memory_limit_gib is -1; it must be above 0"),
         (["--compare", "/nowhere.json"], "/nowhere.json is missing"),
+        (["--out", "/proc/nowhere/out"], "--out /proc/nowhere/out: nothing can be written there"),
+        (["--out", "/proc/out"], "--out /proc/out: nothing can be written there"),
         (["--profile", "--peers"], "--peers has none: ask for it by itself"),
         (["--modle.hidden_size", "3"], "modle.hidden_size"),
     ],
@@ -380,6 +384,70 @@ def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     )
 
 
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_the_rows_of_a_sweep(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = iter([{"problem": None, "tokens_per_sec_per_gpu": 5.0}, {"problem": "does not fit"}])
+
+    def time_(sweep: bench_sweep.Sweep, point: Point) -> dict:
+        for row in figures:
+            return row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_sweep.Sweep, "_time", time_)
+    out = settings.parent / "stopped"
+    assert benchmark.main(["--config", str(settings), "--sweep", "--out", str(out)]) == 130
+    assert [row["problem"] for row in load(out)["rows"]] == [None, "does not fit"]
+    said = capsys.readouterr()
+    assert said.err == "pretrain bench: interrupted\n"
+    for text in (said.out, out.with_suffix(".md").read_text()):
+        assert f"- {bench_result.UNFINISHED}\n- Best: micro-batch 2 eager: " in text
+        assert "does not fit" in text
+
+
+def test_ctrl_c_keeps_the_rows_of_the_paper_and_ends_who_takes_turns(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = settings.parent / "stopped-paper"
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_peers.Bench, "peer", ctrl_c)
+        argv = ["--config", settings, "--paper", "--scale", 0.01, "--steps", 1, "--warmup", 1, "--out", out]
+        assert benchmark.main(list(map(str, argv))) == 130
+    (row,) = load(out)["rows"]
+    assert row["gpu_hours"] > 0
+    started = []
+    monkeypatch.setattr(bench_peers, "take_turns", lambda children: (started.extend(children), ctrl_c()))
+    out = settings.parent / "stopped-peers"
+    argv = ["--config", str(settings), "--peers", "--rows", "transformers (eager)", "--out", str(out)]
+    assert benchmark.main(argv) == 130
+    assert [child._process.wait(60) for child in started] == [-9, -9]
+    assert not out.with_suffix(".json").exists()
+
+
+def test_a_disk_that_is_full_in_the_end_does_not_take_the_table(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench_result.Result, "save", full)
+    monkeypatch.setattr(
+        bench_sweep.Sweep, "_time", lambda sweep, point: {"problem": None, "tokens_per_sec_per_gpu": 1.0}
+    )
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--config", str(settings), "--sweep"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "| micro-batch 2 eager | 1 |" in said.out
+    assert said.err == "pretrain bench: error: [Errno 28] No space left on device\n"
+
+
 # --- children --------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +460,22 @@ def test_a_child_that_fails_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
     assert row(spent)["problem"].startswith("does not fit: ")
     assert "killed" in row("import os; os.kill(os.getpid(), 9)")["problem"]
     assert row("import time; time.sleep(1000)", timeout_s=0.2)["problem"].startswith("not timed: stopped after")
+
+
+def test_a_child_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
+    """Each rank of torchrun's has a session of its own."""
+    asleep = "import subprocess, sys, time; {}time.sleep(1000)"
+    rank = f"rank = subprocess.Popen([sys.executable, '-c', {asleep.format('')!r}], start_new_session=True); "
+    script = asleep.format(rank + f"open({str(tmp_path / 'rank')!r}, 'w').write(f'{{rank.pid}}\\n'); ")
+    child = bench_rows.Child([sys.executable, "-c", script], tmp_path / "row.json", None)
+    while not (tmp_path / "rank").exists() or not (tmp_path / "rank").read_text():
+        time.sleep(0.01)
+    pid = int((tmp_path / "rank").read_text())
+    child.kill()
+    until = time.monotonic() + 60
+    while processes.stat(pid)[:1] not in ([], ["Z"]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert processes.stat(pid)[:1] in ([], ["Z"])
 
 
 def test_processes_take_turns(tmp_path: Path) -> None:
