@@ -5,6 +5,8 @@
 The paper's hours are of A100-40G GPUs (arXiv 2401.02385, table 2); those here are of the chip that is here, and of transformers'
 code for the two others, not of the frameworks that their authors used. At `--scale` below 1 smaller models are timed, and their
 speed is scaled by FLOPs a token (M1): such hours are extrapolated, and the row says so.
+
+All three take the same tokens an update, accumulated over micro-batches of the size that each can hold.
 """
 
 import tempfile
@@ -19,6 +21,9 @@ from pretrain.sections import ModelConfig
 
 TOKENS = 300e9
 SEQ_LEN = 2048
+
+ACCUMULATED = 4
+"""Micro-batches of ours an update: few, to be quick, and yet an update is a small part of the step, as in a run of 2M tokens."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,14 @@ def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     seq_len = SEQ_LEN if args.scale == 1 else settings.data.seq_len
     ours, *others = [shape if args.scale == 1 else shape.scaled(args.scale) for shape in SHAPES]
     settings = replace(settings, model=_model(ours, seq_len), data=replace(settings.data, seq_len=seq_len))
-    settings = replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size))
+    sequences = ACCUMULATED * settings.train.micro_batch_size
+    settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
     subject = {**bench_result.subject(settings, 1), "scale": args.scale}
     so_far.begin("paper", subject)
     title = f"GPU hours for {TOKENS / 1e9:.0f}B tokens, beside those of TinyLlama's paper (table 2)"
     notes = [
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
+        f"Each model is updated once every {sequences:,} x {seq_len:,} tokens, {ACCUMULATED} micro-batches of ours.",
         *bench_result.notes(args.steps, args.warmup)[:2],
     ]
     result = Result("paper", title, subject, [], notes)
@@ -142,21 +149,26 @@ def _model(shape: Shape, seq_len: int) -> ModelConfig:
 
 
 def _time(bench: bench_peers.Bench, shape: Shape, seq_len: int) -> Row:
-    """Time one of the others, compiled where ours is; with smaller micro-batches until one fits."""
+    """Time one of the others, compiled where ours is; with smaller micro-batches until one fits, as many tokens an update."""
     options = {"config": shape.hf_config(seq_len), "compile": bench.settings.parallel.compile}
     variant = bench_peers.Variant(shape.name, "causal_lm", "transformers", options)
-    micro_batch_size = bench.settings.train.micro_batch_size
+    sequences, micro_batch_size = bench.settings.train.global_batch_size, bench.settings.train.micro_batch_size
     if shape.model_type == "mpt":  # its attention holds all T x T scores
-        micro_batch_size = max(1, micro_batch_size // 4)
+        micro_batch_size = _divisor(sequences, micro_batch_size // 4)
     while True:
         child = bench.peer(variant, micro_batch_size)
         row = {**(child.row() if isinstance(child, Child) else child), "name": shape.name}
         if not (row["problem"] or "").startswith("does not fit") or micro_batch_size == 1:
             break
-        micro_batch_size //= 2
+        micro_batch_size = _divisor(sequences, micro_batch_size // 2)
     if row["problem"] is None:
         row["note"] = f"micro-batch {micro_batch_size}, {row['note']}"
     return row
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no larger; 1 where there is none."""
+    return next((n for n in range(at_most, 1, -1) if number % n == 0), 1)
 
 
 def _set_hours(row: Row, timed: Shape, whole: Shape, seq_len: int) -> None:

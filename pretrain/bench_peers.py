@@ -210,7 +210,7 @@ class Bench:
         return Child(command, row, self.budget.left(), in_turns=self.in_turns)
 
     def peer(self, variant: Variant, micro_batch_size: int | None = None, aside_s: float = 0.0) -> Child | Row:
-        """Start a peer; or the row that says why not. Another micro-batch takes the first sequences of each batch.
+        """Start a peer; or the row that says why not. A smaller micro-batch, which must divide the batch, accumulates more often.
 
         aside_s: time that is kept for rows to come.
         """

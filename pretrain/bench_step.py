@@ -235,12 +235,11 @@ def with_random_data(settings: Config, folder: Path) -> Config:
 
 
 def batches(settings: Config, steps: int) -> torch.Tensor:
-    """What the first `steps` steps of a run on one rank train on, as its loader gives it: (steps, B, T + 1) int64.
-
-    For a step of one micro-batch.
-    """
-    assert settings.train.global_batch_size == settings.train.micro_batch_size
+    """What a run on one rank trains on first, in its loader's order: (steps, global_batch_size, T + 1) int64."""
     sources = data.open_sources(settings.data, settings.model.vocab_size)
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     loaded = data.MicroBatches(sources, mixture, settings.data.seq_len, settings.train.micro_batch_size, 0, 1)
-    return torch.stack([loaded[step][0] for step in range(steps)])
+    per_step = loaded.grad_accum_steps
+    return (
+        torch.stack([loaded[item][0] for item in range(steps * per_step)]).unflatten(0, (steps, per_step)).flatten(1, 2)
+    )

@@ -194,21 +194,26 @@ def time_steps(spec: Spec) -> dict[str, Any]:
         for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
             embedding.register_forward_hook(lambda module, ids, hidden: hidden.to(torch.bfloat16))
     optimizer = make_optimizer(model, spec)
-    batches = load_file(spec["batches"])["batches"][:, : spec["micro_batch_size"]].to(device)  # (steps, B, T + 1)
+    batches = load_file(spec["batches"])["batches"].to(device)  # (steps, global_batch_size, T + 1)
+    micro_batch_size = spec["micro_batch_size"]
+    assert batches.shape[1] % micro_batch_size == 0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=spec["precision"] == "bf16")
     timer, losses = bench_timing.Timer(device, spec["in_turns"]), []
 
     def step(number: int) -> None:
-        batch = batches[number].long()
+        micro_batches = batches[number].long().split(micro_batch_size)
+        loss_sum = torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = spec["lrs"][number]
-        with autocast:
-            loss = loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-        loss.backward()
+        for batch in micro_batches:
+            with autocast:
+                loss = loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) / len(micro_batches)
+            loss.backward()
+            loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), spec["optim"]["max_grad_norm"], foreach=True)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss_sum)
 
     for number in timer.steps(spec["warmup"], timed=False):
         step(number)

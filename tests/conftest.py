@@ -41,6 +41,8 @@ SLOWEST = (
     "test_learns",
     "test_build",
     "test_bench",
+    "test_bench_peers",
+    "test_bench_sweep",
     "test_ops_triton",
 )
 """Files of tests that take longest, or wait (for a time limit, a hang): they begin first, beside others that compute."""
