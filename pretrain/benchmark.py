@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--grad_accum_steps",
         type=int,
-        help="Micro-steps of a step; none: as many as the configuration has on these ranks.",
+        help="Micro-steps of a step; none: as many as the configuration has on these ranks. --sweep times three of them.",
     )
     add("--data", choices=("random", "real"), default="random", help="Random ids, or the configuration's sources.")
     add("--memory_limit_gib", type=float, help="Play a GPU with so much memory; on a CPU, resident memory (GiB).")
