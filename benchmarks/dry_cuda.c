@@ -1,5 +1,5 @@
-// A CUDA runtime, driver, cuBLAS and NCCL of one H200 that computes nothing: see dry_cuda.py, which adds the functions that
-// are not named here (they return 0, success). Device memory is address space that is never touched; small copies between
+// A CUDA runtime, driver, cuBLAS and NCCL of H200s that computes nothing: see dry_cuda.py, which adds the functions that
+// are not named here (they return 0, success). DRY_DEVICES: how many H200s; DRY_NCCL: a file for a line a collective. Device memory is address space that is never touched; small copies between
 // host and device are made, kernels are not run, events keep the host's time.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cuda_runtime_api.h"
 
@@ -23,8 +25,10 @@
 typedef struct {
   char *start;
   size_t size;
-  int host;
+  int host, device;
 } Block;
+
+static __thread int current_device;
 
 static Block blocks[ROOM];
 static int count;
@@ -40,7 +44,7 @@ static cudaError_t take(void **out, size_t size, int host) {
   int good = start != MAP_FAILED;
   if (good) {
     *out = (void *)(((uintptr_t)start + PAGE - 1) & ~(PAGE - 1));
-    blocks[count++] = (Block){*out, size, host};
+    blocks[count++] = (Block){*out, size, host, current_device};
     used += host ? 0 : size;
   }
   pthread_mutex_unlock(&lock);
@@ -60,14 +64,15 @@ static cudaError_t give(void *start) {
   return cudaSuccess;
 }
 
-static int place(const void *address) {  // 0 device, 1 and 2 pinned, -1 neither
-  int host = -1;
+static Block block_of(const void *address) {  // host: 0 device, 1 and 2 pinned, -1 neither
+  Block found = {0, 0, -1, 0};
   pthread_mutex_lock(&lock);
-  for (int i = 0; i < count && host < 0; i++)
-    if ((char *)address >= blocks[i].start && (char *)address < blocks[i].start + blocks[i].size) host = blocks[i].host;
+  for (int i = 0; i < count && found.host < 0; i++)
+    if ((char *)address >= blocks[i].start && (char *)address < blocks[i].start + blocks[i].size) found = blocks[i];
   pthread_mutex_unlock(&lock);
-  return host;
+  return found;
 }
+static int place(const void *address) { return block_of(address).host; }
 
 static cudaError_t copy(void *to, const void *from, size_t size) {
   int within = place(to) == 0 && place(from) == 0;
@@ -82,7 +87,7 @@ cudaError_t cudaFreeHost(void *p) { return give(p); }
 cudaError_t cudaHostUnregister(void *p) { return give(p); }
 cudaError_t cudaHostRegister(void *p, size_t n, unsigned flags) {
   pthread_mutex_lock(&lock);
-  if (count < ROOM) blocks[count++] = (Block){p, n, 2};
+  if (count < ROOM) blocks[count++] = (Block){p, n, 2, current_device};
   pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
@@ -100,7 +105,9 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t s) {
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *facts, const void *p) {
   memset(facts, 0, sizeof *facts);
-  int host = place(p);
+  Block found = block_of(p);
+  int host = found.host;
+  facts->device = found.device;
   facts->type = host < 0 ? cudaMemoryTypeUnregistered : host ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
   facts->devicePointer = (void *)p;
   facts->hostPointer = host > 0 ? (void *)p : 0;
@@ -110,8 +117,13 @@ cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { return take(p, 
 
 // --- the device -----------------------------------------------------------------------------------------------------
 
-cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int *n) { return *n = 0, cudaSuccess; }
+static int devices(void) {
+  char *number = getenv("DRY_DEVICES");
+  return number ? atoi(number) : 1;
+}
+cudaError_t cudaGetDeviceCount(int *n) { return *n = devices(), cudaSuccess; }
+cudaError_t cudaGetDevice(int *n) { return *n = current_device, cudaSuccess; }
+cudaError_t cudaSetDevice(int n) { return current_device = n, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
@@ -145,7 +157,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr what, int dev
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
-  return snprintf(id, size, "0000:00:00.0"), cudaSuccess;
+  return snprintf(id, size, "0000:0%d:00.0", device), cudaSuccess;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) { return *least = 0, *most = -5, cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *facts, const void *kernel) {
@@ -206,12 +218,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(
 // --- the driver, as Triton and PyTorch's launchers call it ------------------------------------------------------------
 
 int cuDeviceGet(int *device, int n) { return *device = n, 0; }
-int cuDeviceGetCount(int *n) { return *n = 1, 0; }
+int cuDeviceGetCount(int *n) { return *n = devices(), 0; }
 int cuDeviceGetAttribute(int *value, int what, int device) { return cudaDeviceGetAttribute(value, what, device); }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return make(context); }
 int cuCtxGetCurrent(void **context) { return *context = (void *)1, 0; }
-int cuCtxGetDevice(int *device) { return *device = 0, 0; }
+int cuCtxGetDevice(int *device) { return *device = current_device, 0; }
 int cuModuleLoad(void **module, const char *file) { return make(module); }
 int cuModuleLoadData(void **module, const void *image) { return make(module); }
 int cuModuleLoadDataEx(void **m, const void *image, unsigned n, void *options, void *values) { return make(m); }
@@ -237,12 +249,51 @@ int cublasLtMatmulAlgoGetHeuristic(
   return memset(results, 0, 96), *n = 1, 0;  // one algorithm, that needs no workspace
 }
 size_t cublasLtGetVersion(void) { return 130100; }
-int ncclGetVersion(int *version) { return *version = 22809, 0; }
-int ncclGetUniqueId(char *id) { return memset(id, 1, 128), 0; }
+
+// --- NCCL: nothing is sent, and what would be is written down, the same on all ranks where they would meet --------------
+
 typedef struct {
   char bytes[128];
 } Id;
-int ncclCommInitRankConfig(void **comm, int ranks, Id id, int rank, void *config) { return make(comm); }
+typedef struct {
+  int size, rank;
+} Comm;
+
+static void note(const char *what, Comm *comm, size_t numbers, int type, int op) {
+  static FILE *file;
+  if (!getenv("DRY_NCCL")) return;
+  if (!file) setlinebuf(file = fopen(getenv("DRY_NCCL"), "w"));
+  const char *thread = getpid() == syscall(SYS_gettid) ? "" : ", not the main thread";
+  int size = comm ? comm->size : 0;  // below 0: of a part of so many, and how large it is was not told
+  const char *part = size < 0 ? "part of " : "";
+  fprintf(file, "%s in %s%d: %zu of type %d, op or root %d%s\n", what, part, abs(size), numbers, type, op, thread);
+}
+static int begin(void **out, int size, int rank) {
+  Comm *comm = calloc(1, 4096);
+  *comm = (Comm){size, rank}, *out = comm;
+  return note("begin", comm, 0, 0, 0), 0;
+}
+int ncclGetVersion(int *version) { return *version = 22809, 0; }
+int ncclGetUniqueId(char *id) { return memset(id, 1, 128), 0; }
+int ncclCommInitRankConfig(void **c, int ranks, Id id, int rank, void *config) { return begin(c, ranks, rank); }
+int ncclCommInitRankScalable(void **c, int ranks, int rank, int n, Id *id, void *config) { return begin(c, ranks, rank); }
+int ncclCommSplit(Comm *from, int color, int key, void **c, void *config) {  // color < 0: the rank is not in it
+  note("split", from, 0, 0, 0);
+  return color < 0 ? (*c = 0, 0) : begin(c, -abs(from->size), key);
+}
+int ncclCommCount(Comm *c, int *n) { return *n = c->size, 0; }
+int ncclCommUserRank(Comm *c, int *n) { return *n = c->rank, 0; }
+int ncclCommCuDevice(Comm *c, int *n) { return *n = current_device, 0; }
+int ncclAllReduce(void *a, void *b, size_t n, int t, int op, Comm *c, void *s) { return note("all_reduce", c, n, t, op), 0; }
+int ncclBroadcast(void *a, void *b, size_t n, int t, int root, Comm *c, void *s) { return note("broadcast", c, n, t, root), 0; }
+int ncclBcast(void *b, size_t n, int t, int root, Comm *c, void *s) { return note("broadcast", c, n, t, root), 0; }
+int ncclAllGather(void *a, void *b, size_t n, int t, Comm *c, void *s) { return note("all_gather", c, n, t, 0), 0; }
+int ncclReduceScatter(void *a, void *b, size_t n, int t, int op, Comm *c, void *s) {
+  return note("reduce_scatter", c, n, t, op), 0;
+}
+int ncclSend(void *a, size_t n, int t, int peer, Comm *c, void *s) { return note("send", c, n, t, peer), 0; }
+int ncclRecv(void *a, size_t n, int t, int peer, Comm *c, void *s) { return note("receive", c, n, t, peer), 0; }
+int ncclCommDestroy(Comm *c) { return note("end", c, 0, 0, 0), 0; }
 int ncclCommGetAsyncError(void *comm, int *error) { return *error = 0, 0; }
 const char *ncclGetErrorString(int error) { return "dry"; }
 const char *ncclGetLastError(void *comm) { return ""; }
