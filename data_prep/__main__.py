@@ -14,6 +14,8 @@ from argparse import ArgumentError
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
+from data_prep.streams import standard_streams
+
 
 class Command(NamedTuple):
     """Where a command lives."""
@@ -48,6 +50,11 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    with standard_streams("data-prep"):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: data-prep COMMAND ...   (data-prep COMMAND --help explains it)\n")
         print("\n".join(f"  {name:<11} {command.help}" for name, command in COMMANDS.items()))

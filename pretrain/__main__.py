@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from pretrain.imports import importing
+from pretrain.streams import standard_streams
 
 INSTALL = "in Cria's folder `make setup` installs all it needs, in .venv"
 
@@ -28,6 +29,11 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to a command; returns the process's exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    with standard_streams("pretrain", lasting=argv[:1] == ["train"]):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: pretrain COMMAND ...   (pretrain COMMAND --help explains it)\n")
         print("\n".join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items()))

@@ -1,7 +1,7 @@
-"""What rank 0 shows of a run: a progress bar on a terminal, a line each time elsewhere."""
+"""What rank 0 shows of a run: a progress bar on a terminal, a line each time elsewhere.
 
-import sys
-from contextlib import suppress
+A log that cannot be written any more ends no run: `streams` sees to that.
+"""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -41,14 +41,11 @@ class Display:
             self._bar.update(self._task, completed=step, figures=figures, seconds_left=seconds_left)
             return
         rest = f"lr {record['lr']:.2e}  grad_norm {record['grad_norm']:.3f}  {_duration(seconds_left)} left"
-        with suppress(OSError):  # as in `say`
-            self._console.print(f"step {step}/{self._max_steps}  {figures}  {rest}")
-            sys.stdout.flush()
+        self._console.print(f"step {step}/{self._max_steps}  {figures}  {rest}")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar. A log that cannot be written, on a full disk, does not end a run."""
-        with suppress(OSError):
-            self._console.print(line, markup=False)  # "[gpu]" is no style
+        """Print a line above the bar."""
+        self._console.print(line, markup=False)  # "[gpu]" is no style
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -27,6 +27,7 @@ from mmap import mmap
 from pretrain import crash, processes
 from pretrain.crash import Facts, Rank
 from pretrain.hub import WORD_S, Hub, Lines, Message, Timing, write_report
+from pretrain.streams import standard_streams
 
 EXIT_STATUS = 86
 """Of a rank that the watchdog ended: it hung, or another one hung, failed or died."""
@@ -235,4 +236,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with standard_streams("watchdog", lasting=True):  # the log that it speaks in may be gone
+        sys.exit(main(sys.argv[1:]))

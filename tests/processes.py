@@ -24,9 +24,17 @@ _SERVER.set_forkserver_preload(["preloaded"])
 class Process:
     """One rank of `pretrain ARGV`, in a process group of its own; the part of subprocess.Popen's interface that tests need."""
 
-    def __init__(self, argv: tuple[str, ...], env: dict[str, str], cwd: str | Path | None = None, merged: bool = False):
+    def __init__(
+        self,
+        argv: tuple[str, ...],
+        env: dict[str, str],
+        cwd: str | Path | None = None,
+        merged: bool = False,
+        out: Path | None = None,
+    ):
+        """merged: standard error goes where standard output goes, to `out` or a file of its own."""
         self.args = argv
-        self._out = self._err = Path(tempfile.mkstemp(prefix="test-")[1])
+        self._out = self._err = out or Path(tempfile.mkstemp(prefix="test-")[1])
         if not merged:
             self._err = Path(tempfile.mkstemp(prefix="test-")[1])
         with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the server finds `preloaded`

@@ -6,8 +6,6 @@ import platform
 import resource
 import signal
 import stat
-import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,6 @@ from conftest import records, tiny_config, trajectory, write_config
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, going_on, parallel, preparation, saver, scheduler, train, trainer
 from pretrain.__main__ import main
-from pretrain.progress import Display
 from pretrain.sections import CheckpointConfig, ParallelConfig
 
 
@@ -364,19 +361,6 @@ def test_a_chain_of_jobs_goes_back_once(datasets: Path, tmp_path: Path, monkeypa
         starts = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
         began.append(json.loads(starts[-1])["step"])
     assert began == [10, 20, 20]
-
-
-def test_a_log_on_a_full_disk_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    with open("/dev/full", "w", buffering=1) as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        display = Display(max_steps=10, step=0, show=True)
-        display.say("a line")
-        display.train_line(1, {"loss": 1.0, "tokens_per_sec": 1.0, "step_time_s": 1.0, "lr": 1.0, "grad_norm": 1.0})
-        with pytest.raises(OSError, match="No space left"):
-            print("another", file=full)
-        monkeypatch.undo()
-        with suppress(OSError):
-            full.close()
 
 
 def test_what_a_killed_save_has_left_is_no_reason_to_refuse_a_start(

@@ -27,6 +27,7 @@ LAYERS = [
         "reading",
         "scheduler",
         "sections",
+        "streams",
         "versions",
     },
     {"bench_rows", "chips", "config", "pace", "peer", "hub"},
@@ -105,6 +106,10 @@ def test_the_door_needs_numpy_and_the_standard_library_alone() -> None:
             else:
                 assert parts[0] == "numpy" or parts[0] in sys.stdlib_module_names, f"data_prep.{name} imports {module}"
     assert "shard" in seen
+
+
+def test_the_streams_are_the_same_in_both_packages() -> None:
+    assert (ROOT / "pretrain" / "streams.py").read_bytes() == (ROOT / "data_prep" / "streams.py").read_bytes()
 
 
 def test_there_is_no_utils() -> None:
