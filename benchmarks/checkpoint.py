@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from loader import machine
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from data_prep.shard import Manifest, ShardWriter, TokenizerInfo
+from data_prep.shard import Manifest, ShardWriter
+from data_prep.tokenizer import load
 from pretrain import checkpoint, config, saver
 from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, make_optimizer, step_if_usable
@@ -153,10 +157,13 @@ def start(folder: Path, rounds: int) -> dict[str, Any]:
     source = folder / "data"
     with ShardWriter(source, "shards/0.npy", "uint16") as writer:
         writer.append(rng.integers(0, 4096, 10_000_000).astype(np.uint16))
-    info = TokenizerInfo("sha256:" + "a" * 64, "sentencepiece", 4096, 1, 2)
+    (source / "tokenizer").mkdir()
+    words = Tokenizer(WordLevel({str(token): token for token in range(4096)}, unk_token="0"))
+    words.save(str(source / "tokenizer" / "tokenizer.json"))
+    (source / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    info = replace(load(source / "tokenizer").info, bos_id=1, eos_id=2)
     shards = (writer.shard(source_file="0.txt", documents=1),)
     Manifest("synthetic", "train", info, shards=shards, append_eos=True, prepend_bos=False).save(source)
-    (source / "tokenizer").mkdir()
     tree = yaml.safe_load((Path(__file__).parent.parent / "configs" / "demo.yaml").read_text())
     tree["data"]["sources"] = [{"name": name, "weight": w, "train": str(source)} for name, w in (("a", 7), ("b", 3))]
     tree["train"]["max_steps"] = 2_000_000

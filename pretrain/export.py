@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
-from pretrain import checkpoint, config, hf
+from pretrain import checkpoint, config, hf, vocabulary
 from pretrain.cli import Parser, fail
 from pretrain.folder import staged
 
@@ -50,8 +50,8 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
 
     Raises:
         FileNotFoundError: no run, no whole checkpoint, or no tokenizer there.
-        ValueError: a corrupt checkpoint, weights that `dtype` cannot hold, an `out` that is not an export, or, with
-            `check`, a difference from transformers.
+        ValueError: a corrupt checkpoint, another tokenizer than the run's, weights that `dtype` cannot hold, an `out` that is
+            not an export, or, with `check`, a difference from transformers.
     """
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -60,7 +60,10 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
     model = config.load(run_dir / "config.yaml").model
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
-    taken = checkpoint.read_state(source)["step"]
+    state = checkpoint.read_state(source)
+    taken, fingerprint = state["step"], state.get("data", {}).get("tokenizer")
+    if fingerprint is not None:  # checkpoints of earlier versions do not hold it
+        vocabulary.check(run_dir / "tokenizer", fingerprint)
     with staged(out, {"run": run_dir.name, "step": taken}) as folder:
         facts = hf.write(folder, model, weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None

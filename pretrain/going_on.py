@@ -9,11 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import checkpoint, config, data, hf, scheduler
+from pretrain import checkpoint, config, data, hf, scheduler, vocabulary
 from pretrain.model import fill
 from pretrain.versions import RUN_PACKAGES, versions
 
@@ -163,11 +162,11 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
         return
     weights = hf.Weights(source)
     _check_shape(source, weights.model.shape(), settings.model)
-    theirs = _vocabulary(source)
+    theirs = vocabulary.read(source)
     if theirs is None:
         say(f"{source} has no tokenizer.json: whether its ids mean what the shards' do could not be checked")
     else:
-        same = theirs == _vocabulary(sources[0].train.directory / TOKENIZER_DIR)
+        same = theirs == vocabulary.read(sources[0].train.directory / TOKENIZER_DIR)
         _check_tokens(source, same, settings.data.allow_change, say)
     for name, parameter in model.named_parameters():
         fill(parameter, weights[name].float())
@@ -176,9 +175,9 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
 def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
     free = {"max_position_embeddings"}  # no weight depends on it
     for key, value in expected.shape().items():
-        if found[key] != value and key not in free:
+        if found.get(key) != value and key not in free:
             raise ValueError(
-                f"--init_from {source} has {key} = {found[key]} and the configuration says model.{key} = {value}"
+                f"--init_from {source} has {key} = {found.get(key)} and the configuration says model.{key} = {value}"
             )
 
 
@@ -191,14 +190,3 @@ def _check_tokens(source: Path, same: bool, allowed: bool, say: Any) -> None:
     if not allowed:
         raise ValueError(f"{change}. Prepare the data with its tokenizer, or go on with --data.allow_change true")
     say(f"allowed: {change}")
-
-
-def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id by a folder's tokenizer.json; None where there is none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{file} cannot be read ({error})") from error

@@ -18,7 +18,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
-from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
+from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler, vocabulary
 from pretrain.lock import Lock
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
@@ -35,7 +35,7 @@ _SHARED_S = 60.0
 def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: bool = True) -> Run:
     """Open the data, build the model, and load the checkpoint that the run goes on from, if there is one.
 
-    saves: False for a benchmark, which needs no room for a checkpoint.
+    saves: False for a benchmark, which needs no room for a checkpoint, and whose random tokens are of no tokenizer.
 
     Raises:
         ValueError, OSError: something that the user can mend, in one line.
@@ -45,6 +45,8 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"{tokenizer} is missing; an export needs it. data-prep writes it beside the shards")
+    if saves and os.environ.get("LOCAL_RANK", "0") == "0":  # as in data.open_sources
+        vocabulary.check(tokenizer, sources[0].train.manifest.tokenizer.fingerprint)
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic

@@ -1,10 +1,36 @@
-"""Files of another hand, read whole: what they hold, or one line that names the file."""
+"""Files that a kill has cut off, another version has written, or a hand has changed: what they hold, or one line that says why
+not.
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tokenizers import Tokenizer
+
+
+def json_mapping(content: bytes | str) -> dict[str, Any]:
+    """The JSON object that `content` is. Raises ValueError where it is none."""
+    return _mapping(json.loads, content)
+
+
+def yaml_mapping(content: bytes | str) -> dict[str, Any]:
+    """The YAML mapping that `content` is. Raises ValueError where it is none."""
+    return _mapping(yaml.safe_load, content)
+
+
+def _mapping(parse: Callable[[Any], Any], content: bytes | str) -> dict[str, Any]:
+    try:
+        found = parse(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it is {type(found).__name__}, not a mapping of names to values")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,12 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+        return json_mapping(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object ({error})") from error
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from processes import Process
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from data_prep.shard import Manifest, ShardWriter, TokenizerInfo, token_dtype
+from data_prep.shard import Manifest, ShardWriter, token_dtype
+from data_prep.tokenizer import load
 
 torch.set_num_threads(1)
 
@@ -81,12 +83,13 @@ def write_dataset(
         with ShardWriter(folder, f"shards/part-{number}.npy", token_dtype(VOCAB_SIZE)) as writer:
             writer.append(part)
         written.append(writer.shard(source_file=f"part-{number}.txt", documents=1))
-    info = TokenizerInfo(f"sha256:{tokenizer * 64}", "sentencepiece", vocab_size, 1, 2)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token=str(ord(tokenizer))))
+    words.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    info = replace(load(folder / "tokenizer").info, bos_id=1, eos_id=2)
     policy = {"append_eos": True, "prepend_bos": False, **policy}
     Manifest("synthetic", "train", info, shards=tuple(written), **policy).save(folder)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
-    words.save(str(folder / "tokenizer" / "tokenizer.json"))
     return folder
 
 
