@@ -14,7 +14,6 @@ an unpickler that knows what an index is made of.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
+from pretrain.reading import json_mapping
 from pretrain.watchdog import alive
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
         OSError: a file or folder is there and cannot be read now: a stale handle, no permission, a failing disk.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json_mapping((folder / "manifest.json").read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             return f"{OTHER_VERSION} {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
         named = _COMMITTED.fullmatch(folder.name)
@@ -206,8 +206,25 @@ def _files(folder: Path) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
-    return json.loads((folder / "state.json").read_bytes())
+    """state.json of a verified checkpoint. Raises ValueError for one that is none, and where one asks it for what it lacks."""
+    file = folder / "state.json"
+    try:
+        return _State(json_mapping(file.read_bytes()), file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}; take another checkpoint") from error
+
+
+class _State(dict[str, Any]):
+    """Whole by its checksum, it may still be of another version, or made by hand."""
+
+    def __init__(self, content: dict[str, Any], file: Path):
+        super().__init__(content)
+        self._file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(
+            f"{self._file} has no {key}: another version of Cria, or a hand, wrote it; take another checkpoint"
+        )
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
@@ -323,7 +340,7 @@ def _names(folder: Path) -> list[str]:
 def updates(run_dir: Path) -> int:
     """How often the weights had been updated at the newest checkpoint whose state can be read; 0 without one."""
     for _, folder in committed(run_dir):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError):
             return int(read_state(folder)["updates"])
     return 0
 

@@ -3,7 +3,6 @@
 Run, StepResult ─> sums over the ranks ─> metrics.jsonl, Fabric's loggers, the terminal
 """
 
-import json
 from dataclasses import asdict
 
 import torch
@@ -40,8 +39,6 @@ def log_start(run: Run, display: Display) -> None:
         else {},
     }
     run.log.write("start", run.step, record)
-    if run.fabric.is_global_zero:
-        (run.run_dir / "operations.json").write_text(json.dumps(record["operations"], indent=1) + "\n")
     mixture = ", ".join(
         f"{s.name} {100 * float(share):.1f}%" for s, share in zip(run.sources, run.mixture.shares_at(run.step + 1))
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
@@ -23,6 +22,7 @@ from pretrain.lock import Lock
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate, make_optimizer
+from pretrain.reading import json_mapping, yaml_mapping
 from pretrain.run import Begun, Run
 from pretrain.sections import OptimConfig
 from pretrain.sharding import Sharding
@@ -81,7 +81,9 @@ def _build(
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
     done = 0 if found is None else checkpoint.read_state(found)["step"]
-    _describe(settings, run_dir, sources, fabric, done, saves and done < settings.train.max_steps)
+    operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
+    will_save = saves and done < settings.train.max_steps
+    _describe(settings, run_dir, sources, operations, fabric, done, will_save)
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
@@ -170,7 +172,13 @@ def _sees(run_dir: Path, mark: str) -> bool:
 
 
 def _describe(
-    settings: config.Config, run_dir: Path, sources: list[data.Source], fabric: Fabric, step: int, will_save: bool
+    settings: config.Config,
+    run_dir: Path,
+    sources: list[data.Source],
+    operations: list[dict[str, Any]],
+    fabric: Fabric,
+    step: int,
+    will_save: bool,
 ) -> None:
     """Have rank 0 put into the run's folder what an export and a person need besides the weights.
 
@@ -186,6 +194,7 @@ def _describe(
                 torn.unlink()
             _keep_config(settings, run_dir, step, say=fabric.print)
             _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
+            write_atomically(run_dir / "operations.json", json.dumps(operations, indent=1).encode() + b"\n")
             saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
             if will_save:
                 saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
@@ -237,8 +246,8 @@ def _say_learning_rate(settings: config.Config, before: dict[str, Any], step: in
 def _read_config(path: Path, say: Any) -> dict[str, Any]:
     """What the run's own config.yaml says; one that nobody can read is kept under another name."""
     try:
-        return dict(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, ValueError, TypeError):
+        return yaml_mapping(path.read_bytes())
+    except ValueError:
         say(f"{path} could not be read; it is kept as {checkpoint.set_aside(path, 'before').name}")
         return {}
 
@@ -247,7 +256,7 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
     """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
     known: dict[str, str] = {}
     with suppress(OSError, ValueError):  # none yet, or torn: read all shards
-        known = json.loads(record.read_bytes())
+        known = json_mapping(record.read_bytes())
     for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
         key, signature = str(dataset.directory), _signature(dataset)
         if ranks.broadcast(known.get(key)) == signature:

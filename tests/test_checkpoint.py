@@ -40,6 +40,14 @@ def save(run_dir: Path, step: int, model: Llama, optimizer: torch.optim.AdamW, *
     writer.close()
 
 
+def rewrite_state(folder: Path, content: str) -> None:
+    """Another state.json, with which the manifest agrees."""
+    (folder / "state.json").write_text(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint.describe(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def snapshot(model: Llama, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(model, optimizer).items()}
 
@@ -193,6 +201,27 @@ def test_a_manifest_that_is_not_ours_is_refused(run_dir: Path) -> None:
     assert "cria-checkpoint 99" in str(checkpoint.verify(path.parent))
     path.write_text("[]")
     assert "cannot be read" in str(checkpoint.verify(path.parent))
+
+
+def test_a_state_says_by_name_what_it_lacks(run_dir: Path) -> None:
+    """A checkpoint that is whole by its manifest, of another version or made by hand."""
+    folder = run_dir / "checkpoints" / "step-00000010"
+    rewrite_state(folder, '{"step": 10}')
+    assert checkpoint.verify(folder) is None
+    assert checkpoint.read_state(folder)["step"] == 10
+    assert checkpoint.updates(run_dir) == 1, "of the one before"
+    with pytest.raises(ValueError, match=rf"^{folder}/state.json has no updates: .*take another checkpoint$"):
+        checkpoint.load(folder, *make_state(99))
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '"x"', "{", "[" * 100_000, "\x00"])
+def test_json_that_is_no_mapping_is_as_good_as_none(run_dir: Path, content: str) -> None:
+    folder = run_dir / "checkpoints" / "step-00000010"
+    rewrite_state(folder, content)
+    with pytest.raises(ValueError, match=rf"^{folder}/state.json cannot be read"):
+        checkpoint.read_state(folder)
+    (folder / "manifest.json").write_text(content)
+    assert "its manifest cannot be read" in str(checkpoint.verify(folder))
 
 
 def test_a_run_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:

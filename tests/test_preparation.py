@@ -39,6 +39,28 @@ def test_the_ranks_read_every_shard_once_at_the_start(
     assert Counter(name for names in rounds for name in names) == {f"part-{n}.npy": 1 for n in range(SHARDS)}
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "3", '"x"', "{", "[" * 100_000])
+def test_a_damaged_record_of_what_was_read_has_all_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    folder = write_dataset(tmp_path / "a", 600, 0)
+    sources = data.open_sources(DataConfig(32, sources=[SourceConfig("a", str(folder))]), 320)
+    record, read = tmp_path / "verified.json", []
+    monkeypatch.setattr(shard.TokenDataset, "check", lambda *_: read.append(1))
+    for written in (content, None):
+        if written is not None:
+            record.write_text(written)
+        preparation._verify_shards(record, sources, stop=None)
+    assert read == [1], "once, and what was found good then counts"
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(datasets: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "operations.json").mkdir(parents=True)
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
+    with pytest.raises(OSError, match=r"operations\.json"):
+        preparation.prepare(settings)
+
+
 def test_a_stage_may_change_until_its_first_step_was_trained(datasets: Path, tmp_path: Path) -> None:
     """Of a checkpoint after step k: step k is trained, step k + 1 is not."""
 
