@@ -6,7 +6,6 @@ A run that was killed may have left half a line; a run that was resumed wrote so
 This is apart from `pretrain.metrics`, which writes the file, because reading needs neither torch nor Lightning.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.reading import json_mapping
+
 Record = dict[str, Any]
+
+_NUMBER = (int, float, type(None))
+_FIGURES = (
+    "time loss grad_norm lr tokens tokens_per_sec mfu_m1_pct mfu_m3_pct peak_mem_gib skipped_steps tokens_per_step"
+)
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(_FIGURES.split(), _NUMBER),
+    **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
+    **dict.fromkeys(("versions", "sources", "losses"), dict),
+    "kind": str,
+}
+"""Of the fields that a report reads."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class History:
     stop: Record | None
     """How the last process ended; None: it has not, or was killed."""
     torn_lines: int
-    """Lines that are no record: a process was killed while it wrote them."""
+    """Lines that are no record: a process was killed while it wrote them, or something else wrote them."""
 
     @property
     def last_step(self) -> int:
@@ -146,13 +159,28 @@ def read(run_dir: Path) -> History:
 
 
 def _parse(line: bytes) -> Record | None:
-    """A record, or None for half a one."""
+    """A record, or None for half a one, or one of another shape."""
     try:
-        record = json.loads(line)
+        record = json_mapping(line)
     except ValueError:
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
-    return record if whole else None
+    needed = {"kind", "step", *(("losses",) if record.get("kind") == "validation" else ())}
+    return record if needed <= record.keys() and all(_fits(*field) for field in record.items()) else None
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field is of the type that `pretrain.logbook` writes."""
+    if not isinstance(value, _TYPES.get(name, object)):
+        return False
+    if name == "losses":
+        return all(isinstance(loss, _NUMBER) for loss in value.values())
+    if name == "sources":
+        figures = ("train_tokens", "share", "unigram_entropy")
+        return all(
+            isinstance(about, dict) and all(isinstance(about.get(figure), _NUMBER) for figure in figures)
+            for about in value.values()
+        )
+    return True
 
 
 def _columns(pairs: list[tuple[int, float | None]]) -> tuple[np.ndarray, np.ndarray]:

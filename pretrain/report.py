@@ -8,9 +8,7 @@ Works on a run that is still going, and on one with a single line.
 """
 
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +18,7 @@ from pretrain import history, page
 from pretrain.cli import Parser, fail
 from pretrain.folder import staged
 from pretrain.history import History
+from pretrain.reading import yaml_mapping
 
 
 def main(argv: list[str]) -> None:
@@ -44,24 +43,24 @@ def report(run_dir: Path, out: Path) -> History:
     """
     past = history.read(run_dir)
     config_file = run_dir / "config.yaml"
-    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else None
+    config_text, max_grad_norm = _read_config(config_file) if config_file.is_file() else (None, None)
     from pretrain import pictures  # matplotlib takes a second, which a mistyped folder need not wait for
 
     with staged(out, {"run": run_dir.resolve().name}) as folder:
-        drawn = pictures.draw(past, folder, _max_grad_norm(config_text))
+        drawn = pictures.draw(past, folder, max_grad_norm)
         text = page.render(run_dir.resolve().name, past, drawn, config_text)
         (folder / "index.html").write_text(text, encoding="utf-8")
     return past
 
 
-def _max_grad_norm(config_text: str | None) -> float | None:
+def _read_config(file: Path) -> tuple[str, float | None]:
+    """Its text, and its optim.max_grad_norm if there is one. Raises ValueError."""
     try:
-        config: dict[str, Any] = yaml.safe_load(config_text or "") or {}
-        return float(config["optim"]["max_grad_norm"])
-    except KeyError:
-        return None
-    except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"config.yaml in the run's folder cannot be read: {error}") from error
+        text = file.read_text(encoding="utf-8")
+        limit = yaml_mapping(text).get("optim", {}).get("max_grad_norm")
+        return text, None if limit is None else float(limit)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; mend it or move it away, a report can do without") from error
 
 
 def show(past: History, out: Path, console: Console) -> None:

@@ -115,6 +115,36 @@ def test_torn_and_foreign_lines_anywhere_are_counted_and_left_out(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            start(150, **{name: "x"})
+            for name in ("sources", "versions", "time", "max_steps", "parameters", "world_size")
+        ),
+        start(150, sources=["prose"]),
+        start(150, sources={"prose": 3}),
+        start(150, sources={"prose": {"share": "x"}}),
+        *(train(150, **{name: "x"}) for name in ("peak_mem_gib", "loss", "tokens_per_sec", "skipped_steps")),
+        {"kind": "validation", "step": 150},
+        {"kind": "validation", "step": 150, "losses": {"prose": "x"}},
+        {"kind": "train", "step": "150"},
+    ],
+    ids=str,
+)
+def test_a_record_of_another_shape_counts_as_torn(run_dir: Path, line: dict[str, Any]) -> None:
+    whole = history.read(run_dir)
+    main([str(write(run_dir, FINISHED, tail=json.dumps(line) + "\n" + "[" * 100_000))])
+    past = history.read(run_dir)
+    assert past.torn_lines == 2
+    assert (past.starts, past.train, past.validation, past.stop) == (
+        whole.starts,
+        whole.train,
+        whole.validation,
+        whole.stop,
+    )
+
+
+@pytest.mark.parametrize(
     ("records", "status"),
     [
         (FINISHED, "step 200 of 200; finished"),
@@ -351,7 +381,10 @@ def test_a_second_report_replaces_the_first_whole(run_dir: Path) -> None:
     [
         (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl; name the folder of a run"),
         (lambda run: (run / "metrics.jsonl").write_text('{"kind": "sta'), "has no record yet"),
-        (lambda run: (run / "config.yaml").write_text("optim: ["), "config.yaml in the run's folder cannot be read"),
+        *(
+            (lambda run, text=text: (run / "config.yaml").write_text(text), "run/config.yaml cannot be read")
+            for text in ("optim: [", "[1]", "optim: [1]", "optim: {max_grad_norm: x}", "[" * 3000, "")
+        ),
         (lambda run: (run / "report").mkdir() or (run / "report" / "notes.md").write_text("mine"), "'notes.md'"),
     ],
 )
