@@ -53,7 +53,7 @@ from data_prep.manifest import (
     write_atomically,
 )
 from data_prep.scan import Stretch, scan_all
-from data_prep.tokenizer_files import TOKENIZER_DIR, check_tokenizer
+from data_prep.tokenizer_files import TOKENIZER_DIR, check_tokenizer, folder_fingerprint
 
 __all__ = [
     "DTYPES",
@@ -66,6 +66,7 @@ __all__ = [
     "TokenDataset",
     "TokenizerInfo",
     "check_tokenizer",
+    "folder_fingerprint",
     "token_dtype",
     "write_atomically",
 ]

@@ -40,6 +40,13 @@ def json_fingerprint(raw: dict[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """That of the tokenizer in `folder`. Raises ValueError or FileNotFoundError where there is none."""
+    if (folder / MODEL_NAME).is_file():
+        return model_fingerprint((folder / MODEL_NAME).read_bytes())
+    return json_fingerprint(read_object(folder / JSON_NAME, "copy it again"))
+
+
 def named_tokens(folder: Path) -> dict[str, str]:
     """Which tokens are BOS, EOS and UNK by the configuration files in `folder`: {"bos_token": "<s>", ...}.
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
-from pretrain import checkpoint, config, hf, vocabulary
+from data_prep.shard import folder_fingerprint
+from pretrain import checkpoint, config, hf
 from pretrain.cli import Parser, fail
 from pretrain.folder import staged
 
@@ -61,9 +62,13 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
     state = checkpoint.read_state(source)
-    taken, fingerprint = state["step"], state.get("data", {}).get("tokenizer")
-    if fingerprint is not None:  # checkpoints of earlier versions do not hold it
-        vocabulary.check(run_dir / "tokenizer", fingerprint)
+    taken, made_by = state["step"], state.get("data", {}).get("tokenizer")
+    found = folder_fingerprint(run_dir / "tokenizer")
+    if made_by not in (None, found):  # checkpoints of earlier versions do not hold it
+        raise ValueError(
+            f"{run_dir / 'tokenizer'} is not the tokenizer of the run: its fingerprint is {found[:19]} and the checkpoint's "
+            f"{made_by[:19]}; copy the tokenizer that lies beside the shards there"
+        )
     with staged(out, {"run": run_dir.name, "step": taken}) as folder:
         facts = hf.write(folder, model, weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import checkpoint, config, data, hf, scheduler, vocabulary
+from pretrain import checkpoint, config, data, hf, scheduler
 from pretrain.model import fill
+from pretrain.reading import read_tokenizer
 from pretrain.versions import RUN_PACKAGES, versions
 
 
@@ -162,11 +163,10 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
         return
     weights = hf.Weights(source)
     _check_shape(source, weights.model.shape(), settings.model)
-    theirs = vocabulary.read(source)
-    if theirs is None:
+    if not (source / "tokenizer.json").is_file():
         say(f"{source} has no tokenizer.json: whether its ids mean what the shards' do could not be checked")
     else:
-        same = theirs == vocabulary.read(sources[0].train.directory / TOKENIZER_DIR)
+        same = _vocabulary(source) == _vocabulary(sources[0].train.directory / TOKENIZER_DIR)
         _check_tokens(source, same, settings.data.allow_change, say)
     for name, parameter in model.named_parameters():
         fill(parameter, weights[name].float())
@@ -190,3 +190,8 @@ def _check_tokens(source: Path, same: bool, allowed: bool, say: Any) -> None:
     if not allowed:
         raise ValueError(f"{change}. Prepare the data with its tokenizer, or go on with --data.allow_change true")
     say(f"allowed: {change}")
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Token -> id by a folder's tokenizer.json."""
+    return read_tokenizer(folder / "tokenizer.json").get_vocab(with_added_tokens=True)

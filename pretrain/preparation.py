@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from data_prep.shard import TOKENIZER_DIR, TokenDataset, write_atomically
-from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler, vocabulary
+from data_prep.shard import TOKENIZER_DIR, TokenDataset, check_tokenizer, write_atomically
+from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
 from pretrain.lock import Lock
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
@@ -42,11 +42,8 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         SystemExit: a rank got a signal while the shards were read, which may take long; on all ranks.
     """
     sources = data.open_sources(settings.data, settings.model.vocab_size)
-    tokenizer = sources[0].train.directory / TOKENIZER_DIR
-    if not tokenizer.is_dir():
-        raise FileNotFoundError(f"{tokenizer} is missing; an export needs it. data-prep writes it beside the shards")
     if saves and os.environ.get("LOCAL_RANK", "0") == "0":  # as in data.open_sources
-        vocabulary.check(tokenizer, sources[0].train.manifest.tokenizer.fingerprint)
+        check_tokenizer(sources[0].train.directory, sources[0].train.manifest.tokenizer)  # an export ships it
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic

@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +85,8 @@ def write_dataset(
     (folder / "tokenizer").mkdir(exist_ok=True)
     words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}, unk_token=str(ord(tokenizer))))
     words.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    info = replace(load(folder / "tokenizer").info, bos_id=1, eos_id=2)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "1", "eos_token": "2"}')
+    info = load(folder / "tokenizer").info
     policy = {"append_eos": True, "prepend_bos": False, **policy}
     Manifest("synthetic", "train", info, shards=tuple(written), **policy).save(folder)
     return folder

@@ -1,12 +1,17 @@
 """`pretrain export`: the newest or the named checkpoint of a run, checked, or one line that says why not."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config, write_config, write_dataset
 from hf_folder import TINY, make_model, weights_of, write_run
 
+from data_prep import tokenizer
 from pretrain import config, export, hf
+from pretrain.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +87,33 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
             export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), *arguments])
         assert "step-00000003 is corrupt" in (said := capsys.readouterr().err) or "none is whole" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "exchange"])
+def test_a_run_and_an_export_refuse_another_tokenizer(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, other = (write_dataset(tmp_path / name, 500, 1, tokenizer=name) for name in "ab")
+    tree = tiny_config(tmp_path, tmp_path / "run", train={"max_steps": 1}, optim={"warmup_steps": 1})
+    tree["data"]["sources"] = [{"name": "a", "train": str(data)}]
+    train = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
+    assert main(train) == 0
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").read_text())
+    assert state["data"]["tokenizer"] == tokenizer.load(data / "tokenizer").info.fingerprint
+    export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")]
+    assert main(export) == 0
+    for folder, command in ((data / "tokenizer", train), (tmp_path / "run" / "tokenizer", export)):
+        if damage == "cut":
+            (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:500])
+        elif damage == "empty":
+            for file in folder.iterdir():
+                file.unlink()
+        else:
+            shutil.copytree(other / "tokenizer", folder, dirs_exist_ok=True)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert str(folder) in said
+        assert said.count("\n") == 1

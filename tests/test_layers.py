@@ -36,7 +36,7 @@ LAYERS = [
     {"backends", "sharding"},
     {"float8", "memory"},
     {"parallel", "hf", "saver", "speed"},
-    {"validation", "published", "vocabulary"},
+    {"validation", "published"},
     {"going_on"},
     {"run"},
     {"logbook"},
