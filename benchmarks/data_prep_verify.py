@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.shard import Manifest, ShardWriter, TokenizerInfo
+from data_prep.shard import Manifest, ShardWriter
+from data_prep.tokenizer import load
 from pretrain.versions import own_version
 
 CRIA = own_version()
@@ -37,8 +39,9 @@ def make(root: Path, gigabytes: float) -> int:
         with ShardWriter(root, f"shards/{n:05d}.npy", "uint16") as writer:
             writer.append(ids)
         shards.append(writer.shard(f"{n:05d}.jsonl.zst", documents=SHARD_TOKENS // 1000))
-    tokenizer = TokenizerInfo("sha256:" + "0" * 64, "sentencepiece", 32_000, 1, 2)
-    Manifest("random", "train", tokenizer, True, False, tuple(shards)).save(root)
+    tokenizer = load(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
+    tokenizer.save(root / "tokenizer", prepend_bos=False)
+    Manifest("random", "train", tokenizer.info, True, False, tuple(shards)).save(root)
     return len(shards) * SHARD_TOKENS * 2
 
 
@@ -58,11 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         size = make(Path(temporary), args.gigabytes)
-        files = sorted(Path(temporary).glob("shards/*.npy"))
+        shards = sorted(Path(temporary).glob("shards/*.npy"))
         cores = len(os.sched_getaffinity(0))
-        names = [str(file) for file in files]
+        names = [str(shard) for shard in shards]
         ways = {
-            "plain reading": lambda: read_plainly(files),
+            "plain reading": lambda: read_plainly(shards),
             "sha256sum, one process": lambda: run(["sha256sum", *names]),
             "sha256sum, one process a core": lambda: run(
                 ["xargs", "-n", "1", "-P", str(cores), "sha256sum"], "\n".join(names)
@@ -70,7 +73,7 @@ def main() -> None:
             "data-prep verify": lambda: run([sys.executable, "-m", "data_prep", "verify", temporary]),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        read_plainly(files)  # into the page cache
+        read_plainly(shards)  # into the page cache
         load_before = os.getloadavg()[0]
         for _ in range(args.rounds):
             for way, do in ways.items():
@@ -80,7 +83,7 @@ def main() -> None:
     speed = {way: size / statistics.median(taken) / 1e6 for way, taken in seconds.items()}
     result = {
         "bytes": size,
-        "files": len(files),
+        "files": len(shards),
         "cores": cores,
         "load_of_the_machine_before_and_after": [load_before, os.getloadavg()[0]],
         "seconds": seconds,
