@@ -381,7 +381,7 @@ def plan_table(settings: config.Config, basis: Basis, columns: list[tuple[str, O
     for part in fields(Memory):
         table.add_row(f"{part.name}, GiB", *(f"{getattr(o.memory, part.name) / GIB:.2f}" for o in found))
     table.add_row(
-        f"total, of {basis.chip.memory_gib:.1f} GiB",
+        "total, GiB" if math.isinf(basis.chip.memory_gib) else f"total, of {basis.chip.memory_gib:.1f} GiB",
         *(f"{_fits(o, basis.chip)}: {o.memory.total / GIB:.2f}" for o in found),
         style="bold",
     )
@@ -390,5 +390,5 @@ def plan_table(settings: config.Config, basis: Basis, columns: list[tuple[str, O
         name = item.name.replace("_", "-")
         table.add_row(f"{name}, s a step", *(f"{getattr(o.step, item.name):.3f}" for o in found))
     table.add_row("tokens/s/GPU", *(f"{o.tokens_per_sec_per_gpu:,.0f}" for o in found), style="bold")
-    table.add_row("run", *(_days(days(settings, o)) for o in found), style="bold")
+    table.add_row("training alone", *(_days(days(settings, o)) for o in found), style="bold")
     return table
