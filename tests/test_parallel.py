@@ -64,7 +64,8 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
 
     tree = tiny_config(datasets, folder, data={"verify": "sizes"}, validation={"every_steps": 3})
     tree["train"] |= {"max_steps": 3, "global_batch_size": 12}
-    tree["optim"] |= {"warmup_steps": 1}
+    # AdamW moves a weight whose gradient is no more than its rounding by as much as any other: here it does not.
+    tree["optim"] |= {"warmup_steps": 1, "eps": 1e-6}
     common = config.load(write_config(folder / "common.yaml", tree))  # once: parsing costs more than a step
 
     def run(name: str, parallel: dict, micro_batch: int, clip: float) -> config.Config:
