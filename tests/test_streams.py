@@ -54,6 +54,8 @@ def test_a_run_whose_log_nobody_reads_any_more_trains_saves_and_ends_as_it_would
     process = Process(("train", "--config", str(config)), dict(os.environ), merged=True, out=tmp_path / "log")
     with open(tmp_path / "log") as log:
         assert next(line for line in log if line.startswith("step 2/"))
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").touch()  # what a failure of the test would read
     wait_for(tmp_path / "run", 10, process)
     os.kill(process.pid, 2)
     assert process.wait(60) == 130
