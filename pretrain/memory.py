@@ -2,7 +2,7 @@
 
 ModelConfig, T, Layout (how the run lies over the GPUs) ─> memory() ─> Memory, in bytes: parameters, gradients, optimizer,
 activations, logits, ... The formulas follow this project's own model: `layer_keeps` names every tensor that a layer keeps
-for its backward, and a test counts them in the real model (tests/test_plan.py).
+for its backward, and a test counts them in the real model (tests/test_memory.py).
 
 What is not computed but assumed is a constant here, with its reason. D, F, V, L, T, H as everywhere; P parameters; c bytes of a
 number in the compute, the residual stream too.
