@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -53,6 +52,7 @@ class Child:
     def __init__(self, command: list[str], out: Path, timeout_s: float | None, in_turns: bool = False):
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._out, self._timeout_s, self._expired = out, timeout_s, False
+        out.unlink(missing_ok=True)  # of an earlier try under the same name
         self._log = open(out.with_suffix(".txt"), "w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             command,
@@ -73,13 +73,8 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """End it, and the ranks that it has started, each of which torchrun gives a session of its own."""
-        if self._process.poll() is not None:
-            return
-        ranks = processes.descendants(self._process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        processes.kill(ranks)
+        """End it, and the ranks that it has started."""
+        processes.kill_family(self._process)
 
     def ready(self) -> bool:
         """Wait until it stands before its next step; False: it has no more, or is gone."""

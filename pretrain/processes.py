@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def stat(pid: int) -> list[str]:
@@ -17,11 +19,11 @@ def stat(pid: int) -> list[str]:
 
 def descendants(pid: int) -> list[int]:
     """Children and their children, without this process."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(n) for task in tasks for n in (task / "children").read_text().split()]
-    except OSError:
-        return []
+    children: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # a thread that has just ended
+                children += map(int, (task / "children").read_text().split())
     others = [child for child in children if child != os.getpid()]
     return [found for child in others for found in (child, *descendants(child))]
 
@@ -31,6 +33,26 @@ def kill(pids: list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+_GONE_S = 30.0
+"""How long killed processes may take to be gone: a GPU's memory is given back first."""
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL to a process that leads a session and to all that it has started; returns when they are gone.
+
+    torchrun gives each rank a session of its own: a signal to the agent's session reaches none of them.
+    """
+    if process.poll() is not None:
+        return
+    others = descendants(process.pid)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    kill(others)
+    until = time.monotonic() + _GONE_S
+    while time.monotonic() < until and any(stat(pid)[:1] not in ([], ["Z"]) for pid in [process.pid, *others]):
+        time.sleep(0.02)
 
 
 def catches(pid: int, number: int) -> bool:

@@ -5,20 +5,18 @@
     killed:    1 ────────> SIGKILL ... SIGKILL ───> n        at random moments, started again each time
     elsewhere: 1 ────────> SIGKILL, other ranks ──> n        started again on other numbers of ranks
 
-Every run is a real `pretrain train` on this machine, in processes of its own, with `train.deterministic`. Compared are, for
-every step, the fingerprint of its sequences, loss, gradient norm and learning rate, and at the end every tensor of the last
-checkpoint: to the bit where the number of ranks is the same, to `LOSS_TOLERANCE` in the loss where it is not.
+Every run is a real `pretrain train` on this machine, with `train.deterministic`, in processes of its own, each of which gets
+the SIGKILL. Compared are, for every step, the fingerprint of its sequences, loss, gradient norm and learning rate, and at the
+end every tensor of the last checkpoint: to the bit where the number of ranks is the same, to `LOSS_TOLERANCE` in the loss where
+it is not.
 """
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import checkpoint, config
+from pretrain import checkpoint, config, processes
 from pretrain.cli import Parser, fail
 from pretrain.hf import same_bits
 
@@ -83,6 +81,8 @@ def main(argv: list[str]) -> int:
         outcomes = trial.all(numbers, args.kills, random.Random(args.seed))
     except RuntimeError as error:  # a run that should have ended well did not
         fail(parser.prog, error, 1)
+    except KeyboardInterrupt:
+        return 130
     Console(width=None if sys.stdout.isatty() else 160).print(_table(outcomes, args.steps))
     bad = [outcome.name for outcome in outcomes if not outcome.holds]
     print(
@@ -167,7 +167,7 @@ class Trial:
             same_sequences=complete and all(got[k]["data_hash"] == expected[k]["data_hash"] for k in expected),
             same_bits=complete
             and all(_bits(got[k][figure]) == _bits(expected[k][figure]) for k in expected for figure in bits)
-            and (not same_ranks or _same_tensors(reference, self.out / name.replace(" ", "-"))),
+            and _same_tensors(reference, self.out / name.replace(" ", "-")),
             loss_difference=max(differences, default=float("inf")),
             must_be_same_bits=same_ranks,
             tolerance=self.tolerance,
@@ -191,13 +191,14 @@ class Trial:
                 process = subprocess.Popen(
                     self._command(run_dir, number), stdout=output, stderr=output, start_new_session=True
                 )
-                if stop is not None:
-                    time.sleep(stop % 1 * _wait_for_step(run_dir, starts, int(stop), process))
-                    with suppress(ProcessLookupError):  # it has come to its end in between
-                        os.killpg(process.pid, signal.SIGKILL)
+                try:
+                    if stop is not None:
+                        time.sleep(stop % 1 * _wait_for_step(run_dir, starts, int(stop), process))
+                    elif process.wait() != 0:
+                        raise RuntimeError(f"{name} ended with status {process.returncode}; see {output.name}")
+                finally:  # after Ctrl-C too, which does not reach a session of its own
+                    processes.kill_family(process)
                     process.wait()
-                elif process.wait() != 0:
-                    raise RuntimeError(f"{name} ended with status {process.returncode}; see {run_dir / 'output.txt'}")
         return run_dir
 
     def _command(self, run_dir: Path, ranks: int) -> list[str]:

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import pretrain, tiny_config, write_config
 
-from pretrain import config, data, order, verify_resume
+from pretrain import config, data, order, processes, verify_resume
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,28 @@ def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
     assert "FAIL" not in printed
     worlds = {"straight": [1], "killed": [1, 1], "killed-on-2": [2, 2], "elsewhere": [1, 2]}
     for name, expected in worlds.items():
-        lines = (folder / "out" / name / "metrics.jsonl").read_text().splitlines()
-        starts = [json.loads(line) for line in lines if '"kind": "start"' in line]
-        assert [start["world_size"] for start in starts] == expected
+        lines = map(json.loads, (folder / "out" / name / "metrics.jsonl").read_text().splitlines())
+        marks = [line for line in lines if line["kind"] in ("start", "stop")]
+        assert [mark["kind"] for mark in marks] == ["start"] * len(expected) + ["stop"], f"{name}: killed, not stopped"
+        assert [mark["world_size"] for mark in marks[:-1]] == expected
+
+
+def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts it, in a session of its own."""
+    rank = [sys.executable, "-c", "import time; time.sleep(600)"]
+    agent = [sys.executable, "-c", f"import subprocess; subprocess.Popen({rank}, start_new_session=True).wait()"]
+    trial, ranks = verify_resume.Trial(tmp_path / "c.yaml", [], 8, tmp_path, 0.0), []
+
+    def interrupted(run_dir: Path, starts: int, step: int, process: subprocess.Popen) -> float:
+        while not ranks:
+            ranks.extend(processes.descendants(process.pid))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_resume.Trial, "_command", lambda *_: agent)
+    monkeypatch.setattr(verify_resume, "_wait_for_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trial.run("killed", [2, 2], [3.5])
+    assert all(processes.stat(pid)[:1] in ([], ["Z"]) for pid in ranks)
 
 
 def test_what_is_not_the_same_run_is_said_and_is_a_status(
