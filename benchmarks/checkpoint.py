@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +159,8 @@ def start(folder: Path, rounds: int) -> dict[str, Any]:
     (source / "tokenizer").mkdir()
     words = Tokenizer(WordLevel({str(token): token for token in range(4096)}, unk_token="0"))
     words.save(str(source / "tokenizer" / "tokenizer.json"))
-    (source / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    info = replace(load(source / "tokenizer").info, bos_id=1, eos_id=2)
-    shards = (writer.shard(source_file="0.txt", documents=1),)
+    (source / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "1", "eos_token": "2"}))
+    shards, info = (writer.shard(source_file="0.txt", documents=1),), load(source / "tokenizer").info
     Manifest("synthetic", "train", info, shards=shards, append_eos=True, prepend_bos=False).save(source)
     tree = yaml.safe_load((Path(__file__).parent.parent / "configs" / "demo.yaml").read_text())
     tree["data"]["sources"] = [{"name": name, "weight": w, "train": str(source)} for name, w in (("a", 7), ("b", 3))]
