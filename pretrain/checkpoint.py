@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -76,13 +77,13 @@ def _optimizer_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[st
 def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Path | None:
     """The newest checkpoint that is whole, or None where none was ever committed; called by all ranks, the same for all.
 
-    The ranks share the work of reading every file. Corrupt checkpoints are named to `warn` and set aside, by rank 0. Not
-    `needed`: None, too, where none of them is whole; another one is at hand.
+    The ranks share the work of reading every file. Rank 0 names corrupt checkpoints to `warn` and sets them aside. Not `needed`,
+    where --resume names another one: None, too, where there are some and none is whole.
 
     Raises:
         ValueError: there are checkpoints, or were before they were set aside, and none is whole, or the newest is of another
             version: nothing is begun anew then.
-        OSError: as `committed`, on all ranks, and as verify_together; nothing is set aside then.
+        OSError: on all ranks, as `committed` and verify_together, or where a corrupt one cannot be set aside.
     """
     folders = _seen_by_rank_0(lambda: [folder for _, folder in committed(run_dir)])
     for folder in folders:
@@ -93,12 +94,7 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
             raise ValueError(
                 f"{folder}: {problem}; go on with the version of Cria that wrote it, or take another run_dir"
             )
-        if ranks.rank() == 0:
-            aside = set_aside(folder, "corrupt")
-            warn(
-                f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken"
-            )
-        ranks.barrier()
+        ranks.on_rank_0(partial(_reject, folder, problem, warn))
     lost = _seen_by_rank_0(lambda: sorted(n for n in _names(run_dir / "checkpoints") if n.startswith("corrupt-")))
     if lost and needed:
         raise ValueError(
@@ -108,18 +104,22 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
     return None
 
 
-def _seen_by_rank_0(look: Callable[[], list[T]]) -> list[T]:
-    """What rank 0 finds, the same for all. Raises OSError, on all ranks, where it cannot look."""
-    found, problem = [], None
-    if ranks.rank() == 0:
+def _seen_by_rank_0(look: Callable[[], T]) -> T:
+    def here() -> T:
         try:
-            found = look()
+            return look()
         except OSError as error:
-            problem = f"{error}, on {socket.gethostname()}"
-    found, problem = ranks.broadcast((found, problem))
-    if problem is not None:
-        raise OSError(problem)
-    return found
+            raise OSError(f"{error}, on {socket.gethostname()}") from error
+
+    return ranks.on_rank_0(here)
+
+
+def _reject(folder: Path, problem: str, warn: Callable[[str], None]) -> None:
+    try:
+        aside = set_aside(folder, "corrupt")
+    except OSError as error:
+        raise OSError(f"checkpoint {folder.name} is corrupt ({problem}) and cannot be set aside: {error}") from error
+    warn(f"checkpoint {folder.name} is corrupt ({problem}); it is set aside as {aside.name}, the one before is taken")
 
 
 def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
@@ -206,7 +206,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint. Raises ValueError for one that is none, and where one asks it for what it lacks."""
+    """state.json of a verified checkpoint. Raises ValueError where it is no JSON object, and when asked for what it lacks."""
     file = folder / "state.json"
     try:
         return _State(json_mapping(file.read_bytes()), file)

@@ -23,8 +23,8 @@ MARK = "cria.json"
 def staged(directory: Path, origin: dict[str, Any]) -> Iterator[Path]:
     """Give a folder to fill; it becomes `directory` if the block ends well, and is removed if not.
 
-    origin: what the mark shall remember of the content's past (JSON). A kill leaves a hidden `.NAME.*.partial`, which
-    nothing reads.
+    origin: what the mark shall remember of the content's past (JSON). A kill leaves a hidden `.NAME.*.partial`, or, between the
+    two renames, what was there before as `.NAME.*.old`; nothing reads them.
 
     Raises:
         ValueError: where `directory` holds anything that is not ours, before anything is written.
@@ -80,7 +80,12 @@ def _rename(folder: Path, directory: Path) -> None:
     if directory.exists():
         old = folder.with_suffix(".old")
         os.rename(directory, old)
-        os.rename(folder, directory)
+        try:
+            os.rename(folder, directory)
+        except OSError:
+            if not directory.exists():
+                os.rename(old, directory)
+            raise
         shutil.rmtree(old)
     else:
         os.rename(folder, directory)

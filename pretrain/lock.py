@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,12 +40,17 @@ class Lock:
                 f"{folder} cannot be locked against a second job ({error.strerror}); mount its file system with locks (Lustre: "
                 "flock, NFS: local_lock=none), or take a run_dir on another one"
             ) from None
-        # A child must not hold it when this process was killed.
-        os.register_at_fork(after_in_child=self._file.close)
         self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}\n"
-        self._file.truncate(0)
-        self._file.write(self.mark)
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(self.mark)
+            self._file.flush()
+        except OSError:
+            with suppress(OSError):  # the mark is still in its buffer
+                self._file.close()
+            raise
+        # Else a child that outlives this process would go on holding the lock.
+        os.register_at_fork(after_in_child=self._file.close)
         self.ours[self._folder] = self.mark
 
     def close(self) -> None:
@@ -62,7 +68,7 @@ def check(folder: Path) -> None:
         Taken: another job has written its name there.
     """
     mark = Lock.ours.get(folder.resolve())
-    if mark is None or not (folder / NAME).exists():  # deleted: no reason to lose a save
+    if mark is None or not (folder / NAME).exists():  # the file was deleted: no reason to lose a save
         return
     found = (folder / NAME).read_text()
     if found and found != mark:  # empty: somebody is about to write, or the file system is away for a moment

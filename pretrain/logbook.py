@@ -1,4 +1,4 @@
-"""What a run says of itself: a line before the first step, one every `train.log_every` steps.
+"""What a run writes of itself, and when: a line before the first step, one every `train.log_every` steps.
 
 Run, StepResult ─> sums over the ranks ─> metrics.jsonl, Fabric's loggers, the terminal
 """

@@ -1,4 +1,4 @@
-"""What a run says of itself: tokens/s, MFU, memory, and where it is written.
+"""A run's figures: tokens/s, MFU, memory; and the files and loggers that they are written to.
 
     trainer ─> Clock (seconds of training, of waiting for data) ─> train_metrics ─> MetricsLog ─> metrics.jsonl, TensorBoard, W&B
 
@@ -26,6 +26,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger, TensorBoardLogger
 
+from data_prep.shard import write_atomically
 from pretrain import pace, ranks
 from pretrain.chips import DATASHEETS
 from pretrain.sections import Config, ModelConfig
@@ -50,8 +51,9 @@ def flops_per_token(model: ModelConfig, seq_len: int, parameters: int, in_produc
     """Floating-point operations of forward and backward for one token, by two conventions.
 
     m1: 6 N + 12 L D T, all `parameters`, attention without the causal half (PaLM, arXiv 2204.02311, appendix B; TinyLlama's
-    code). m3: 6 N_matmul + 6 L D T, the parameters that stand `in_products` only, causal attention. Both count the attention of
-    a whole sequence; with data.intra_document less is computed, of TinyLlama-1.1B's 2,048 tokens at most 14% (m1), 8% (m3).
+    code). m3: 6 N_matmul + 6 L D T, the parameters that stand `in_products` only, causal attention. There is no m2. Both count
+    the attention of a whole sequence; with data.intra_document less is computed, of TinyLlama-1.1B's 2,048 tokens at most 14%
+    (m1), 8% (m3).
     """
     attention = model.num_hidden_layers * model.hidden_size * seq_len
     return {"m1": 6 * parameters + 12 * attention, "m3": 6 * in_products + 6 * attention}
@@ -68,7 +70,7 @@ class Clock:
         """Start anew, after a line of metrics."""
         self.steps, self.train_s, self.data_wait_s = 0, 0.0, 0.0
         self.work_s = 0.0
-        """Of them, those in which this rank's training thread computed."""
+        """The part of train_s in which this rank's training thread computed (see `pace`)."""
         self.go_on()
 
     def pause(self, finished: bool = False) -> None:
@@ -143,7 +145,7 @@ class MetricsLog:
             raise problem
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        """Append one line; floats and nested floats also go to the loggers, under `kind/name`."""
+        """Append one line; of kinds train and validation all numbers, nested ones too, also go to the loggers as `kind/name`."""
         if self._lines is None:
             return
         line = {"kind": kind, "step": step, "time": time.time(), **record}
@@ -154,7 +156,7 @@ class MetricsLog:
                 self._attempt(logger, lambda its: its.log_metrics(metrics=numbers, step=step))
 
     def close(self) -> None:
-        """Let the loggers write what they hold, and W&B upload it: at its own end a launcher may not wait for that.
+        """Let the loggers write what they hold, and W&B upload it now: a launcher may not wait for an upload at the exit.
 
         After an exception W&B does so by itself, and knows that the run failed.
         """
@@ -275,7 +277,7 @@ def make_loggers(config: Config) -> list[Logger]:
         from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
 
         kept = run_dir / WANDB_ID
-        number = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
+        number = (kept.read_text().strip() if kept.exists() else "") or secrets.token_hex(4)
         return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
     return []
 
@@ -306,7 +308,7 @@ def _start_wandb(run_dir: Path, loggers: list[Logger]) -> None:
                 f"logger is wandb, and W&B did not start: {error} Set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` it "
                 "later, or take --logger tensorboard"
             ) from error
-        (run_dir / WANDB_ID).write_text(f"{wandb_logger.version}\n")
+        write_atomically(run_dir / WANDB_ID, f"{wandb_logger.version}\n".encode())
 
 
 def _go_offline(error: Exception) -> None:

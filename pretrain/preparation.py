@@ -1,6 +1,6 @@
 """How a run begins, or goes on: everything that can be wrong is found here, before the first step.
 
-Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─> newest whole checkpoint? same run?
+Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─> shards verified ─> newest whole checkpoint? same run?
 ─> model on its devices, optimizer ─> checkpoint, or --init_from, or the first weights ─> Run
 """
 
@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from data_prep.shard import TOKENIZER_DIR, TokenDataset, check_tokenizer, write_atomically
+from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
 from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
 from pretrain.lock import Lock
 from pretrain.memory import checkpoint_bytes
@@ -29,7 +29,7 @@ from pretrain.sharding import Sharding
 from pretrain.watchdog import Watchdog, alive, at
 
 _SHARED_S = 60.0
-"""For a file of rank 0's to be seen by all ranks, before their folders are taken for different ones."""
+"""How long a file of rank 0's may stay unseen by another rank, before run_dir is taken for two different folders (seconds)."""
 
 
 def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: bool = True) -> Run:
@@ -51,7 +51,7 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
-        on_failure.enter_context(_enter(Path(settings.run_dir), fabric))
+        on_failure.enter_context(_enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
         run = _build(settings, fabric, sharding, sources, mixture, accumulate, saves)
@@ -80,10 +80,12 @@ def _build(
     done = 0 if found is None else checkpoint.read_state(found)["step"]
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
     will_save = saves and done < settings.train.max_steps
-    _describe(settings, run_dir, sources, operations, fabric, done, will_save)
+    _fill_folder(settings, run_dir, sources, operations, fabric, done, will_save)
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    step, skipped_steps, skipped_in_a_row = 0, *(torch.zeros((), device=fabric.device) for _ in range(2))
+    step = 0
+    skipped_steps = torch.zeros((), device=fabric.device)
+    skipped_in_a_row = torch.zeros((), device=fabric.device)
     tokens: dict[str, int] = {}
     at("loading the checkpoint")
     if found is not None:
@@ -130,32 +132,28 @@ def _eos_id(sources: list[data.Source]) -> int:
 
 
 @contextmanager
-def _enter(run_dir: Path, fabric: Fabric) -> Iterator[None]:
+def _enter(run_dir: Path) -> Iterator[None]:
     """Make the run's folder and lock it, so that no other job writes into it; where that fails, all ranks fail alike."""
-    problem, held, mark = None, None, None
-    if fabric.is_global_zero:
-        try:
+    with ExitStack() as until_the_end:
+
+        def lock() -> str:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held = Lock(run_dir)
-            mark = held.mark
+            held = until_the_end.enter_context(closing(Lock(run_dir)))
             scheduler.note_start(run_dir, checkpoint.updates(run_dir))
+            return held.mark
+
+        try:
+            mark = ranks.on_rank_0(lock)
+            elsewhere = f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
+            if problem := ranks.first_problem(None if _sees(run_dir, mark) else elsewhere):
+                raise OSError(problem)
         except OSError as error:
-            problem = str(error)
-    problem, mark = ranks.broadcast((problem, mark))
-    if problem is None:
-        elsewhere = f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
-        problem = ranks.first_problem(None if _sees(run_dir, mark or "") else elsewhere)
-    if problem is not None:
-        raise OSError(f"run_dir: {problem}")
-    try:
+            raise OSError(f"run_dir: {error}") from None
         yield
-    finally:
-        if held is not None:
-            held.close()
 
 
 def _sees(run_dir: Path, mark: str) -> bool:
-    """Whether this rank reads rank 0's `mark` in the lock. NFS may for a while know that a file was not there before."""
+    """Whether this rank reads rank 0's `mark` in the lock. An NFS client may for `_SHARED_S` remember that there was no file."""
     until = time.monotonic() + _SHARED_S
     while True:
         with suppress(OSError):
@@ -168,7 +166,7 @@ def _sees(run_dir: Path, mark: str) -> bool:
         time.sleep(0.5)
 
 
-def _describe(
+def _fill_folder(
     settings: config.Config,
     run_dir: Path,
     sources: list[data.Source],
@@ -177,28 +175,25 @@ def _describe(
     step: int,
     will_save: bool,
 ) -> None:
-    """Have rank 0 put into the run's folder what an export and a person need besides the weights.
+    """Have rank 0 put into the run's folder what an export and a person need besides the weights, and see that there is room.
 
     step: after which the run goes on. will_save: there must be room for a checkpoint.
 
     Raises:
         OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
     """
-    problem = None
-    if fabric.is_global_zero:
-        try:
-            for torn in (*run_dir.glob("*.tmp"), *run_dir.glob("tokenizer/*.tmp")):  # a killed start's
-                torn.unlink()
-            _keep_config(settings, run_dir, step, say=fabric.print)
-            _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
-            write_atomically(run_dir / "operations.json", json.dumps(operations, indent=1).encode() + b"\n")
-            saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
-            if will_save:
-                saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
-        except OSError as error:
-            problem = str(error)
-    if problem := ranks.broadcast(problem):
-        raise OSError(problem)
+
+    def fill() -> None:
+        for torn in (*run_dir.glob("*.tmp"), *run_dir.glob("tokenizer/*.tmp")):  # a killed start's
+            torn.unlink()
+        _keep_config(settings, run_dir, step, say=fabric.print)
+        _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
+        write_atomically(run_dir / "operations.json", json.dumps(operations, indent=1).encode() + b"\n")
+        saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
+        if will_save:
+            saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
+
+    ranks.on_rank_0(fill)
 
 
 def _keep_tokenizer(source: Path, target: Path) -> None:
@@ -228,7 +223,7 @@ def _keep_config(settings: config.Config, run_dir: Path, step: int, say: Any) ->
             say(f"the configuration changed ({'; '.join(changes)}); the one before is kept as {kept.name}")
             if step:
                 _say_learning_rate(settings, before, step + 1, say)
-    config.write(replace(settings, resume=None), path)  # who starts from this file goes on, and not back once more
+    config.write(replace(settings, resume=None), path)  # a run started from this file goes on, and not back once more
 
 
 def _say_learning_rate(settings: config.Config, before: dict[str, Any], step: int, say: Any) -> None:
@@ -255,12 +250,12 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
     with suppress(OSError, ValueError):  # none yet, or torn: read all shards
         known = json_mapping(record.read_bytes())
     for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
-        key, signature = str(dataset.directory), _signature(dataset)
+        # as rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system
+        key, signature = str(dataset.directory), ranks.on_rank_0(dataset.signature)
         if ranks.broadcast(known.get(key)) == signature:
             continue
-        parts = -(
-            -len(dataset.manifest.shards) // (16 * ranks.world_size())
-        )  # of 16 shards a rank: signs of life between
+        at_a_time = 16 * ranks.world_size()  # shards between two signs of life
+        parts = -(-len(dataset.manifest.shards) // at_a_time)
         for part in range(parts):
             at("checking the shards")
             share = (ranks.rank() * parts + part, ranks.world_size() * parts)
@@ -274,17 +269,3 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
         known[key] = signature
         if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
             write_atomically(record, json.dumps(known, indent=1).encode() + b"\n")
-
-
-def _signature(dataset: TokenDataset) -> str:
-    """As rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system."""
-    signature, problem = "", None
-    if ranks.rank() == 0:
-        try:
-            signature = dataset.signature()
-        except OSError as error:
-            problem = str(error)
-    signature, problem = ranks.broadcast((signature, problem))
-    if problem is not None:
-        raise OSError(problem)
-    return signature

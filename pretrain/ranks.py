@@ -1,7 +1,8 @@
 """How the ranks agree. Each function is called by all ranks and works alike where there is one process and no group."""
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -52,13 +53,31 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
+def broadcast(value: T) -> T:
     """Rank 0's value, which must be picklable."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it; must be picklable.
+
+    Raises:
+        OSError: on all ranks, where `work` raises one.
+    """
+    found, problem = None, None
+    if rank() == 0:
+        try:
+            found = work()
+        except OSError as error:
+            problem = str(error)
+    found, problem = broadcast((found, problem))
+    if problem is not None:
+        raise OSError(problem)
+    return cast(T, found)
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -70,9 +89,9 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def first_problem(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+def first_problem(problem: str | None) -> str | None:
     """The first rank's problem that has one, the same for all ranks; None where none has."""
-    for number, found in enumerate(gather(problem, group)):
+    for number, found in enumerate(gather(problem)):
         if found is not None:
             return found if world_size() == 1 else f"rank {number}: {found}"
     return None

@@ -68,12 +68,8 @@ class Saver:
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._signs = 0
         """Grows while the thread gets on."""
-        if ranks.rank() == 0:
-            clear(self._folder, self._say)
-        self.stalled_s = 0.0
-        """Seconds that training has waited for saving so far."""
         self._took_s = self._remembered() if ranks.rank() == 0 else ()
-        """Seconds that each of the last saves took, from the copy to the commit; counted on rank 0."""
+        """Seconds that each of the last saves took on this rank, from the copy to the commit; on rank 0 of earlier starts too."""
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
@@ -81,7 +77,6 @@ class Saver:
         Returns when the copy is taken, or with `checkpoint.in_background` off when it is committed. Waits for an earlier
         save that is still being written.
         """
-        started = time.perf_counter()
         self.wait()
         self._saved = time.perf_counter()
         cuda = next(model.parameters()).is_cuda
@@ -93,11 +88,10 @@ class Saver:
         self._pending = self._thread.submit(self._write, step, tensors, state)
         if not self._config.in_background:
             self.wait()
-        self.stalled_s += time.perf_counter() - started
 
     @property
     def longest_s(self) -> float:
-        """The longest of the run's last saves (seconds), of earlier starts too; on rank 0, elsewhere 0."""
+        """The longest of the last saves on this rank (seconds); rank 0 knows those of earlier starts, too."""
         return max(self._took_s, default=0.0)
 
     def _remembered(self) -> tuple[float, ...]:
@@ -111,10 +105,10 @@ class Saver:
         """Whether it is time to save, whatever the step; on rank 0, elsewhere False."""
         if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
             return False
-        failed = self._problem is not None or (self._pending is not None and self._pending.result() is not None)
+        problem = self._problem if self._pending is None else self._pending.result()  # of the last save
         # without keep_last the clock would fill the disk
         by_clock = 60 * self._config.every_minutes if self._config.keep_last else 0.0
-        every_s = _AGAIN_S if failed else by_clock
+        every_s = by_clock if problem is None else _AGAIN_S
         return 0 < every_s < time.perf_counter() - self._saved
 
     def wait(self) -> str | None:
@@ -157,13 +151,13 @@ class Saver:
             sizes = self._all_ranks(lambda: _bytes_of(tensors))
             self._rank_0(lambda: self._make_room(staging, sum(sizes)))
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
-            names = self._all_ranks(lambda: _files_of(staging) if ranks.rank() == 0 else [])[0]  # that it will commit
+            names = self._all_ranks(lambda: _files_of(staging) if ranks.rank() == 0 else [])[0]  # it commits
             parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
             entries = {name: entry for part in parts for name, entry in part.items()}
             state = {**state, "last_saves_s": self._took_s_with(time.perf_counter() - started)}
             self._rank_0(lambda: self._commit(staging, target, state, entries))
         except _Failed as failure:
-            if ranks.rank() == 0:
+            if ranks.rank() == 0 and not self.taken:  # else the folder may be the other job's
                 shutil.rmtree(staging, ignore_errors=True)
             self._say(f"step {step}: NOT saved, training goes on: {failure}")
             self._saved = time.perf_counter()
@@ -219,8 +213,8 @@ class Saver:
             raise
 
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
-        # More than one writer thread can lose a full disk's error: save returns and shards are missing. And copying ahead, to a
-        # host where all lies already, would wait for the GPU's queue of training hundreds of times.
+        # One thread: with more of them an error of a full disk can get lost, and save returns though files are missing. No copy
+        # ahead: the tensors are on the host already, and it would wait for the GPU's queue of training hundreds of times.
         writer = _Writer(staging / "tensors", thread_count=1, per_thread_copy_ahead=0, sync_files=True, overwrite=True)
         writer.fs = _Files(self._sign)
         gc.disable()  # to collect what DCP makes of a large world's plans would hold up the training thread for seconds
@@ -260,7 +254,7 @@ def clear(folder: Path, say: Callable[[str], None]) -> None:
     for left_over in [*folder.glob(".staging-*"), *folder.glob(".deleting-*")]:
         try:
             shutil.rmtree(left_over)
-        except OSError as error:  # it takes room, and no save's place but one of the same step
+        except OSError as error:  # it only takes room, and hinders no save but one of the same step
             say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
 
 
@@ -330,7 +324,8 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
     """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
 
     Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
-    stay while they are one of the two newest. The newest is never deleted; `keep_last` 0 deletes none.
+    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted; `keep_last` 0
+    deletes none.
     """
     if config.keep_last == 0:
         return

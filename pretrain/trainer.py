@@ -76,7 +76,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     at("starting")
     stop.listen_to_ctrl_c()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
-    if run.fabric.world_size == 1:  # of several, who fails is ended with the others
+    if run.fabric.world_size == 1:  # one of several that fails would wait for the others' part of the save
         run.at_end.callback(saver.wait)  # before the folder is free for another job
     saved_step, begun_updates = run.step, run.updates()
     micro_batches = make_loader(run)
@@ -92,9 +92,12 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         if last or run.step % settings.train.log_every == 0:
             problem = logbook.log_step(run, display, result)
             if problem is not None:  # on all ranks
-                if run.updates() > begun_updates:  # else restart after restart would push out those that are good
+                if run.updates() > begun_updates:  # else each restart would save the same, and prune good ones
                     _save(run, saver)
-                saver.close()
+                try:
+                    saver.close()
+                except OSError as error:
+                    problem += f"; and {error}"
                 raise FloatingPointError(problem)
         if _due(run.step, settings.validation.every_steps, last):
             _validate(run, display)
@@ -114,7 +117,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     return stop.status(run.step - run.begun.step)
 
 
-def make_loader(run: Run) -> Iterator[tuple[Tensor, int]]:
+def make_loader(run: Run) -> Iterator[data.MicroBatch]:
     """The rank's micro-batches from the next step on to the last."""
     settings, rank, world_size = run.config, run.fabric.global_rank, run.fabric.world_size
     micro_batches = data.MicroBatches(
@@ -129,7 +132,8 @@ def _due(step: int, every_steps: int, last: bool) -> bool:
 
 
 _RANKS_AGREE = 128
-"""So many ranks agree in ten milliseconds, by gloo's ring, beside the GPU's work; more of them not before every step."""
+"""Fewer ranks than this agree before every step: it takes them ten milliseconds, by gloo's ring, beside the GPU's work. From
+here on they agree before every second, from twice as many on before every third step, and so on."""
 
 
 def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
@@ -139,8 +143,8 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
         return False
     at("agreeing on whether to stop")
     settings = run.config.train
-    asked = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
-    asked = TAKEN if saver.taken else asked
+    mine = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
+    mine = TAKEN if saver.taken else mine
     for line in (
         stop.job_too_short(saver.longest_s, settings.stop_margin_s),
         stop.warning_too_short(saver.longest_s),
@@ -148,7 +152,7 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     ):
         if line is not None:
             display.say(line)
-    agreed = ranks.all_reduce_max(torch.tensor([asked, saver.overdue()]))  # on the CPU: the GPU's queue goes on
+    agreed = ranks.all_reduce_max(torch.tensor([mine, saver.overdue()]))  # on the CPU: the GPU's queue goes on
     stop.reason, stop.save_now = int(agreed[0]), bool(agreed[1])
     return stop.reason != 0
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -338,6 +339,14 @@ def test_what_was_set_aside_and_cannot_be_listed_is_not_taken_for_nothing(
     for name in ("listdir", "scandir"):
         monkeypatch.setattr(os, name, lambda path: (_ for _ in ()).throw(PermissionError("not today")))
     with pytest.raises(OSError, match="not today"):
+        checkpoint.find(run_dir, pytest.fail)
+
+
+def test_a_corrupt_checkpoint_that_cannot_be_set_aside_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = run_dir / "checkpoints" / "step-00000010"
+    (newest / "state.json").write_text("{}")
+    monkeypatch.setattr(os, "rename", mock.Mock(side_effect=PermissionError("not yours")))
+    with pytest.raises(OSError, match=r"step-00000010 is corrupt \(.*\) and cannot be set aside: not yours"):
         checkpoint.find(run_dir, pytest.fail)
 
 

@@ -1,5 +1,6 @@
 """What happens to runs on real clusters: disks that are full for a while, files that are away, nodes that are taken."""
 
+import errno
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import signal
 import stat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_a_folder_that_an_earlier_start_still_holds_is_waited_for(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert status_of(words) == scheduler.LATER
     held.close()
+
+
+def test_a_start_that_failed_holds_the_folder_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where the process lives on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "note_start", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match=r"run_dir: .*No space left on device"), preparation._enter(tmp_path):
+            pytest.fail("entered")
+    with preparation._enter(tmp_path), pytest.raises(BlockingIOError):
+        preparation.Lock(tmp_path)
 
 
 def test_preemptions_are_nobodys_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +260,20 @@ def test_a_folder_that_another_job_has_taken_ends_the_run(
     assert "not to be saved: another job (process 7 on another-host, 0123) has begun to write into" in said
     assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [2]
     assert len(records(tmp_path / "run", "train")) < 50
+
+
+def test_a_run_without_a_gradient_says_so_though_its_last_save_fails(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_skipped_steps": 2})
+    run = preparation.prepare(config.load(write_config(tmp_path / "c.yaml", tree)))
+    backward = run.fabric.backward
+    monkeypatch.setattr(run.fabric, "backward", lambda loss: backward(loss * (1.0 if run.step < 2 else float("nan"))))
+    monkeypatch.setattr(saver.Saver, "_commit", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(
+        FloatingPointError, match=r"in the last 2 steps up to step 4.*not saved: .*No space left on device"
+    ):
+        trainer.train(run)
 
 
 def test_restarts_of_a_run_without_a_gradient_push_out_no_good_checkpoint(

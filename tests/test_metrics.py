@@ -5,6 +5,7 @@ What cannot be written waits, who fails is switched off, the run goes on.
 
 import json
 import os
+import re
 import resource
 import time
 from collections import Counter
@@ -219,6 +220,16 @@ def test_wandb_uploads_for_a_minute_at_the_end(tmp_path: Path, capsys: pytest.Ca
     settings = wandb.Settings()
     settings.update_from_env_vars(dict(os.environ))
     assert (settings.finish_timeout, settings.finish_timeout_raises) == (60.0, True), "what W&B makes of it"
+
+
+def test_a_wandb_id_that_a_full_disk_cut_is_made_anew(datasets: Path, tmp_path: Path) -> None:
+    """W&B refuses an empty one, at each start."""
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", logger="wandb")))
+    (tmp_path / "run").mkdir()
+    for kept in ("", "abc\n"):
+        (tmp_path / "run" / metrics.WANDB_ID).write_text(kept)
+        (logger,) = metrics.make_loggers(settings)
+        assert re.fullmatch(kept.strip() or "[0-9a-f]{8}", str(logger.version))
 
 
 TO_NOBODY = (

@@ -31,6 +31,7 @@ def test_the_ranks_read_every_shard_once_at_the_start(
 
     monkeypatch.setattr(shard, "scan_all", noted)
     monkeypatch.setattr(ranks, "world_size", lambda: world)
+    monkeypatch.setattr(ranks, "on_rank_0", lambda work: work())
     for rank in range(world):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         preparation._verify_shards(tmp_path / f"verified-{rank}.json", sources, stop=None)

@@ -188,6 +188,10 @@ def test_where_all_are_kept_nothing_is_saved_by_the_clock_but_what_failed(
     now[0] += 2
     assert writer.overdue()
     writer.save(11, model, optimizer, {"step": 11})
+    assert writer._pending is not None
+    assert writer._pending.result(timeout=60) is None
+    now[0] += 301  # nobody has waited for it yet, as in training
+    assert not writer.overdue()
     writer.close()
     now[0] += 1801
     assert not writer.overdue()
@@ -315,10 +319,10 @@ def test_a_second_job_that_no_lock_held_back_loses_nothing_of_the_first(tmp_path
     writer.save(5, model, optimizer, {"step": 5})
     assert writer.wait() is None
     (tmp_path / ".lock").write_text("process 7 on another-host, 0123\n")
-    (tmp_path / "checkpoints" / ".staging-step-00000006").mkdir()
+    (tmp_path / "checkpoints" / ".staging-step-00000010").mkdir()  # of the step that this one comes to, too
     writer.save(10, model, optimizer, {"step": 10})
     assert "another job (process 7 on another-host, 0123) has begun to write" in str(writer.wait())
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".staging-step-00000006", "step-00000005"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".staging-step-00000010", "step-00000005"]
     (tmp_path / ".lock").unlink()
     writer.save(15, model, optimizer, {"step": 15})
     writer.close()
