@@ -135,7 +135,7 @@ def _xformers_swiglu(s: Situation, found: str) -> str | None:
 
 def _cross_entropy(s: Situation, found: str) -> str | None:
     return (
-        "its wrapper asks the device, or for an address, which breaks a compiled graph: use torch, or parallel.compile false"
+        "its wrapper reads a value back from the device, which breaks a compiled graph: use torch, or parallel.compile false"
         if s.compiled
         else None
     )
@@ -178,7 +178,7 @@ def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
 
 
 FUSED = {"rope": ("liger", "flash_attn"), "swiglu": ("liger", "xformers"), "rms_norm": ("liger",)}
-"""Libraries with a kernel of its own for an operation, the one to take first."""
+"""Libraries with a fused kernel for the operation, the preferred one first."""
 
 
 def _fastest(operation: str, s: Situation) -> tuple[str, str]:
@@ -270,8 +270,8 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
 
 
 _CUDNN_SOUND = 91501
-"""The backward of cuDNN's attention of before reads beyond its memory at lengths that are no multiple of 128: as PyTorch's own
-order has it (pytorch issue 169849)."""
+"""cuDNN 9.15.1. Before it, the backward of its attention reads out of bounds at lengths that are no multiple of 128 (pytorch
+issue 169849); PyTorch's own order of preference has the same limit."""
 
 
 def sdpa_order(s: Situation, cudnn_version: int) -> tuple[SDPBackend, ...]:

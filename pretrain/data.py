@@ -93,7 +93,7 @@ def _check_same_tokens(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def _check_held_out(train: TokenDataset, validation: TokenDataset) -> None:
-    """By what the manifests know: that one is not the other, and that a hash of file and row tells both apart."""
+    """Raise ValueError where by their manifests one is the other, or no hash of file and row divided documents between them."""
     a, b = train.manifest, validation.manifest
     problem = None
     if a.fingerprint == b.fingerprint:
@@ -103,7 +103,7 @@ def _check_held_out(train: TokenDataset, validation: TokenDataset) -> None:
     elif a.name == b.name and "holdout" in {**a.settings, **b.settings}:
         shares = [manifest.settings.get("holdout", 0) for manifest in (a, b)]
         if shares[0] != shares[1]:
-            problem = f"prepared with --holdout {shares[0]} and {shares[1]}: each document is in the first, or in both"
+            problem = f"prepared with --holdout {shares[0]} and {shares[1]}: documents may be in both"
         elif {shard.source_file for shard in a.shards}.isdisjoint(shard.source_file for shard in b.shards):
             problem = (
                 f"prepared from other folders ({a.shards[0].source_file}, {b.shards[0].source_file}), and a document is held "
@@ -127,13 +127,13 @@ class Stage:
 class Mixture:
     """The order of the data: step -> sequences, a pure function.
 
-    Source s gets slots by its share. After k steps it has had round(D_1 + ... + D_s) - round(D_1 + ... + D_(s-1)) slots, D being
-    what each is due of all k G, so no source is ever more than one sequence from its due, however often the shares change. A
-    step's own count is within one of its due for two sources, and within two for more of them. Later stages change nothing in
-    the steps before them. So where sources leave the mixture, what these were off by is shared equally by those that stay, and
-    adds to their one sequence.
+    Slots are dealt by the sources' shares, rounded so that no error builds up. Of the k G slots of the first k steps, G being
+    the global batch size, source s is due D_s and has had round(D_1 + ... + D_s) - round(D_1 + ... + D_(s-1)): never more than
+    one sequence from its due. A single step's count is within one of that step's due, or within two with more than two sources.
+    Another stage changes no step before it: the counting goes on from what each source has had. Where a source leaves, what
+    it was off by is shared equally by those that stay, on top of their own one sequence.
 
-    A source's j-th slot ever holds sequence p_e(j mod n), e = j div n: epoch e is a permutation p_e of all its n sequences.
+    A source's slot j, from 0 on, holds its sequence p_e(j mod n): of its n sequences, epoch e = j div n is a permutation p_e.
     """
 
     def __init__(self, lengths: list[int], stages: list[Stage], keys: list[str], global_batch_size: int):
@@ -149,7 +149,7 @@ class Mixture:
             for number, share in enumerate(stage.shares):
                 if 0 < share * global_batch_size < 1:
                     raise ValueError(
-                        f"source {number} of the mixture is due {float(share * global_batch_size):.3f} sequences a step from "
+                        f"data.sources[{number}] is due {float(share * global_batch_size):.3f} sequences a step from "
                         f"step {stage.first_step} on; it must be at least 1: raise its weight, or train.global_batch_size "
                         f"from {global_batch_size} to at least {ceil(1 / min(part for part in stage.shares if part))}"
                     )
@@ -157,7 +157,7 @@ class Mixture:
             first = [b - a for a, b in zip(self.drawn(stage.first_step - 1), self.drawn(stage.first_step))]
             if min(first) < 0:
                 raise ValueError(
-                    f"source {first.index(min(first))} of the mixture has had more than its due when the weights change at step "
+                    f"data.sources[{first.index(min(first))}] has had more than its due when the weights change at step "
                     f"{stage.first_step}: change them one step later, or raise train.global_batch_size from {global_batch_size}"
                 )
         self._keys = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys]
@@ -302,7 +302,7 @@ class MicroBatches:
 
     @cached_property
     def grad_accum_steps(self) -> int:
-        """Items that make up a step."""
+        """Items that make up a step; whole, as `config.grad_accum_steps` has checked."""
         return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def __getitem__(self, item: int) -> MicroBatch:
@@ -381,7 +381,8 @@ def _read_ahead(
         ahead = deque(pool.submit(read, item) for item in islice(items, _AHEAD * threads))
         while ahead:
             batch = ahead.popleft().result()
-            ahead.extend(pool.submit(read, item) for item in islice(items, 1))
+            if (item := next(items, None)) is not None:
+                ahead.append(pool.submit(read, item))
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -85,7 +85,7 @@ def choose(
 
 
 def _went_back(found: Path | None, resume: str) -> bool:
-    """Whether the newest checkpoint comes of a start with the same --resume, and the scheduler repeats that command."""
+    """Whether the scheduler repeats a command with --resume that has saved since: the run goes on from there, not back again."""
     return found is not None and scheduler.repeated() and checkpoint.read_state(found).get("resume") == resume
 
 

@@ -35,7 +35,7 @@ class History:
     """A run so far. Steps are finished optimizer steps, and sorted."""
 
     starts: list[Record]
-    """One a process start, in the order of the file; all but the first are resumes."""
+    """One a process start, in the order of the file; all but the first are restarts, at step 0 where nothing was saved."""
     train: list[Record]
     validation: list[Record]
     stop: Record | None
@@ -51,7 +51,7 @@ class History:
     @property
     def resumes(self) -> list[int]:
         """The steps after which the run was taken up again."""
-        return [record["step"] for record in self.starts[1:]]
+        return [record["step"] for record in self.starts[1:] if record["step"]]
 
     @property
     def about(self) -> Record:
@@ -147,7 +147,9 @@ def read(run_dir: Path) -> History:
             stop = None
             # What a killed run had logged beyond the checkpoint that this one goes on from is not part of it.
             for kind, records in by_step.items():
-                by_step[kind] = {step: r for step, r in records.items() if 0 < record["step"] >= step}
+                by_step[kind] = {
+                    step: r for step, r in records.items() if record["step"] > 0 and record["step"] >= step
+                }
         elif record["kind"] == "stop":
             stop = record
         elif record["kind"] in by_step:

@@ -29,7 +29,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = N
 
 
 def flash_document_mask(document: Tensor) -> tuple[Tensor, int]:
-    """Where documents start in the B * T tokens, and the end; and no document's length is above T. Waits for the device."""
+    """Where documents start among the B * T tokens, and B * T (int32); and T, which no document exceeds. Waits for the device."""
     return F.pad(_starts(document), (0, 1), value=document.numel()).int(), document.shape[1]
 
 
@@ -57,9 +57,7 @@ def flash_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss:
 # --- xformers: attention by FlashAttention or CUTLASS; the fused SwiGLU of its versions before 0.0.34 -----------------
 
 
-def xformers_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = None, causal_mask: Any = None
-) -> Tensor:
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Any = None, *, causal_mask: Any) -> Tensor:
     """`ops.attention`; mask: of `xformers_document_mask`; causal_mask: of `xformers_causal_mask`."""
     from xformers.ops import memory_efficient_attention
 

@@ -42,9 +42,9 @@ class Linear(nn.Linear):
 def linears(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """Each layer's product with the same x, (..., D) -> (..., out_features) each; by one product where that is for free.
 
-    Keys and values alone are too narrow to fill a GPU, and each product reads x, and writes a gradient of it, once more.
-    Compiled, casting the weights lays them side by side. Where nothing is cast (fp32; weights that FSDP2 has gathered), or
-    nothing compiled, a copy would have to be made and kept for the backward. Layers of another class (float8) have their way.
+    k_proj and v_proj alone are too narrow to fill a GPU, and each further product reads x, and writes a gradient for it, once
+    more. Compiled, the cast of the weights writes them side by side at no cost. Where nothing is cast (fp32; weights gathered by
+    FSDP2) or compiled, joining them would be a copy, kept for the backward. Layers of another class (float8's) stay apart.
     """
     free = torch.compiler.is_compiling() and all(type(layer) is Linear for layer in layers)
     if not free or cast(Tensor, layers[0].weight).dtype == x.dtype:
@@ -174,10 +174,11 @@ LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 def logits_chunk(vocab_size: int, device_type: str, kept: int = 0) -> int:
-    """Tokens whose logits exist at a time: a multiple of 128, the rows of a GPU's tiles, and of what its products want.
+    """How many tokens' logits exist at a time: a multiple of 128, which fits the tiles of a GPU's products.
 
-    kept: N D, where a GPU's compiler adds up the weight's gradient, (V, D), at the end and keeps each chunk's part until then:
-    of C tokens at a time the logits and their gradient take 4 V C bytes and the parts 2 V D N / C, least at C^2 = N D / 2.
+    kept: N D, the elements of `hidden`, where a compiler keeps each chunk's part of the weight's gradient, (V, D), and adds them
+    up at the end; else 0. With C tokens a chunk, bf16 logits and their gradient take 4 V C bytes, the N / C parts 2 V D N / C:
+    together least at C^2 = N D / 2.
     """
     chunk = max(256, LOGITS_BYTES[device_type] // (4 * vocab_size) // 128 * 128)
     return max(chunk, -(-math.isqrt(kept // 2) // 128) * 128)
@@ -221,7 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = total + (log_sum - logits.gather(1, index)).where(counted, 0).sum()
             if d_hidden is None or d_weight is None:
                 continue
-            # In place, and without a pass for what does not count: exp(logit - inf) is 0.
+            # In place. A row that does not count has log_sum = inf, so that exp makes it 0 without a pass of its own.
             d_logits = logits.sub_(log_sum.where(counted, torch.inf)).exp_()
             if z_loss:
                 d_logits *= 1 + 2 * z_loss * log_sum
@@ -236,7 +237,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """Both gradients, times that of the sum."""
         d_hidden, d_weight = ctx.saved_tensors
-        # In fp32, as a tensor of two dimensions has it: in bf16 the factor itself, 1 / tokens, would be off by up to 0.4%.
+        # d_total (1 / tokens) as (1, 1): PyTorch then multiplies in fp32. As a scalar it would first be rounded to bf16, by up
+        # to 0.4%.
         scaled = torch.mul(d_hidden, d_total.view(1, 1), out=torch.empty_like(d_hidden))
         return scaled, (d_weight * d_total).to(ctx.weight_dtype), None, None, None
 

@@ -38,7 +38,7 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of the coming update."""
+    """Set the learning rate of the coming update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -52,9 +52,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     if isinstance(norm, DTensor):
         mesh, norm = norm.device_mesh, norm.full_tensor()
-        if (
-            mesh.ndim == 2
-        ):  # all else replicas have from each other; who sums in another order would drift from the others
+        # Replicas (hybrid) get equal gradients from each other, but each adds up the norm itself: in another order its last bit
+        # differs, and the replicas would drift apart.
+        if mesh.ndim == 2:
             dist.broadcast(norm, group=mesh.get_group("replicate"), group_src=0)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm

@@ -3,9 +3,9 @@
     launch() ─> Fabric: one process a device, started by torchrun; or one process alone ─> Sharding
     build()  ─> Llama on the meta device ─> what is recomputed, compiled ─> sharded ─> memory ─> TinyLlama's initialisation
 
-Weights, optimizer state and reductions are fp32. With bf16 the residual stream and all products are bf16 on one device and
-on many: there each linear layer casts its weight, here FSDP2 gathers weights that are cast already (Fabric's own "bf16-mixed"
-is autocast, with an fp32 residual stream, and would gather fp32).
+Weights, optimizer state and reductions are fp32. With bf16 the residual stream and all products are bf16. On one device each
+linear layer casts its weight; under FSDP2 the weights are gathered as bf16 already. (Fabric's own "bf16-mixed" is autocast:
+an fp32 residual stream, and fp32 gathers.)
 """
 
 import logging
@@ -37,11 +37,14 @@ from pretrain.sharding import Sharding, agree_on_weights
 def launch(
     config: ParallelConfig, model: ModelConfig, loggers: list[Logger], deterministic: bool = False
 ) -> tuple[Fabric, Sharding]:
-    """Join the processes that torchrun started, or run alone; `deterministic`: the same bits every time, on a GPU too.
+    """Join the processes that torchrun started, or run alone; returns the Fabric, and what of the model lies where.
+
+    model: its size decides the sharding. deterministic: the same bits every time, on a GPU too.
 
     Raises:
         ValueError: the accelerator is not there, the strategy does not fit the number of ranks, or SLURM's tasks were
             started without their numbers.
+        OSError: SLURM's job has GPUs and none is to be seen; or the ranks did not meet (TimeoutError).
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -58,11 +61,9 @@ def launch(
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
     parameters, _ = num_parameters(model)
-    chosen = sharding.choose(
-        config, parameters, world_size, local_world_size, memory=None
-    )  # enough for what comes first
-    sharded = chosen.strategy != "single"
-    if sharded:
+    # Only whether anything is sharded, before the ranks have joined and know their GPUs' memory.
+    chosen = sharding.choose(config, parameters, world_size, local_world_size, memory=None)
+    if chosen.strategy != "single":
         # By default Fabric would shard within tensors over the node's devices; all of ours are data parallel.
         # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
         def parallelize(module: Llama, mesh: DeviceMesh) -> Llama:  # called by `build`: `chosen` is final by then
@@ -243,7 +244,7 @@ def recompute(model: Llama, parallel: ParallelConfig) -> None:
 
 
 def _recompute_part(layer: Layer, parallel: ParallelConfig) -> None:
-    """What leaves a part is kept for whoever takes it, except when compiled: then nothing that a part computes is kept."""
+    """Eager, what leaves a recomputed part is kept by who takes it. Compiled, nothing is kept: then the norms are parts, too."""
     if parallel.compile:
         _replace(layer.input_layernorm, "forward")
     if parallel.recompute == "mlp":

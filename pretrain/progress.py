@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run: a progress bar on a terminal, a line each time elsewhere.
+"""What rank 0 shows of a run: a progress bar on a terminal; elsewhere a line for each record of metrics.
 
 A log that cannot be written any more ends no run: `streams` sees to that.
 """

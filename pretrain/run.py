@@ -44,7 +44,7 @@ class Run:
     log: metrics.MetricsLog
     clock: metrics.Clock
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
-    """Names slow ranks; off unless `watchdog.stragglers_every` is set."""
+    """Names slow ranks, every `watchdog.stragglers_every` lines of metrics; this default never does."""
     at_end: ExitStack = field(default_factory=ExitStack)
     """Ends the watchdog and releases the run's folder."""
     step: int = 0

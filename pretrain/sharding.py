@@ -163,8 +163,8 @@ def shard(model: Llama, mesh: DeviceMesh, sharding: Sharding, compute: torch.dty
 def agree_on_weights(model: nn.Module, device: torch.device) -> None:
     """Give all replicas of hybrid sharding the first one's weights; called by all ranks.
 
-    They drew the same numbers only if their GPUs are of one kind; and replicas that begin apart never meet, for they exchange
-    gradients alone.
+    One seed gives other numbers on a GPU of another kind, and replicas that begin apart stay apart: they exchange gradients
+    alone.
     """
     for parameter in model.parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
@@ -182,6 +182,6 @@ def before_micro_step(model: nn.Module, sharding: Sharding, last: bool) -> None:
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(last or sharding.reduce == "micro_step")
-    model.set_requires_all_reduce(last)  # over the replicas; what a node has summed up waits for it as a shard
+    model.set_requires_all_reduce(last)  # over the replicas; until then each keeps its own sum, as shards
     model.set_reshard_after_backward(last or sharding.gather != "step")
     model.set_is_last_backward(last)

@@ -4,7 +4,7 @@
 
 Products and attention run at a share of the chip's dense peak, everything between them at a share of its memory's
 bandwidth, collectives at the link's, hidden behind the computation as far as that goes. The shares are `Rates`, fitted to
-published runs (`published.py` has them, and the error of each); a probe on a GPU replaces them.
+published runs (`published.py` has them, and the error of each); a probe corrects them by what it measures on its machine.
 """
 
 from dataclasses import dataclass, fields, replace

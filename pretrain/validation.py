@@ -40,7 +40,7 @@ def losses(
             at(f"validation on {source.name}")
             batch = batch.to(fabric.device)
             targets = batch[:, 1:].clone()
-            targets[max(counted, 1) :] = IGNORE_INDEX  # a rank with nothing left goes along, and counts for nothing
+            targets[max(counted, 1) :] = IGNORE_INDEX  # a rank with nothing left goes along, its loss times 0
             loss = model(batch[:, :-1], targets).double()
             total += torch.stack((loss * counted, torch.full_like(loss, counted)))
         loss_sum, sequences = ranks.all_reduce_sum(total).tolist()
