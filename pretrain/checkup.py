@@ -3,7 +3,8 @@
     Measured, one a rank ─┐
     Needs, of the run ────┴─> judge ─> Finding, one a host and check ─> excluded: the hosts to leave out
 
-Most limits are relative to the other ranks: what a cluster can do its median rank shows, and who differs is named.
+Most limits are relative to the other ranks: the median rank shows what the cluster can do, and a rank that differs from it is
+named.
 """
 
 from collections import Counter
@@ -35,9 +36,9 @@ class Measured:
     memory_bytes_per_s: float | None = None
     """Copying in the device's memory, read and written bytes together."""
     health: dict[str, str] = field(default_factory=dict)
-    """What the driver complains about: its word for it, and its value."""
+    """What the driver complains about: its word for it, and its value; or that nvidia-smi did not answer."""
     write_bytes_per_s: float | None = None
-    """Writing into the folder of the checkpoints until it is on the disk, all ranks at once."""
+    """Writing into the run's folder, or the nearest one above it that exists, until it is on the disk, all ranks at once."""
     read_bytes_per_s: float | None = None
     """Reading sequences of the shards at random places."""
     shard_problem: str | None = None
@@ -143,7 +144,7 @@ def _devices(measured: list[Measured]) -> list[Finding]:
 
     def healthy(rank: Measured) -> Finding:
         complaints = ", ".join(f"{name} {value}" for name, value in rank.health.items())
-        lasting = any("throttle" not in name for name in rank.health)
+        lasting = any(not name.startswith(("throttled", "nvidia-smi")) for name in rank.health)
         status = "ok" if not complaints else "bad" if lasting else "warn"
         return Finding(rank.host, "GPU health", status, complaints or "no complaint")
 

@@ -4,8 +4,8 @@
     ranks in pairs and by host: all-reduce ───────────────────────────┴─> checkup.judge ─> a table, --exclude=, exit status
 
 Started like the run itself, with the same configuration and overrides: alone, under torchrun or under srun. Nothing of the
-run's folder is changed: a file is written beside the checkpoints, read, and removed. Exit status 1 where something is bad. On
-a CPU the lines about GPUs are left out.
+run's folder is changed: a file is written in it, or in the nearest folder above it that exists, read, and removed. Exit status
+1 where something is bad. On a CPU the lines about GPUs are left out.
 """
 
 import argparse
@@ -49,9 +49,10 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--seconds {args.seconds:g}: it must be above 0")
         settings = config.parse(rest, command, purpose)
         fabric, sharding = parallel.launch(settings.parallel, settings.model, [])
+        accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     except (ValueError, OSError) as error:
         fail(command, error)
-    measured, links, needs = examine(settings, sharding, fabric.device, args.seconds)
+    measured, links, needs = examine(settings, sharding, accumulate, fabric.device, args.seconds)
     findings = checkup.judge(measured, links, needs)
     if ranks.rank() == 0:
         show(findings, len(measured))
@@ -60,9 +61,9 @@ def main(argv: list[str]) -> int:
 
 
 def examine(
-    settings: config.Config, sharding: Sharding, device: torch.device, seconds: float
+    settings: config.Config, sharding: Sharding, accumulate: int, device: torch.device, seconds: float
 ) -> tuple[list[Measured], list[Link], Needs]:
-    """Measure everything; called by all ranks, the same result on all."""
+    """Measure everything; called by all ranks, the same result on all. accumulate: micro-steps of the run's step."""
     host = socket.gethostname()
     mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
     mine["device"] = parallel.device_name(device)
@@ -78,7 +79,7 @@ def examine(
     mine["folder_problem"], mine["write_bytes_per_s"], free = _look_at_folder(settings, seconds)
     measured = ranks.gather(Measured(**mine))
     free = max(ranks.gather(free))  # by any rank that could ask
-    needs = _needs(settings, sharding, [rank.product_flops or 0.0 for rank in measured], free)
+    needs = _needs(settings, sharding, accumulate, [rank.product_flops or 0.0 for rank in measured], free)
     return measured, _measure_links([rank.host for rank in measured], device, seconds), needs
 
 
@@ -174,12 +175,15 @@ _ROWS = {
 
 
 def _health(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi has to complain about this rank's GPU; nothing where there is no nvidia-smi."""
+    """What nvidia-smi has to complain about this rank's GPU, or that it was asked and did not answer."""
     chip = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     found: dict[str, str] = {}
     for query, names in (("--query-gpu", _COMPLAINTS), ("--query-remapped-rows", _ROWS)):
         answer = _output("nvidia-smi", f"--id={chip}", f"{query}={','.join(names)}", "--format=csv,noheader,nounits")
-        found |= complaints(dict(zip(names.values(), answer.split(","))))
+        if answer:
+            found |= complaints(dict(zip(names.values(), answer.split(","))))
+        else:
+            found["nvidia-smi"] = "did not answer"
     return found
 
 
@@ -191,14 +195,12 @@ def complaints(answers: dict[str, str]) -> dict[str, str]:
 
 def _clock_skew() -> float:
     """How far this host's clock is before rank 0's (seconds), by the quickest of eight questions; asked in turn."""
-    skews = [0.0]
+    skew = 0.0
     for other in range(1, ranks.world_size()):
-        mine = 0.0
         if ranks.rank() in (0, other):
-            mine = _ask_clock(other)
-        skews.append(mine)
+            skew = _ask_clock(other)
     ranks.barrier()
-    return skews[ranks.rank()] if ranks.rank() else 0.0
+    return skew
 
 
 def _ask_clock(other: int) -> float:
@@ -244,9 +246,10 @@ def _look_at_shards(settings: config.Config, seconds: float) -> dict[str, Any]:
 
 
 def _look_at_folder(settings: config.Config, seconds: float) -> tuple[str | None, float | None, int]:
-    """Write a file beside the checkpoints, bring it to the disk, read it back, remove it; all ranks at once.
+    """Write a file, bring it to the disk, read it back, remove it; all ranks at once.
 
-    Returns what is wrong, or None; bytes/s; and how much is free (bytes).
+    It lies in the run's folder, or in the nearest folder above it that exists. Returns what is wrong, or None; bytes/s; and how
+    much is free (bytes).
     """
     path, problem, speed, free = None, None, None, 0
     try:
@@ -329,7 +332,7 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
 
 
-def _needs(settings: config.Config, sharding: Sharding, flops: list[float], free_bytes: int) -> Needs:
+def _needs(settings: config.Config, sharding: Sharding, accumulate: int, flops: list[float], free_bytes: int) -> Needs:
     """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
     parameters, in_products = num_parameters(settings.model)
     T, G = settings.data.seq_len, settings.train.global_batch_size
@@ -344,21 +347,21 @@ def _needs(settings: config.Config, sharding: Sharding, flops: list[float], free
         free_bytes=free_bytes,
         save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
-        send_bytes_per_s=_sent_across(settings, sharding, parameters, len(flops)) / step_s,
+        send_bytes_per_s=_sent_across(settings, sharding, parameters, accumulate) / step_s,
     )
 
 
-def _sent_across(settings: config.Config, sharding: Sharding, parameters: int, world_size: int) -> float:
-    """Bytes a step that a host sends to others, as in `speed.communication_seconds`.
+def _sent_across(settings: config.Config, sharding: Sharding, parameters: int, accumulate: int) -> float:
+    """Bytes that a host sends to others in a step of so many micro-steps, as in `speed.communication_seconds`.
 
-    A ring of shards that is larger than a host gathers and reduces across; each rank of it adds up its shard over the replicas.
+    A group of shards larger than a host gathers and reduces between hosts; in any case each rank sums its shard over the
+    replicas.
     """
     host_size, group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), sharding.shard_size
     over_replicas = 2 * (1 - 1 / sharding.replicas) * FP32 * parameters / group * min(group, host_size)
     if group <= host_size:
         return over_replicas
-    n = settings.train.global_batch_size // (settings.train.micro_batch_size * world_size)
-    times = {"layer": 2 * n, "micro_step": n, "step": 1}
+    times = {"layer": 2 * accumulate, "micro_step": accumulate, "step": 1}
     of_a_number = FP32 if settings.parallel.precision == "fp32" else BF16
-    numbers = of_a_number * times[sharding.gather] + FP32 * (n if sharding.reduce == "micro_step" else 1)
+    numbers = of_a_number * times[sharding.gather] + FP32 * (accumulate if sharding.reduce == "micro_step" else 1)
     return over_replicas + numbers * parameters * (1 - 1 / group)

@@ -5,8 +5,10 @@ import errno
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import pretrain, tiny_config, write_config
 
 from pretrain import checkup, config, doctor
@@ -60,6 +62,7 @@ def test_a_healthy_cluster_has_a_line_for_each_host_and_check_and_nothing_else()
         ({"memory_bytes": 39 << 30}, "GPU", "bad"),
         ({"health": {"uncorrected ECC errors": "3"}}, "GPU health", "bad"),
         ({"health": {"throttled: too hot": "Active"}}, "GPU health", "warn"),
+        ({"health": {"nvidia-smi": "did not answer"}}, "GPU health", "warn"),
         ({"product_flops": 210e12}, "matrix product", "bad"),
         ({"product_flops": 240e12}, "matrix product", "warn"),
         ({"memory_bytes_per_s": 900e9}, "GPU memory", "bad"),
@@ -135,7 +138,7 @@ def test_what_a_host_sends_to_others(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     tree = tiny_config(tmp_path, tmp_path / "run", train={"global_batch_size": 32}, parallel={"precision": "bf16"})
     settings = config.load(write_config(tmp_path / "c.yaml", tree))
-    assert doctor._sent_across(settings, sharding, 1000, 8) == sent
+    assert doctor._sent_across(settings, sharding, 1000, config.grad_accum_steps(settings.train, 8)) == sent
 
 
 def test_without_nvlink_all_hosts_are_bad() -> None:
@@ -160,6 +163,24 @@ def test_what_is_nobodys_excludes_nobody() -> None:
 def test_what_nvidia_smi_says() -> None:
     answers = {"ecc": " 0", "rows": " No", "hot": " Active", "old": " [N/A]", "pending": " Yes", "fine": " Not Active"}
     assert doctor.complaints(answers) == {"hot": "Active", "pending": "Yes"}
+
+
+@pytest.mark.parametrize("answer", ["", "0, Not Active, Not Active, Not Active, Not Active"])
+def test_a_gpu_of_which_nvidia_smi_says_nothing_is_not_taken_for_healthy(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(doctor, "_output", lambda *command: answer)
+    assert doctor._health(torch.device("cuda")) == ({} if answer else {"nvidia-smi": "did not answer"})
+
+
+def test_doctor_refuses_what_train_refuses(datasets: Path, tmp_path: Path) -> None:
+    """A batch that one rank can take, and two cannot."""
+    tree = tiny_config(datasets, tmp_path / "run", train={"global_batch_size": 6, "micro_batch_size": 2})
+    config_file = write_config(tmp_path / "c.yaml", tree)
+    done = pretrain("doctor", "--config", config_file, "--seconds", "0.05", ranks=2, check=False)
+    assert done.returncode != 0
+    assert "pretrain doctor: error: train.global_batch_size 6 is not a multiple of" in done.stderr, done.stdout
 
 
 def test_doctor_on_two_ranks(datasets: Path, tmp_path: Path) -> None:
