@@ -57,7 +57,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1, help="processes")
     parser.add_argument("--nodes", type=int, default=1, help="nodes that they are on, as they are told")
-    args, program = parser.parse_known_args()
+    own, program = split(sys.argv[1:])
+    args = parser.parse_args(own)
     with tempfile.TemporaryDirectory(prefix="dry-cuda-") as name:
         folder = Path(name)
         environment = os.environ | {
@@ -73,6 +74,14 @@ def main() -> int:
             return subprocess.run(command, env=environment).returncode
         status = run_ranks(command, environment, args.ranks, args.nodes, folder)
         return status or compare([(folder / f"nccl-{rank}").read_text().splitlines() for rank in range(args.ranks)])
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our own options, which come first and begin with --, and what python is to run, whose options are not ours."""
+    first = 0
+    while first < len(words) and words[first].startswith("--"):
+        first += 1 if "=" in words[first] else 2
+    return words[:first], words[first:]
 
 
 def run_ranks(command: list[str], environment: dict[str, str], ranks: int, nodes: int, folder: Path) -> int:

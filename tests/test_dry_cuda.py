@@ -31,3 +31,9 @@ def test_ranks_that_would_not_have_met_are_told(
 
 def test_no_calls_at_all_are_no_success() -> None:
     assert dry_cuda.compare([[], []]) == 1
+
+
+@pytest.mark.parametrize("own", [[], ["--ranks", "2"], ["--nodes=1", "--ranks", "2"]])
+def test_the_programs_options_are_not_ours(own: list[str]) -> None:
+    program = ["-m", "pretrain", "bench", "--sweep", "--ranks", "4"]
+    assert dry_cuda.split([*own, *program]) == (own, program)
