@@ -58,9 +58,8 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
         raise FileNotFoundError(
             f"{run_dir} has no config.yaml; name the folder of a run (run_dir in its configuration)"
         )
-    model = config.load(run_dir / "config.yaml").model
+    model = config.load(run_dir / "config.yaml", "pretrain export").model
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
-    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
     state = checkpoint.read_state(source)
     taken, made_by = state["step"], state.get("data", {}).get("tokenizer")
     found = folder_fingerprint(run_dir / "tokenizer")
@@ -69,6 +68,7 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
             f"{run_dir / 'tokenizer'} is not the tokenizer of the run: its fingerprint is {found[:19]} and the checkpoint's "
             f"{made_by[:19]}; copy the tokenizer that lies beside the shards there"
         )
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
     with staged(out, {"run": run_dir.name, "step": taken}) as folder:
         facts = hf.write(folder, model, weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None

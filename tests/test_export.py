@@ -76,6 +76,15 @@ def test_mistakes_are_one_line_and_status_2(
     assert not new.exists()
 
 
+def test_a_run_with_a_wrong_configuration_is_refused_in_exports_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("no_such_key: 1\n")
+    with pytest.raises(SystemExit):
+        export.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.startswith("pretrain export: error: ")
+
+
 def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", TINY, steps=(3,))
     tensors = sorted((tmp_path / "run" / "checkpoints" / "step-00000003" / "tensors").glob("*.distcp"))
