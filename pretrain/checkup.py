@@ -188,10 +188,11 @@ def _speed(
 def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Finding]:
     """Within each host, and between hosts: who is slow on all of its links, though they go to hosts that are not.
 
-    Against the hosts' median, of two the faster: a link can be slower than it should, not faster. Within a host also against
-    NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth. Between hosts, where no datasheet of a
-    chip says what there should be, also against what the run sends: bad where that takes longer than the step even if each rank
-    has a network card of its own, a warning where it does if a host has one alone. Of two hosts nobody can tell whose it is.
+    A host is slow if even its fastest link is. That link is compared with the median host's (of two hosts the faster one's: a
+    link can only be slower than it should be). Within a host also with NVLink's datasheet, of which a ring attains three quarters
+    and PCIe less than a tenth. Between hosts, for which no datasheet speaks, also with what the run sends: bad if sending takes
+    longer than the step even with a network card for each rank, a warning if it does with one card for the host. With two hosts
+    nobody can tell which end is slow.
     """
     ranks_of = Counter(rank.host for rank in measured)
     devices = {rank.host: rank.device for rank in measured}
@@ -204,11 +205,12 @@ def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Fi
         typical = median_high(best.values()) if best else 0.0
         for host, speed in best.items():
             chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
-            of_peak = speed / chip.link if chip is not None and chip.link else 1.0
+            peak = chip.link if chip else None
+            of_peak = speed / peak if peak else 1.0
             need = needs.send_bytes_per_s if size == 2 else 0.0
             bad = speed < 0.6 * typical or of_peak < 0.2 or speed < need / ranks_of[host]
             warn = speed < 0.8 * typical or of_peak < 0.4 or speed < need
-            share = f", {100 * of_peak:.0f}% of NVLink" if chip is not None and chip.link else ""
+            share = f", {100 * of_peak:.0f}% of NVLink" if peak else ""
             status = "bad" if bad else "warn" if warn else "ok"
             found, wanted = f"{speed / 1e9:.2f} GB/s{share}", f"usual {typical / 1e9:.2f} GB/s"
             wanted += f", a host sends {need / 1e9:.2g} GB/s by {ranks_of[host]} ranks" if need else ""

@@ -81,7 +81,8 @@ class Cause:
 def overdue(ranks: list[Rank]) -> bool:
     """Whether all that are furthest behind have been where they are for longer than they may.
 
-    A rank that waits for one that is still coming on does not hang, however long it waits, nor when that one has just come.
+    A rank that waits for one that still makes progress does not hang, however long it waits; nor is there an alarm when a rank
+    that is behind has only just come to its place.
     """
     behind = _behind([rank for rank in ranks if not (rank.left or rank.unwatched)])
     return bool(behind) and all(0 < rank.limit_s < rank.age_s for rank in behind)
@@ -111,7 +112,8 @@ def first_cause(ranks: list[Rank]) -> Cause:
         rank = ended[0]
         how = rank.error or "it was aborted, and its log says by what"
         return Cause("failed", [rank], f"{rank.name} lost another rank first: {how}", _ADVICE["link"])
-    for rank in own[:1]:
+    if own:
+        rank = own[0]
         if rank.error is not None:
             return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", _ADVICE["failed"])
         advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
@@ -215,7 +217,8 @@ def page(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
     text = [f"Cria's crash report of {time.strftime('%Y-%m-%d %H:%M:%S %z')}", ""]
     text += [f"{name:<12}{words}" for name, words in rows]
     text += ["", "ranks", *_rank_lines(cause, ranks)]
-    for rank in cause.ranks[:1]:
+    if cause.ranks:
+        rank = cause.ranks[0]
         text += ["", f"where {rank.name} was (more in {STACKS})", *_shortened(rank.trace or rank.stacks, 60)]
     text += ["", "the last metrics", *(line[:300] for line in last_lines(Path(facts.run_dir) / "metrics.jsonl", 3))]
     return "\n".join(text) + "\n"
@@ -233,7 +236,8 @@ def _data(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
         return "none yet: it was before the first step"
     words = f"step {steps[0]}; its documents: pretrain order --config {facts.run_dir}/config.yaml --step {steps[0]}"
     B = facts.micro_batch_size
-    for rank in cause.ranks[:1]:
+    if cause.ranks:
+        rank = cause.ranks[0]
         firsts = range(rank.number * B, facts.global_batch_size, len(ranks) * B)
         slots = ", ".join(f"{first}-{first + B - 1}" if B > 1 else f"{first}" for first in firsts[:8])
         words += f"   (rank {rank.number}: slots {slots}{', ...' if len(firsts) > 8 else ''})"

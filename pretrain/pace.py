@@ -49,12 +49,12 @@ def slow_ranks(paces: list[Pace]) -> list[dict[str, Any]]:
     The median is the lower of the two in the middle, so that of two ranks the slower one can be named.
     """
     found = []
-    for what, seconds, least_s in _figures(paces):
+    for what, seconds, base_s in _figures(paces):
         typical = median_low(seconds)
+        base = typical if base_s is None else base_s
         for rank, (pace, own) in enumerate(zip(paces, seconds)):
-            if own > typical + (SLOWER * typical if least_s is None else SLOWER * least_s):
-                excess = 100 * (own - typical) / (typical if least_s is None else least_s)
-                figures = {"seconds": own, "median_s": typical, "excess_pct": excess}
+            if own > typical + SLOWER * base:
+                figures = {"seconds": own, "median_s": typical, "excess_pct": 100 * (own - typical) / base}
                 found.append({"rank": rank, "host": pace.host, "what": what, **figures})
     return sorted(found, key=lambda line: -line["excess_pct"])
 
