@@ -111,12 +111,12 @@ def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     sequences = ACCUMULATED * settings.train.micro_batch_size
     settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
     subject = {**bench_result.subject(settings, 1), "scale": args.scale}
-    so_far.begin("paper", subject)
+    so_far.check_comparable("paper", subject)
     title = f"GPU hours for {TOKENS / 1e9:.0f}B tokens, beside those of TinyLlama's paper (table 2)"
     notes = [
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
         f"Each model is updated once every {sequences:,} x {seq_len:,} tokens, {ACCUMULATED} micro-batches of ours.",
-        *bench_result.notes(args.steps, args.warmup)[:2],
+        *bench_result.notes(args.steps, args.warmup, waits=False),
     ]
     result = Result("paper", title, subject, [], notes)
     with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:

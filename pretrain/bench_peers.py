@@ -7,6 +7,7 @@ drifts slows all alike. A peer whose first loss is not ours does not train the s
 """
 
 import copy
+import functools
 import json
 import statistics
 import subprocess
@@ -56,8 +57,8 @@ class Variant:
 LIGER = {"liger": {"fused_linear_cross_entropy": True}}
 LIGERS_LOSS = {"liger": {"fused_linear_cross_entropy": True, "rope": False, "rms_norm": False, "swiglu": False}}
 RESIDUAL = {"bf16_residual": True}
-"""Ours has its residual stream in bf16. Theirs is fp32 under autocast, which by arithmetic costs 1 to 2%, unless the embedding's
-output is cast: a line that they don't have, and that FSDP2's mixed precision stands for."""
+"""Our residual stream is bf16. Under autocast theirs is fp32, which by our arithmetic costs 1 to 2%. These variants cast the
+embedding's output: one line, which the peers lack on one device and FSDP2's mixed precision amounts to on many."""
 
 ONE_PIECE = {"compile": True, "chunk_size": 0}
 
@@ -92,7 +93,7 @@ def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
     settings = replace(
         settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
     )
-    so_far.begin("peers", bench_result.subject(settings, 1))
+    so_far.check_comparable("peers", bench_result.subject(settings, 1))
     on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="cria-peers-") as scratch:
         bench = Bench(args, settings, Path(scratch), in_turns=not on_gpu)
@@ -258,7 +259,7 @@ class Bench:
 def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: bool) -> Result:
     """Check that the same model was trained, and set the ratios: each row's seconds over those of the best of ours."""
     reference = rows[0]
-    notes = bench_result.notes(args.steps, args.warmup)[:2]
+    notes = bench_result.notes(args.steps, args.warmup, waits=False)
     if reference["problem"] is None:
         for row in rows[1:]:
             off = abs(row["first_loss"] - reference["first_loss"]) if row["problem"] is None else 0.0
@@ -312,6 +313,7 @@ def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
     return lines
 
 
+@functools.cache
 def _has(python: str, package: str) -> bool:
     """Whether an environment has a package; it is not imported, which can take seconds."""
     check = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package.replace('-', '_')!r}) is None)"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from data_prep.shard import write_atomically
 from pretrain.bench_rows import NOT_ASKED_FOR
 from pretrain.sections import Config
 from pretrain.versions import own_version, versions
@@ -58,10 +59,11 @@ class Result:
     machine: dict[str, Any] = field(default_factory=lambda: machine())
 
     def save(self, out: Path) -> None:
-        """Write OUT.json and OUT.md."""
+        """Write OUT.json and OUT.md, each at once or not at all: an earlier one may hold rows that took an hour."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(f"{out.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-        out.with_name(f"{out.name}.md").write_text(self.markdown())
+        content = {"json": json.dumps(asdict(self), indent=1) + "\n", "md": self.markdown()}
+        for suffix, text in content.items():
+            write_atomically(out.with_name(f"{out.name}.{suffix}"), text.encode())
 
     def markdown(self) -> str:
         """The table, with what one must know to read it."""
@@ -110,14 +112,17 @@ def subject(settings: Config, world_size: int, data: str = "random") -> dict[str
     }
 
 
-def notes(steps: int, warmup: int) -> list[str]:
-    """What the figures mean, for the reader of the table."""
-    return [
+def notes(steps: int, warmup: int, waits: bool = True) -> list[str]:
+    """What the figures mean, for the reader of the table; waits: whether they tell of data and communication, too."""
+    lines = [
         f"Tokens/s from the median of {steps} steps after {warmup} of warm-up; spread: slowest minus fastest.",
         "M1 = 6 N + 12 L D T FLOPs a token, M3 = 6 N_matmul + 6 L D T (causal); MFU of the chip's dense bf16 peak, where known.",
+    ]
+    of_waits = [
         "Data: share of the time that a step waits for its next batch, from the loader's threads or its own reading.",
         "Communication: share of a profiled window of two steps in which a NCCL kernel (CPU: a gloo collective) runs.",
     ]
+    return lines + of_waits if waits else lines
 
 
 def machine() -> dict[str, Any]:
@@ -223,8 +228,8 @@ class SoFar:
         self._out, self._earlier = out, earlier
         self.result: Result | None = None
 
-    def begin(self, kind: str, subject: dict[str, Any]) -> None:
-        """Say what is about to be timed. Raises ValueError: it cannot be compared with --compare."""
+    def check_comparable(self, kind: str, subject: dict[str, Any]) -> None:
+        """Raises ValueError: what is about to be timed cannot be compared with --compare."""
         if self._earlier is not None:
             self._earlier.check(kind, subject)
 

@@ -50,8 +50,8 @@ class Timing:
     in_turns: bool = False
     """Wait for a line on standard input before each step."""
     of_micro_steps: int | None = None
-    """Micro-steps of the step that the figures are of; where the timed step has fewer, it must have `MICRO_STEPS`, and each
-    further one is counted with the seconds of the second. None: those of the timed step."""
+    """Number of micro-steps in the step that the figures describe. If fewer are timed, they must be `MICRO_STEPS`, and each
+    missing one counts as long as the second. None: as many as are timed."""
 
 
 def measure(settings: Config, timing: Timing) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         "device": parallel.device_name(device),
         "flops_per_token": run.flops_per_token,
         "planned_mem_gib": _planned_mem_gib(run) if device.type == "cuda" else None,
-        "backends": {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices},
+        "backends": _backends(run),
     }
 
 
@@ -168,6 +168,11 @@ def _largest(figures: list[float]) -> list[float]:
     return ranks.all_reduce_max(torch.tensor(figures, dtype=torch.float64)).tolist()
 
 
+def _backends(run: trainer.Run) -> dict[str, str]:
+    """Operation -> the library that computes it."""
+    return {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices}
+
+
 def _planned_mem_gib(run: trainer.Run) -> float | None:
     """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say."""
     settings, gpus = run.config.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -175,8 +180,7 @@ def _planned_mem_gib(run: trainer.Run) -> float | None:
         return None
     nodes, micro_batch_size = run.fabric.world_size // gpus, run.config.train.micro_batch_size
     layout = memory.Layout.of(settings, run.sharding, nodes, gpus, micro_batch_size, run.grad_accum_steps)
-    backends = {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices}
-    layout = replace(layout, fused_swiglu=backends["swiglu"] == "liger")
+    layout = replace(layout, fused_swiglu=_backends(run)["swiglu"] == "liger")
     planned = memory.memory(run.config.model, run.config.data.seq_len, layout)
     return (planned.total - planned.context - planned.fragmentation) / 2**30
 

@@ -63,7 +63,7 @@ def sweep(args: Any, settings: config.Config, keys: list[str], so_far: SoFar) ->
         "memory_limit_gib": args.memory_limit_gib,
         "grad_accum_steps": args.grad_accum_steps,
     }
-    so_far.begin("sweep", subject)
+    so_far.check_comparable("sweep", subject)
     config.grad_accum_steps(settings.train, args.ranks)  # whole, or refused as training would
     with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
         search = Sweep(args, settings, keys, Path(scratch))

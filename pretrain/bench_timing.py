@@ -18,7 +18,7 @@ import torch
 T = TypeVar("T")
 
 MICRO_STEPS = 3
-"""As many show a step of any number of micro-steps: the first, one of those between, which are all alike, and the last."""
+"""Three micro-steps stand for a step of any number: the first, one of those in the middle, which are all alike, and the last."""
 
 SPENT = ("out of memory", "can't allocate memory", "Unable to allocate")
 """What the allocators of CUDA, of torch on a CPU and of numpy say when there is no memory left."""

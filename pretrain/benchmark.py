@@ -5,8 +5,8 @@
                                  --peers           the same model through litgpt, transformers, torchtitan ...
                                  --paper           GPU hours for 300B tokens: TinyLlama-1.1B, Pythia-1.0B, MPT-1.3B
 
-Each leaves OUT.json and OUT.md, the last three from the first row on; `--compare` an earlier OUT.json ends with status 1 where
-something got slower.
+Each leaves OUT.json and OUT.md. Rows are saved as they come by --sweep, --paper and, on a GPU, --peers; on a CPU the peers take
+turns and are saved at the end. `--compare` an earlier OUT.json ends with status 1 where something got slower.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     args, keys = parser.parse_known_args(argv)
     try:
         settings = config.parse(["--config", str(args.config), *keys], PROG)
-        _check(args, settings)
+        _check_and_complete(args, settings)
         return _bench(args, settings, keys)
     except (ValueError, OSError) as error:
         fail(PROG, error)
@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace, settings: config.Config) -> None:
+def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> None:
+    """Refuse what cannot be timed, and fill in what was not said: args.kind and args.out."""
     at_least = {"steps": 1, "warmup": 1, "grad_accum_steps": 1, "ranks": 1}
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -180,7 +181,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
     config.grad_accum_steps(settings.train, world_size)
     subject = bench_result.subject(settings, world_size, args.data)
-    so_far.begin("step", subject)
+    so_far.check_comparable("step", subject)
     trace = args.out.with_name(f"{args.out.name}.trace.json")
     timing = bench_step.Timing(
         steps=args.steps,

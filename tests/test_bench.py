@@ -1,6 +1,7 @@
 """`pretrain bench`: the step, its figures and their comparison; memory that does not suffice; processes of its own."""
 
 import json
+import resource
 import statistics
 import sys
 import time
@@ -253,7 +254,22 @@ def test_a_sweep_under_torchrun_is_refused(settings: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "4")
     args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
     with pytest.raises(ValueError, match="start it without torchrun, with --ranks 4"):
-        benchmark._check(args, config.load(settings))
+        benchmark._check_and_complete(args, config.load(settings))
+
+
+def test_a_save_for_which_the_disk_has_no_room_leaves_the_rows_of_the_one_before(tmp_path: Path) -> None:
+    result = bench_result.Result("sweep", "t", {}, [{"name": "first", "problem": None}])
+    result.save(tmp_path / "sweep")
+    result.rows.append({"name": "second", "problem": "x" * 4096})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            result.save(tmp_path / "sweep")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [row["name"] for row in load(tmp_path / "sweep")["rows"]] == ["first"]
+    assert "| first |" in (tmp_path / "sweep.md").read_text()
 
 
 # --- children --------------------------------------------------------------------------------------------------------
