@@ -1,8 +1,8 @@
 # What a site must set, once; sourced by slurm.sbatch, torchrun.sh and prepare.sbatch. A variable that is set already wins.
 
-# The network between the nodes, for NCCL's and gloo's first handshake. Without it NCCL takes the first interface that is up and
-# gloo the one of the host's own name, which on many systems is 127.0.1.1: the start is refused. On a node with several it may be
-# one that the others cannot reach: the start hangs. See `ip -brief address`.
+# The network between the nodes, for NCCL's and gloo's first handshake; see `ip -brief address`. Without it NCCL takes the first
+# interface that is up, perhaps one the others cannot reach: the start hangs. gloo takes the host name's address, often 127.0.1.1:
+# the start is refused.
 # export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-ib0} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-ib0}
 
 # Which InfiniBand cards carry the data, where a node also has others, such as one for storage. See `ibstat -l`.

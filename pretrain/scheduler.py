@@ -156,7 +156,7 @@ class Stop:
         return words.get(self.reason) or signal.Signals(self.reason).name
 
     def status(self, steps: int) -> int:
-        """The exit status after so many steps: REQUEUE, 130 for Ctrl-C, 2 for TAKEN, or LATER where there was not one."""
+        """The exit status of a process that made `steps` steps: 2 for TAKEN, 130 for Ctrl-C, LATER if none, else REQUEUE."""
         if self.reason == TAKEN:
             return 2
         if self.reason == signal.SIGINT:
@@ -196,7 +196,8 @@ def failures() -> int:
 def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
     """Hold a job that fails again and again and gets nowhere; called by all ranks, before they join.
 
-    restarts.json says at which failure there last was a new checkpoint; a start by hand begins anew (`note_start`).
+    restarts.json says at which failure there last was a new checkpoint; a start by hand begins anew (`note_start`), and so does
+    the first link of a chain, but not the others.
     updates: of the weights, as the newest checkpoint has them (steps that are skipped get nowhere); limit: see
     `train.max_restarts`.
 
@@ -220,8 +221,11 @@ def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
 
 
 def note_start(run_dir: Path, updates: int) -> None:
-    """A start by hand begins to count anew; called by who holds the run's lock, so that a job that is refused changes nothing."""
-    if not restarts():
+    """A start before which nothing has failed, as one by hand, begins to count anew.
+
+    Called by who holds the run's lock, so that a job that is refused changes nothing.
+    """
+    if not failures():
         _record(run_dir, updates)
 
 

@@ -167,6 +167,26 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkey
         start(restart, newest=restart * 10)
 
 
+def test_links_of_a_chain_that_get_nowhere_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is a restart for SLURM; launch/slurm.sbatch counts their failures together."""
+    monkeypatch.setenv("CRIA_CHAIN", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+
+    def link(task: int, failed: int) -> None:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        monkeypatch.setenv("CRIA_FAILURES", str(failed))
+        scheduler.check_restarts(tmp_path / "run", 10, limit=2)
+        scheduler.note_start(tmp_path / "run", 10)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / scheduler.RECORD).write_text('{"updates": 10, "restart": 7}')  # an earlier job's
+    for task, failed in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        link(task, failed)
+    with pytest.raises(ValueError, match="2 restarts have saved nothing beyond 10 updates"):
+        link(5, 3)
+    link(1, 0)  # another chain
+
+
 def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ def run_stub(
     stub: str = STUB,
     first: str = "",
     config: tuple[str, ...] = ("--config", "a b.yaml"),
+    run_dir: str = "runs/%a",
 ) -> list[str]:
     """Run the script around the stub until nothing is queued any more; gives the lines of its ranks or agents, sorted.
 
@@ -140,7 +141,7 @@ def run_stub(
         f"--export=ALL,PATH={path}",
         "launch/slurm.sbatch",
     ]
-    cluster.run(*command, *config, "--run_dir", "runs/%a", cwd=folder)
+    cluster.run(*command, *config, "--run_dir", run_dir, cwd=folder)
     deadline = time.monotonic() + 300
     while queued := cluster.run("squeue", "-h", "-o", "%i %T").stdout:
         for line in queued.splitlines():
@@ -257,6 +258,25 @@ esac
     assert lines == ["0 failures, as submitted"] * 4 + ["1 failures, as submitted"] * 10
     (log,) = tmp_path.glob("pretrain-*.log")
     assert log.read_text().count("it starts in 60 s") == 1, "after the second start that came to nothing"
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "counts"),
+    [("run", {"1": [0], "2": [1], "3": [2], "": [3]}), ("run/%a", {"1": [0], "2": [0], "3": [0], "": [1] * 3})],
+)
+def test_links_of_a_chain_count_their_failures_together_and_runs_of_an_array_each_its_own(
+    cluster: slurm.Slurm, tmp_path: Path, run_dir: str, counts: dict[str, list[int]]
+) -> None:
+    """On a site without scontrol, where a job submits the next one if no link comes after it."""
+    enough = "$CRIA_FAILURES" if "%a" in run_dir else "$CRIA_FAILURES >= 3"
+    stub = f"""#!/usr/bin/env bash
+echo "$SLURM_ARRAY_TASK_ID: $CRIA_FAILURES"
+((! ({enough}))) || exit 2
+[ "$RANK" != 0 ] || touch "$CRIA_BEGUN"
+exit 1
+"""
+    lines = run_stub(cluster, tmp_path, False, "--array=1-3%1", stub=stub, run_dir=run_dir)
+    assert lines == sorted(f"{task}: {count}" for task, its in counts.items() for count in its for _ in range(2))
 
 
 @pytest.mark.long
