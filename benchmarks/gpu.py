@@ -37,7 +37,7 @@ OPTIONAL = (
     "torchtitan",
 )
 
-FULL = ["--train.micro_batch_size", "16"]
+MICRO_BATCH = ["--train.micro_batch_size", "16"]
 
 SMALL = [
     *("--model.hidden_size", "64", "--model.intermediate_size", "160", "--model.num_hidden_layers", "2"),
@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
 
 
 def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> bool:
-    command = [sys.executable, "-m", "pretrain", "bench", "--config", str(args.config), *FULL]
+    command = [sys.executable, "-m", "pretrain", "bench", "--config", str(args.config), *MICRO_BATCH]
     command += [*part.options, *(SMALL + part.small if args.small else []), "--out", str(out)]
     if part.budget:
         aside = 10 if args.small else 40  # for its imports, the device's context, and to write the result

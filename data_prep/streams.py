@@ -45,7 +45,10 @@ def standard_streams(command: str, lasting: bool = False) -> Iterator[None]:
 
 
 def _open_if_missing(descriptor: int) -> None:
-    """Else the next file or socket would get this number, and a child process would lose it. All below are open."""
+    """Otherwise the next file or socket would get this number, and lose it in a child process.
+
+    All lower ones are open, so os.open returns exactly this one.
+    """
     try:
         os.fstat(descriptor)
     except OSError:

@@ -56,8 +56,9 @@ class Parser(jsonargparse.ArgumentParser):
 def fail(command: str, message: object, status: int = 2) -> NoReturn:
     """Print one line on standard error and exit.
 
-    Of several ranks the first speaks for all. The others wait: a launcher ends every rank when one has left, and it would be
-    in the middle of its imports. Who is still there then has found something of his own, or has a log of his own.
+    Rank 0 prints at once, the others only after `PATIENCE_S`: a launcher ends all ranks when one has left, and would catch them
+    in the middle of their imports. A rank that is still there after that has a problem, or a log, of its own, and prints its own
+    line.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:

@@ -40,7 +40,8 @@ _MODEL_AT_MOST = {
     "num_hidden_layers": 10_000,
     "max_position_embeddings": 2**24,
 }
-"""What lies beyond ten times the largest that anybody trains is a slip; built, it would end in the middle of a library."""
+"""A value ten times beyond the largest that anybody trains is a typing error; without these limits it would fail deep inside a
+library."""
 
 
 def parse(
@@ -67,9 +68,8 @@ def parse(
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type) and not isinstance(parsed[section.name], jsonargparse.Namespace):
             parser.error(f"{section.name} is {parsed[section.name]!r}; it must hold keys, or be left out")
-    instantiate = (
-        getattr(parser, "instantiate", None) or parser.instantiate_classes
-    )  # its name before jsonargparse 4.49
+    # instantiate_classes is its name before jsonargparse 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     values = instantiate(parsed).as_dict()
     del values["config"]
     config = Config(**values)

@@ -11,7 +11,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-_EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEEPEST = 100
 """Collections within each other; a configuration has five, and what reads a tree calls itself at each."""
 
@@ -72,7 +72,7 @@ class _Open:
 def _refuse(text: str) -> None:
     """Walk through the parser's events, before anything is built of them."""
     open_: list[_Open] = []
-    for event in yaml.parse(text, Loader=_EVENTS):
+    for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.CollectionEndEvent):
             open_.pop()
         elif isinstance(event, yaml.NodeEvent):

@@ -26,7 +26,7 @@ from pretrain.model import KVCache, Llama
 from pretrain.reading import read_tokenizer
 
 _LEAST = torch.finfo(torch.float32).tiny
-"""What is computed in fp32 is not divided by less, nor compared with it: to fp32 less may be 0."""
+"""Lower bound for temperature and top_p: a smaller number may be 0 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def continue_text(
         FileNotFoundError: no model or no tokenizer in `folder`.
         ValueError: a model that Cria cannot represent, or a prompt that leaves no room or is no text.
     """
-    prompt.encode()  # half a character, as the shell's bytes become that are no UTF-8, is an error here and not in a library
+    prompt.encode()  # argv bytes that are not UTF-8 arrive as lone surrogates: fail here and not inside a library
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; name a folder that `pretrain export` wrote")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
@@ -103,7 +103,8 @@ def continue_text(
     known_ids = tokenizer.get_vocab_size(with_added_tokens=True)
     token_ids = generate(model, prompt_ids, max_new_tokens, eos_ids, sampling, generator, known_ids)
 
-    started, new_ids, waiting = time.perf_counter(), [], prompt  # which a model that cannot be computed leaves unsaid
+    started, new_ids = time.perf_counter(), []
+    waiting = prompt  # printed with the first token: nothing is printed where the first forward fails
     for token_id in token_ids:
         new_ids.append(token_id)
         print(waiting + stream.push(token_id), end="", flush=True)

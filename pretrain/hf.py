@@ -188,8 +188,8 @@ def _begins_with_bos(tokenizer_config: dict[str, Any]) -> bool:
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a tokenizer. Where texts do not begin with BOS none is named: the model has never seen it.
 
-    Evaluations put a tokenizer's BOS before a text that has nothing before it, and EOS where there is no BOS, which is what
-    stands before every document but the first in shards without BOS.
+    Evaluation tools put BOS before a text without context, or EOS where the tokenizer names no BOS. EOS is right here: in shards
+    without BOS it stands before every document but the first.
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if not _begins_with_bos(read_json(folder / "tokenizer_config.json")):

@@ -23,7 +23,7 @@ WORD_S = 3.0
 
 
 class Lines:
-    """Messages over a socket, one JSON object a line. Never waits: what does not fit the socket's buffer is a lost peer."""
+    """Messages over a socket, one JSON object a line. A peer that takes nothing for 5 s is lost."""
 
     def __init__(self, peer: socket.socket):
         self.socket = peer

@@ -1,4 +1,4 @@
-"""Importing torch without the garbage collector, which takes as long as the import itself."""
+"""Import torch with the garbage collector off: collecting would take as long as the import itself."""
 
 import gc
 from collections.abc import Iterator

@@ -173,7 +173,9 @@ def kept_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 
 
 def copied(model: ModelConfig, layout: Layout) -> int:
-    """Weights whose copies in bf16 stay for the backward on a lone GPU (numbers); what is computed again casts them again."""
+    """Number of weights whose bf16 copies stay until the backward, on a single GPU; what is recomputed casts its weights again
+    instead.
+    """
     recast = model.num_hidden_layers - 1 if layout.recompute == "mlp" and not layout.activation_checkpointing else 0
     return count(model).in_products - recast * 3 * model.hidden_size * model.intermediate_size
 
@@ -197,7 +199,7 @@ def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 
 
 def tokens_at_a_time(model: ModelConfig, seq_len: int, layout: Layout) -> int:
-    """Of which tokens of a micro-step the logits exist together."""
+    """How many of a micro-step's tokens have their logits in memory at the same time."""
     tokens = layout.micro_batch_size * seq_len
     kept = tokens * model.hidden_size if layout.compile else 0
     return min(ops.logits_chunk(model.vocab_size, "cuda", kept), tokens)

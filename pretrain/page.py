@@ -89,7 +89,7 @@ def render(name: str, history: History, pictures: dict[str, Path], config_text: 
         f'<h2>Pictures</h2><div class="pictures">{figures}</div>' if figures else "",
         f"<h2>Processes</h2>{_processes(history.starts)}" if history.starts else "",
         f'<h2>Configuration</h2><div class="box"><pre>{_(config_text)}</pre></div>' if config_text else "",
-        f"<footer>Drawn by <code>pretrain report</code> from metrics.jsonl alone.{torn} Losses are in nats a token, "
+        f"<footer>Drawn by <code>pretrain report</code> from the run's folder alone.{torn} Losses are in nats a token, "
         "over all ranks. The median of tokens/s leaves out the first line, which holds the warming up.</footer>",
     ]
     return (

@@ -108,7 +108,9 @@ def _layout(settings: config.Config) -> Layout:
 
 
 def _chip(device: torch.device) -> Chip:
-    """By name; what is not known of it has a nominal figure, which the measurement corrects (a link does not: PCIe's)."""
+    """The chip by its name. An unknown one gets nominal figures, which the measurement corrects, all but its link: PCIe's is
+    assumed.
+    """
     if device.type == "cpu":
         return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10, 1e11)
     properties = torch.cuda.get_device_properties(device)

@@ -87,8 +87,8 @@ class SourceConfig:
     train: str
     """Folder with the manifest of the training split (path)."""
     weight: float | None = None
-    """Share of this source in every step, relative to the other sources' weights (sequences to sequences; 7 and 3 is 7:3);
-    none, for all sources alike: by size, each sequence of all as often as any other."""
+    """This source's share of every step (sequences), relative to the other sources' weights: 7 and 3 is 7:3. none (then for all
+    sources): by size, so that every sequence is drawn equally often."""
     validation: str | None = None
     """Folder with the manifest of the validation split (path); none: this source is not validated."""
 
@@ -112,12 +112,12 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """The mixture, a list of: name (what the source is called in metrics and pictures); train and validation (folders that
     data-prep wrote, paths; without validation it is not validated); weight (its share of every step, relative to the others':
-    7 and 3 is 7:3; without weights each sequence of all is as likely as any other)."""
+    7 and 3 is 7:3; without weights every sequence is drawn equally often)."""
     stages: list[StageConfig] = field(default_factory=list)
     """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
     verify: Literal["full", "sizes"] = "full"
-    """What is checked of the shards before the first step: their sizes only, or every byte's checksum and every id, shared
-    among the ranks and done once until a file changes."""
+    """What is checked of the shards before the first step. full: every byte's checksum and every token id, the ranks sharing the
+    work; a dataset that passed is not read again until a file changes. sizes: only the files' sizes."""
     allow_change: bool = False
     """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2
@@ -144,16 +144,17 @@ class TrainConfig:
     """Adds z_loss (no unit) x log^2 Z to what is minimised, Z the sum of a token's exp(logits), so that logits do not drift
     (PaLM, arXiv 2204.02311, section 5, uses 1e-4). It acts through the gradient; what is logged stays the cross-entropy."""
     max_skipped_steps: int = 10
-    """Stop when so many steps in a row were left out because the gradient was not finite, or 0 (steps)."""
+    """Stop when so many steps in a row were skipped because the gradient norm was infinite, NaN or 0 (steps)."""
     deterministic: bool = False
     """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
     max_hours: float = 0.0
     """Save and leave before so many hours are over, where the scheduler does not tell its limit (hours); 0: no limit."""
     stop_margin_s: float = 60.0
-    """Kept free at the end of the job's time, besides the longest step and twice the longest of the last 8 saves; at most half
-    of the time is, in all (seconds)."""
+    """Kept free at the end of the job's time (seconds), in addition to the longest step and twice the longest of the last 8
+    saves. Together they take at most half of the time that was left when training began."""
     max_restarts: int = 3
-    """Refuse to start after so many restarts by the scheduler without a new checkpoint between them."""
+    """Refuse to start after so many failed restarts in a row that added no update to the newest checkpoint; preemptions do not
+    count under launch/slurm.sbatch."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ class CheckpointConfig:
     """Save, too, when the last save is so long ago: what a crash costs at most (minutes); 0: by steps only, and so
     where `keep_last` is 0."""
     keep_last: int = 3
-    """Committed checkpoints of `every_steps`-th steps to keep, newest first, and among the two newest those that the clock or a
-    signal has made between; 0: all of them."""
+    """How many checkpoints of multiples of `every_steps` to keep, the newest ones. One saved between them, by the clock or a
+    signal, is kept while it is one of the two newest. 0: keep all."""
     keep_every: int = 0
     """Keep the checkpoints of every so many steps for good (steps); 0: none."""
     in_background: bool = True
@@ -217,14 +218,16 @@ class ParallelConfig:
     strategy: Literal["auto", "single", "full_shard", "shard_grad_op", "hybrid"] = "auto"
     """single: one rank, not sharded. full_shard: parameters, gradients and optimizer state over all ranks. shard_grad_op:
     alike, but parameters stay gathered. hybrid: sharded over groups of ranks (`shard_size`), the groups replicas of each
-    other. auto: single for one rank; on several nodes hybrid, but full_shard where a node's share of the state is more than half
-    of a GPU's memory; on one node shard_grad_op where it fits the GPU, else full_shard; the log says what and why."""
+    other. auto: single for one rank. Several nodes: hybrid, unless weights, gradients and optimizer divided over one node take
+    more than half of a GPU's memory; then full_shard. One node: shard_grad_op where parameters and gradients kept whole take at
+    most a sixth of a GPU's memory, else full_shard. The log says what and why."""
     shard_size: int = 0
     """Ranks (processes) of a group in hybrid, neighbours in rank; 0: those of a node."""
     gather: Literal["auto", "layer", "micro_step", "step"] = "auto"
-    """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32): for a layer's forward and again for its
-    backward; from a micro-step's forward to its backward; from a step's first forward to its last backward. auto: step for
-    shard_grad_op, and for hybrid where they take at most a sixth of the GPU's memory, else layer."""
+    """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32). layer: for one layer's forward, gathered
+    again for its backward. micro_step: from a micro-step's forward to its backward. step: from a step's first forward to its
+    last backward. auto: step for shard_grad_op, and for hybrid where they take at most a sixth of the GPU's memory, else
+    layer."""
     reduce: Literal["auto", "micro_step", "step"] = "auto"
     """When gradients are reduced: in every micro-step, so that a rank keeps its shard of the sum; or once a step, so that
     it keeps the whole sum between micro-steps (4 bytes a parameter). hybrid reduces over its replicas once a step in any case.
@@ -237,10 +240,10 @@ class ParallelConfig:
     """Every so many layers, drop one's activations in the forward and compute them again in the backward (layers): 1, every
     layer; 0, none."""
     recompute: Literal["none", "elementwise", "mlp"] = "none"
-    """What the other layers compute again in the backward. elementwise: results of norms and of SwiGLU, no product. mlp: also
-    gate_proj and up_proj, about a sixth more products. Of 59.5 kB a token and layer (TinyLlama, bf16) 40.1 and 17.5 stay. Without
-    `compile` a norm's result is kept for the product that takes it: elementwise then saves SiLU's alone, and that only where
-    `ops.swiglu` is torch; mlp works alike."""
+    """What layers without `activation_checkpointing` compute again in the backward. elementwise: the results of norms and of
+    SwiGLU, no matrix product. mlp: also gate_proj and up_proj, about a sixth more products. TinyLlama in bf16 keeps 59.5 kB a
+    token and layer with none, 40.1 with elementwise, 17.5 with mlp. Without `compile`, elementwise saves only SiLU's result, and
+    only where `ops.swiglu` is torch: a norm's result is kept for the product that takes it. mlp works without `compile` too."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """Type of the products and of the residual stream; weights, optimizer, reductions, statistics of norms and the loss are
     always fp32. fp8: the layers' linear products in float8 with one scale a tensor (torchao), all else bf16."""

@@ -11,7 +11,8 @@ from pretrain.imports import importing
 def main(argv: list[str]) -> int:
     """Train, or go on with, a run. What a user can mend ends as one line; an error in the loop keeps its traceback.
 
-    What a machine keeps from the run (OSError) is final only at the first start: what worked before may work again later.
+    An OSError (the machine's problem) ends the job for good, status 2, only at its first start; at a restart the status is
+    LATER, because what worked before may work again.
     """
     stop = scheduler.Stop()
     _open_many_files()

@@ -1,4 +1,4 @@
-"""Versions of what figures and bits hang on."""
+"""The versions that measured figures and a run's exact bits depend on."""
 
 import platform
 import subprocess

@@ -57,10 +57,10 @@ def at(place: str, step: int | None = None) -> None:
 
 
 def alive() -> None:
-    """Say that this rank gets on at the place where it is: its time there begins anew. As often as one likes, by
-    the main thread or by one that it waits for.
+    """Say that this rank makes progress where it is, so that its time there starts again.
 
-    Unlike `at`, which all ranks call alike: who has come to more places is ahead of the others.
+    May be called any number of times, by the main thread or one that it waits for. It does not count as a place: places are
+    counted, and all ranks must come to the same ones.
     """
     if (watchdog := _watchdog()) is not None:
         watchdog.alive()
