@@ -79,25 +79,27 @@ def _children(pid: int) -> list[int]:
     return [int(word) for word in listed.split()]
 
 
-def disturb(process: subprocess.Popen, victim: str, delay: float, rng: random.Random) -> bool:
-    """Kill after `delay` seconds; says whether there was something to kill."""
+def disturb(process: subprocess.Popen, victim: str, delay: float, rng: random.Random) -> str | None:
+    """Kill after `delay` seconds; gives who was killed, the command where there is no worker; None: there was nothing to kill."""
     try:
         process.wait(delay)
-        return False
+        return None
     except subprocess.TimeoutExpired:
         pass
     workers = workers_of(process.pid)
-    if victim == "worker" and workers:
+    if victim == "worker" and not workers:
+        victim = "command"
+    if victim == "worker":
         try:
             os.kill(rng.choice(workers), signal.SIGKILL)
         except ProcessLookupError:
-            return False
+            return None
     elif victim == "group":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
     process.wait()
-    return True
+    return victim
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -137,12 +139,12 @@ def main() -> None:
                     run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
                 )
                 victim = rng.choice(("group", "worker", "command"))
-                before = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
-                if disturb(process, victim, rng.random() * longest, rng):
-                    kills[victim] += 1
+                before, left = len(list(out.glob("units/**/*.json"))), set(out.rglob("*.tmp"))
+                if killed := disturb(process, victim, rng.random() * longest, rng):
+                    kills[killed] += 1
                     longest *= 1.1
-                    done = len(list(out.glob("units/**/*.json"))) if out.exists() else 0
-                    half = any(out.rglob("*.tmp")) if out.exists() else False
+                    done = len(list(out.glob("units/**/*.json")))
+                    half = bool(set(out.rglob("*.tmp")) - left)  # an earlier kill's may still lie there
                     moments[
                         "in the middle of a file" if half else "between files" if done > before else "before the first"
                     ] += 1
