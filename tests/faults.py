@@ -78,6 +78,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--append", action="store_true", help="add to the summary that is there")
     args = parser.parse_args()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
+    read(args.out, versions, args.append)  # refused now, and not after hours of trials
     started, few = time.monotonic(), [n for n in args.ranks if n <= 2]
     settings = fault_runs.make_settings(fault_runs.make_data(args.folder / "datasets"), args.folder)
     parts = {
@@ -104,17 +106,22 @@ def main() -> int:
             summary[name]["seconds"] = round(time.monotonic() - begun)
             print(json.dumps({name: summary[name]}), flush=True)
     broken = sum(len(part["failures"]) for part in summary.values())
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
     write(args.out, summary, versions, args.append)
     print(f"{broken} broken promises in {time.monotonic() - started:.0f} s", flush=True)
     return 1 if broken else 0
 
 
-def write(out: Path, summary: dict[str, Any], versions: dict[str, Any], append: bool) -> None:
-    """Write the summary, or add it to the one that is there, which must be of the same versions."""
+def read(out: Path, versions: dict[str, Any], append: bool) -> dict[str, Any]:
+    """The summary to add to; empty where a new one begins. Raises ValueError: it was made with other versions."""
     before = json.loads(out.read_text()) if append and out.exists() else {"versions": versions}
     if before.pop("versions") != versions:
         raise ValueError(f"{out} was made with other versions; begin anew without --append")
+    return before
+
+
+def write(out: Path, summary: dict[str, Any], versions: dict[str, Any], append: bool) -> None:
+    """Write the summary, or add it to the one that is there, which must be of the same versions."""
+    before = read(out, versions, append)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**add(before, summary), "versions": versions}, indent=1) + "\n")
 

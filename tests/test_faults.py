@@ -43,3 +43,11 @@ def test_summaries_add_up(tmp_path: Path) -> None:
     added = json.loads((tmp_path / "out.json").read_text())
     assert added["kills"] == {"trials": 5, "differ": 1, "failures": ["run 0"], "places": {"1 ranks": 2, "2 ranks": 3}}
     assert added["saves"] == {"trials": 1}
+
+
+def test_another_version_is_refused_before_hours_of_trials(tmp_path: Path) -> None:
+    faults.write(tmp_path / "out.json", {}, {"torch": "2"}, append=False)
+    places = ["--append", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
+    done = subprocess.run([sys.executable, faults.__file__, "--kills", "1", *places], capture_output=True, text=True)
+    assert "was made with other versions" in done.stderr
+    assert not (tmp_path / "runs").exists(), "nothing was begun"
