@@ -182,7 +182,7 @@ def series(
     except AssertionError as error:
         problem, again = str(error), None
     facts = {"requeues": requeues, "kinds": dict(disturbed), "steps": steps, "steps_trained_twice": again}
-    return {**facts, "seconds_from_disturbance_to_new_steps": sorted(waits[1:]), "problem": problem}
+    return {**facts, "seconds_from_stop_to_new_steps": sorted(waits[1:]), "problem": problem}
 
 
 def main() -> int:
