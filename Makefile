@@ -15,12 +15,13 @@ help:
 	@echo "make test       lint, types and all tests but the longest"
 	@echo "make test-long  the tests that take a minute or more: Triton's interpreter, hangs, bench-gpu in miniature, more of SLURM"
 	@echo "make test-gpu   the operations of every installed library against the reference, and whole runs, on a GPU"
+	@echo "make lint       mend what ruff can, format, and check the types"
 	@echo "make faults     the long form of the fault tests: 300 kills, 1,000 damaged files, failing disks, requeues (hours; strace, root)"
 	@echo "make bench-cpu  a training step against other trainers' code on the CPU; PEERS=/path/to/bin/python has litgpt, torchtitan; attention within documents"
 	@echo "make bench-checkpoint  what a save costs, against Fabric; the loader (TINYLLAMA=CHECKOUT: against TinyLlama)"
 	@echo "make bench-gpu  all that a GPU has to show, in under ten minutes, without installing anything"
 	@echo "make bench-watchdog  how soon a hang is named and a death noticed; 10,000 steps without an alarm"
-	@echo "make bench-data data preparation against the usual ways"
+	@echo "make bench-data data preparation against the usual ways, on 500 MB of each kind; PEERS=/path/to/bin/python has datatrove, litdata"
 	@echo "make clean      remove runs/demo"
 
 setup: $(VENV)/.installed
@@ -82,7 +83,7 @@ bench-checkpoint: setup
 	python benchmarks/checkpoint.py
 
 bench-data: setup
-	python benchmarks/data_prep_speed.py
+	python benchmarks/data_prep_speed.py $(PEERS:%=--peers_python %) --megabytes 500
 
 clean:
 	rm -rf $(DEMO)
