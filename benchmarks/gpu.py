@@ -100,8 +100,8 @@ PARTS = (
         SHORT,
     ),
     Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
-    Part("peers", "ours against every peer", 560, ["--peers", *ONE], [*SHORT, *SOME], True),
-    Part("paper", "hours for 300B tokens", 270, ["--paper", *ONE, *QUICK], [*SHORT, "--scale", "0.03"], True),
+    Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
+    Part("paper", "hours for 300B tokens", 270, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
     Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW, *FOUR], True),
 )
 """Each takes at most what time is left: the later ones are best asked for by themselves, --parts peers."""

@@ -24,6 +24,18 @@ from pretrain.imports import importing
 
 PROG = "pretrain bench"
 
+OF_KINDS = {
+    "profile": ("step",),
+    "data": ("step", "sweep"),
+    "grad_accum_steps": ("step", "sweep"),
+    "rows": ("sweep", "peers"),
+    "ranks": ("sweep",),
+    "scale": ("paper",),
+    "peers_python": ("peers", "paper"),
+    "budget_s": ("sweep", "peers", "paper"),
+}
+"""Options that not every kind of benchmark heeds, and those that do."""
+
 
 def main(argv: list[str]) -> int:
     """Time, write the result, compare; 1: slower than before, or nothing could be timed; 130: interrupted."""
@@ -129,8 +141,10 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
         if value is not None and value <= 0:
             raise ValueError(f"--{name} is {value:g}; it must be above 0")
     args.kind = next((kind for kind in ("sweep", "peers", "paper") if getattr(args, kind)), "step")
-    if args.profile and args.kind != "step":
-        raise ValueError(f"--profile traces the configuration's own step; --{args.kind} has none: ask for it by itself")
+    for name, kinds in OF_KINDS.items():
+        if args.kind not in kinds and getattr(args, name) != _parser().get_default(name):
+            there = " or ".join(map(_asked, kinds))
+            raise ValueError(f"--{name} is for {there}; {_asked(args.kind)} would not heed it: leave it out")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.kind != "step" and world_size > 1:
         raise ValueError(
@@ -143,6 +157,10 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
     if args.row is None and os.environ.get("RANK", "0") == "0":
         _make_folder(args.out)
+
+
+def _asked(kind: str) -> str:
+    return "the step alone" if kind == "step" else f"--{kind}"
 
 
 def _make_folder(out: Path) -> None:

@@ -236,7 +236,9 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
         (["--compare", "/nowhere.json"], "/nowhere.json is missing"),
         (["--out", "/proc/nowhere/out"], "--out /proc/nowhere/out: nothing can be written there"),
         (["--out", "/proc/out"], "--out /proc/out: nothing can be written there"),
-        (["--profile", "--peers"], "--peers has none: ask for it by itself"),
+        (["--profile", "--peers"], "--profile is for the step alone; --peers would not heed it"),
+        (["--data", "real", "--paper"], "--data is for the step alone or --sweep; --paper would not heed it"),
+        (["--scale", "0.5"], "--scale is for --paper; the step alone would not heed it"),
         (["--modle.hidden_size", "3"], "modle.hidden_size"),
     ],
 )
