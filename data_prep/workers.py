@@ -68,14 +68,12 @@ def prepare_units(job: Job, encoder: Encoder, inputs: dict[str, int], workers: i
     pool = ProcessPoolExecutor(
         workers, context, initializer=_begin_worker, initargs=(job, encoder.model, counters, order)
     )
-    groups = _groups(inputs)
+    groups = _groups(inputs, workers)
     running: set[Future[list[UnitRecord]]] = set()
     try:
         while True:
-            for group in groups:
+            while len(running) < 2 * workers and (group := next(groups, None)):
                 running.add(pool.submit(_prepare_group, group))
-                if len(running) >= 2 * workers:
-                    break
             if not running:
                 break
             done, running = wait(running, _TICK_SECONDS, FIRST_COMPLETED)
@@ -103,16 +101,18 @@ def _in_this_process(job: Job, encoder: Encoder, inputs: dict[str, int], tick: T
         yield prepare_unit(job, encoder, unit, report)
 
 
-def _groups(inputs: dict[str, int]) -> Iterator[list[str]]:
+def _groups(inputs: dict[str, int], workers: int) -> Iterator[list[str]]:
     """Units in the order in which to begin them: the largest first, so that no worker is left alone with one at the end;
-    small ones together, so that handing them out costs nothing.
+    small ones together, so that handing them out costs nothing, but in several groups for each worker. A unit of unknown
+    size (0 bytes) is a group of its own.
     """
+    limit = min(_GROUP_BYTES, sum(inputs.values()) // (4 * workers))
     group: list[str] = []
     size = 0
     for unit in sorted(inputs, key=lambda unit: -inputs[unit]):
         group.append(unit)
         size += inputs[unit]
-        if size >= _GROUP_BYTES or len(group) >= _GROUP_UNITS:
+        if not inputs[unit] or size >= limit or len(group) >= _GROUP_UNITS:
             yield group
             group, size = [], 0
     if group:

@@ -19,7 +19,7 @@ import sentencepiece
 from test_sources import line, write_jsonl, write_parquet
 from test_tokenizer import LLAMA_MODEL
 
-from data_prep import encoder
+from data_prep import encoder, workers
 from data_prep.__main__ import COMMANDS, main
 from data_prep.encoder import Encoder
 from data_prep.manifest import staged_path
@@ -127,6 +127,23 @@ def test_workers_make_no_difference(corpus: Path, undisturbed: Path, tmp_path: P
     run(options(corpus, tmp_path / "out", workers=3))
     assert_same_bytes(tmp_path / "out", undisturbed)
     assert os.environ == before, "what is set for the workers is theirs alone"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([0] * 40, 40),  # a dataset of the Hub, whose files' sizes nobody knows
+        ([100_000] * 40, 14),  # a small corpus
+        ([1 << 30, *[1000] * 128], 3),  # one large file and many small ones
+        ([1 << 20] * 6400, 400),  # a large corpus
+    ],
+)
+def test_there_are_groups_enough_for_all_workers(sizes: list[int], groups: int) -> None:
+    """Several for each of 4 workers, where the files allow it; and no more of a large corpus than there need be."""
+    inputs = {str(n): size for n, size in enumerate(sizes)}
+    found = list(workers._groups(inputs, 4))
+    assert len(found) == groups
+    assert sorted(unit for group in found for unit in group) == sorted(inputs)
 
 
 SERVER = """
