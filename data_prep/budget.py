@@ -33,8 +33,13 @@ class Budget:
                 print(f"data-prep: skipped {line}", file=sys.stderr, flush=True)
 
     def is_exceeded(self, final: bool) -> bool:
-        """Whether it is too much; before the end, whether it would be if all the rest were good."""
-        expected = self._read if final or not self._bytes else self._read * self._total_bytes / self._bytes
+        """Whether it is too much; before the end, whether it would be if all the rest were good.
+
+        While no bytes have been read (the sizes are not known, or the first files are empty) only the end can tell.
+        """
+        if not final and not self._bytes:
+            return False
+        expected = self._read if final else self._read * self._total_bytes / self._bytes
         return self._bad > self._share * max(expected, self._read) or self._lost > self._share * self._total_bytes
 
     def enforce(self, final: bool) -> None:

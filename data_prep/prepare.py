@@ -155,7 +155,7 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
     folder, bytes_a_token = job.folder, DTYPES[token_dtype(job.settings.tokenizer.vocab_size)].itemsize
     task, tasks = options.task_of()
     mine = dict(list(inputs.items())[task - 1 :: tasks])
-    done, budget = _begun(folder, mine, sum(inputs.values()), options)
+    done, budget = _done_before(folder, mine, sum(inputs.values()), options)
     todo = {unit: size for unit, size in mine.items() if unit not in done}
     new: list[UnitRecord] = []
     checked = start
@@ -190,7 +190,7 @@ def _left(folder: Folder, inputs: dict[str, int], todo: dict[str, int]) -> dict[
     return {unit: size for unit, size in inputs.items() if unit in todo or unit not in recorded}
 
 
-def _begun(
+def _done_before(
     folder: Folder, mine: dict[str, int], total: int, options: WorkOptions
 ) -> tuple[dict[str, UnitRecord], Budget]:
     """What earlier runs have done of `mine` with files that were whole, by the encoder asked for, in a new budget.
@@ -200,19 +200,24 @@ def _begun(
     When their bad documents exceed it already, all files with bad documents are done again: they may have been mended,
     and a repaired file can have its old size.
     """
-    max_bad = options.max_bad_documents
-    done, budget = folder.records(mine), Budget(max_bad, total)
-    done = {unit: record for unit, record in done.items() if not record.is_damaged}
-    if options.encoder == "reference":
-        done = {unit: record for unit, record in done.items() if record.engine == "reference"}
+    done = {
+        unit: record
+        for unit, record in folder.records(mine).items()
+        if not record.is_damaged and options.encoder in ("auto", record.engine)
+    }
+    budget = _counted(done, total, options)
+    all_there = options.task_of()[1] == 1 and len(done) == len(mine)
+    if budget.is_exceeded(final=all_there):
+        done = {unit: record for unit, record in done.items() if not record.bad_documents}
+        budget = _counted(done, total, options)
+    return done, budget
+
+
+def _counted(done: dict[str, UnitRecord], total: int, options: WorkOptions) -> Budget:
+    budget = Budget(options.max_bad_documents, total)
     for record in done.values():
         budget.add(record, say=False)
-    if not budget.is_exceeded(final=False):
-        return done, budget
-    good, budget = {unit: record for unit, record in done.items() if not record.bad_documents}, Budget(max_bad, total)
-    for record in good.values():
-        budget.add(record)
-    return good, budget
+    return budget
 
 
 # --- joining the parts of an array -----------------------------------------------------------------------------------

@@ -126,3 +126,22 @@ def test_the_hf_command_makes_a_dataset(local_dataset: Path, tmp_path: Path) -> 
     assert main(["hf", *arguments, "--tokenizer", str(LLAMA_MODEL), "--out", str(tmp_path / "out")]) == 0
     assert documents_of(tmp_path / "out") == TEXTS
     assert Manifest.load(tmp_path / "out").name == "hf"
+
+
+def test_bad_documents_are_held_against_all_where_sizes_are_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The first file has one bad document in 20, all have one in 60; too many are named again by each run."""
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        texts = [None if n == k == 0 else f"text {k}" for k in range(20)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"in/train-{n:05d}-of-00003.parquet")
+    arguments = ["hf", "--dataset", str(tmp_path / "in"), "--split", "train", "--workers", "1"]
+    arguments += ["--tokenizer", str(LLAMA_MODEL), "--out", str(tmp_path / "out"), "--max_bad_documents"]
+    for _ in range(3):
+        assert main([*arguments, "0.01"]) == 2
+        captured = capsys.readouterr()
+        assert "skipped shard-00000-of-00003 line 1: not text" in captured.err
+        assert "1 of 60 documents are bad" in captured.err
+    assert main([*arguments, "0.02"]) == 0
+    assert Manifest.load(tmp_path / "out").dropped == {"not text": 1}

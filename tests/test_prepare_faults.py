@@ -168,6 +168,14 @@ def test_a_budget_is_judged_by_what_is_to_come() -> None:
     budget.add(Record(), say=False)
     assert budget.is_exceeded(final=False)
 
+    class Empty(Record):
+        source_bytes = 0
+
+    budget = Budget(0.0005, 1000)
+    budget.add(Empty(), say=False)
+    assert not budget.is_exceeded(final=False)
+    assert budget.is_exceeded(final=True)
+
 
 def test_bytes_behind_damage_are_borne_as_far_as_documents_are() -> None:
     """One bad of a million documents, and a hundredth of the bytes that nobody could read."""
