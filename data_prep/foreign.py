@@ -49,11 +49,14 @@ class ImportOptions:
 
 
 def run(options: ImportOptions) -> Manifest:
-    """Write DIR/manifest.json. Raises ValueError for a file of no known format, or with ids beyond the vocabulary."""
+    """Write DIR/manifest.json. Raises ValueError for a file of no known format or with ids beyond the vocabulary, and for
+    files without a token.
+    """
     root = Path(options.directory)
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
-    if (root / MANIFEST_NAME).is_file() and not Manifest.load(root).name.startswith("import"):
+    is_dataset = (root / MANIFEST_NAME).is_file()
+    if is_dataset and not Manifest.load(root, check_files=False).name.startswith("import"):
         raise ValueError(f"{root} is a dataset of data-prep already: it has a {MANIFEST_NAME} that was not imported")
     if Path(options.pattern).is_absolute():
         raise ValueError(
@@ -71,6 +74,8 @@ def run(options: ImportOptions) -> Manifest:
     kinds = sorted({kind for kind, _ in found})
     head = (f"import {' '.join(kinds)}", options.split, tokenizer.info, options.append_eos, options.prepend_bos)
     manifest = Manifest(*head, shards=tuple(shards))
+    if manifest.tokens == 0:
+        raise ValueError(f"there is not one token in the {len(shards):,} files of {root} that match {options.pattern}")
     tokenizer.save(root / TOKENIZER_DIR, options.prepend_bos)
     manifest.save(root)
     print(

@@ -55,7 +55,7 @@ class Lengths:
 
 
 def run(options: StatsOptions) -> None:
-    """Print the tables and draw the picture. Raises ValueError for weights that don't fit the folders."""
+    """Print the tables and draw the picture. Raises ValueError for weights that don't fit the folders, or their tokens."""
     if options.weight and len(options.weight) != len(options.directory):
         raise ValueError(f"{len(options.weight)} weights for {len(options.directory)} datasets: give one for each")
     if any(weight < 0 for weight in options.weight) or (options.weight and not sum(options.weight)):
@@ -71,6 +71,9 @@ def run(options: StatsOptions) -> None:
     if twice:
         raise ValueError(f"{twice[0]} is given twice")
     manifests = {folder: Manifest.load(folder) for folder in options.directory}
+    empty = [folder for folder, manifest in manifests.items() if not manifest.tokens]
+    if options.weight and empty:
+        raise ValueError(f"{empty[0]} has no tokens: a mixture takes none from it, leave it out")
     lengths = {folder: document_lengths(Path(folder), manifest) for folder, manifest in manifests.items()}
     console = Console()
     console.print(_subsets(manifests))

@@ -54,10 +54,12 @@ def run(options: VerifyOptions) -> None:
     seconds = max(time.monotonic() - start, 1e-9)
     speed = f"{read / 1e9:.2f} GB in {seconds:.1f} s, {read / seconds / 1e6:,.0f} MB/s"
     if problems:
-        raise ValueError(
-            f"{root}: {len(problems):,} problems in {len(stretches):,} shards ({speed}): delete the shards that are named "
-            "and run the command that made the dataset again, it makes these anew"
+        prepared = (
+            "delete the shards that are named and run the command that made the dataset again, it makes these anew"
         )
+        imported = "these files were imported: restore them from where they came from, then import again"
+        remedy = prepared if (root / SETTINGS_NAME).is_file() else imported
+        raise ValueError(f"{root}: {len(problems):,} problems in {len(stretches):,} shards ({speed}): {remedy}")
     print(
         f"{root}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in {len(stretches):,} shards are what "
         f"the manifest says{lists} ({speed})"

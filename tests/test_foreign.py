@@ -114,6 +114,29 @@ def test_files_that_do_not_lie_in_the_folder_are_refused(tmp_path: Path) -> None
     assert not list((tmp_path / "in").iterdir())
 
 
+def test_files_that_have_changed_are_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for n, ids in enumerate(PARTS):
+        litpkds(tmp_path / f"{n}.bin", ids)
+    run(options(tmp_path))
+    spoil(tmp_path / "0.bin", 24, b"\7")
+    assert main(["verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("these files were imported: restore them from where they came from, then import again\n"), said
+    assert "delete" not in said
+    (tmp_path / "0.bin").unlink()
+    litpkds(tmp_path / "2.bin", PARTS[2][:500])
+    manifest = run(options(tmp_path))
+    assert [shard.tokens for shard in manifest.shards] == [1, 500]
+    assert main(["verify", str(tmp_path)]) == 0
+
+
+def test_files_without_a_token_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(ValueError, match=r"there is not one token in the 1 files of .* that match \*\.bin"):
+        run(options(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_a_dataset_of_ours_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\3\0" * 10)
     manifest = run(options(tmp_path, append_eos=False))

@@ -317,9 +317,12 @@ def test_stats_of_many_documents_take_no_memory_for_each(tmp_path: Path) -> None
     assert peaks[1] < 10 * (8 << 20)
 
 
-def test_half_a_mixture_is_refused(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+def test_half_a_mixture_is_refused(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for given, missing in ((["--weight", "1"], "--train_tokens"), (["--train_tokens", "1e9"], "--weight")):
         assert main(["stats", str(dataset), *given]) == 2
         assert f"{given[0]} without {missing} gives no epochs" in capsys.readouterr().err
+    Manifest("import raw", "train", Manifest.load(dataset).tokenizer, True, False, ()).save(tmp_path)
+    assert main(["stats", str(dataset), str(tmp_path), "--weight", "7", "3", "--train_tokens", "1e9"]) == 2
+    assert f"{tmp_path} has no tokens" in capsys.readouterr().err
     assert main(["stats", str(dataset), "--weight", "1", "--train_tokens", "-5"]) == 2
     assert "train_tokens -5 must not be below 0" in capsys.readouterr().err
