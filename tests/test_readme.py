@@ -204,17 +204,24 @@ def test_the_source_that_is_added_on_the_page_works(tmp_path: Path) -> None:
     (tmp_path / "data_prep" / "books.py").write_text(source)
     commands = tmp_path / "data_prep" / "__main__.py"
     commands.write_text(commands.read_text().replace("COMMANDS = {\n", "COMMANDS = {\n    " + line, 1))
-    for chapter in ("Moby/1.md", "Moby/2.md", "Emma/1.md"):
+    chapters = [f"{book}/{n}.md" for book in ("Emma", "Moby") for n in range(100)]
+    for chapter in chapters:
         (tmp_path / "in" / chapter).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / chapter).write_text(f"# {chapter}\n\nIt was a time.\n")
-    command = [sys.executable, "-m", "data_prep", "books", "--input", "in", "--split", "train", "--out", "out"]
-    command += ["--tokenizer", str(LLAMA_MODEL)]
     alone = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    manifest = Manifest.load(tmp_path / "out")
-    assert manifest.name == "books"
-    assert {name: totals.documents for name, totals in manifest.subsets.items()} == {"Moby": 2, "Emma": 1}
+    kept = {}
+    for split in ("train", "validation"):
+        command = [sys.executable, "-m", "data_prep", "books", "--input", "in", "--split", split, "--out", split]
+        command += ["--tokenizer", str(LLAMA_MODEL), "--workers", "1"]
+        done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        manifest = Manifest.load(tmp_path / split)
+        assert (manifest.name, manifest.settings) == ("books", {"holdout": 0.01})
+        assert set(manifest.subsets) == {"Emma", "Moby"}
+        kept[split] = {shard.source_file for shard in manifest.shards if shard.documents}
+    assert kept["train"] | kept["validation"] == set(chapters)
+    assert not kept["train"] & kept["validation"]
+    assert 0 < len(kept["validation"]) < 10
 
 
 def test_commands_that_are_not_run_are_those_of_an_array() -> None:
