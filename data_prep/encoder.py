@@ -190,8 +190,11 @@ def _trim() -> None:
 
 
 def _resident_bytes() -> int:
-    """Memory that this process has in use now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """Memory that this process has in use now; 0 where the system has no /proc (macOS): there gigatoken keeps all words."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
 
 
 def without_controls(raw: dict[str, Any]) -> dict[str, Any]:

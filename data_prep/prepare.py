@@ -12,7 +12,6 @@ of workers, tasks and restarts.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from data_prep.encoder import Encoder, fast_encoder
 from data_prep.folder import Folder, Settings, UnitRecord, named
 from data_prep.lock import only_run
 from data_prep.progress import Display, print_totals
+from data_prep.scan import cores
 from data_prep.shard import DTYPES, Manifest, token_dtype
 from data_prep.sources import SlimPajama, Source, Split, StarCoder
 from data_prep.space import require_space
@@ -163,7 +163,7 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
         folder.unfinish()
         if options.check_space:
             require_space(folder.out, _left(folder, inputs, todo), done.values(), bytes_a_token)
-    workers = min(options.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
+    workers = min(options.workers or cores(), max(1, len(todo)))
     with Display(f"{job.source.name} {job.source.split}", len(todo), sum(todo.values())) as display:
         for record in prepare_units(job, encoder, todo, workers, display.tick):
             done[record.shard.source_file] = record

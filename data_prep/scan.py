@@ -48,11 +48,16 @@ class Stretch:
     tokens: int
 
 
+def cores() -> int:
+    """CPU cores that this process may use; where the system does not tell (macOS), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def scan_all(
     stretches: Iterable[Stretch], tokenizer: TokenizerInfo, alive: Callable[[], None] = lambda: None
 ) -> Iterator[Scan]:
     """Scan several, in order; `alive` is called after each block. Raises OSError for a file that can't be read."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing and numpy let go of the interpreter
+    with ThreadPoolExecutor(cores()) as pool:  # hashing and numpy let go of the interpreter
         yield from pool.map(lambda stretch: scan(stretch, tokenizer, alive), stretches)
 
 

@@ -24,6 +24,7 @@ from data_prep.__main__ import COMMANDS, main
 from data_prep.encoder import Encoder
 from data_prep.manifest import staged_path
 from data_prep.prepare import SlimPajamaOptions, StarCoderOptions, run
+from data_prep.scan import cores
 from data_prep.shard import Manifest, TokenDataset
 from data_prep.tokenizer import load
 
@@ -144,6 +145,17 @@ def test_there_are_groups_enough_for_all_workers(sizes: list[int], groups: int) 
     found = list(workers._groups(inputs, 4))
     assert len(found) == groups
     assert sorted(unit for group in found for unit in group) == sorted(inputs)
+
+
+def test_a_system_that_tells_neither_cores_nor_memory(
+    corpus: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What macOS has not got of Linux."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(encoder, "Path", lambda name: Path(name.replace("/proc", "/no-proc")))
+    assert (cores(), encoder._resident_bytes()) == (os.cpu_count(), 0)
+    run(options(corpus, tmp_path / "out", workers=0))
+    assert_same_bytes(tmp_path / "out", undisturbed)
 
 
 SERVER = """
