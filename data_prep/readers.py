@@ -204,8 +204,8 @@ def _last_bytes(path: Path, codec: str, start: int, position: Position) -> Itera
     tail = bytearray()
     try:
         with _stream(path, codec) as (raw, stream):
-            while start:
-                start -= len(stream.read(min(start, _BLOCK_BYTES)))
+            while start and (block := stream.read(min(start, _BLOCK_BYTES))):
+                start -= len(block)  # no block: a shorter file has taken this one's place
             while byte := stream.read(1):
                 tail += byte
                 position.bytes = raw.tell()

@@ -64,6 +64,26 @@ def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
     assert bad.reason == readers.UNREADABLE
 
 
+@pytest.mark.timeout(30)
+def test_a_damaged_file_that_is_replaced_while_it_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a whole and shorter one, before what lies before the damage is read again; once endless."""
+    path, opened = tmp_path / "a.zst", []
+    path.write_bytes(compress("zst", b"\n".join(MANY))[:-20])
+    make = readers._stream.__init__
+
+    def replaced(self: object, path: Path, codec: str) -> None:
+        opened.append(path)
+        if len(opened) == 2:
+            path.write_bytes(compress("zst", b"{}\n"))
+        make(self, path, codec)
+
+    monkeypatch.setattr(readers._stream, "__init__", replaced)
+    *_, (_, bad) = read_jsonl(path)
+    assert len(opened) == 2
+    assert isinstance(bad, Bad)
+    assert bad.reason == readers.UNREADABLE
+
+
 @pytest.mark.parametrize("codec", ["zst", "gz"])
 def test_bytes_whose_checksum_is_not_met_are_lost(tmp_path: Path, codec: str) -> None:
     """Nobody can know how many documents a file lost that broke off, kept its size, or was altered; but how many bytes."""
