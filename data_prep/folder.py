@@ -255,8 +255,11 @@ class Folder:
         path = self._record_path(record.shard.source_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = staged_path(path)
-        staged.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-        os.replace(staged, path)
+        try:
+            staged.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
 
     def _record_path(self, unit: str) -> Path:
         return self.out / "units" / f"{unit}.json"

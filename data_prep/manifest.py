@@ -349,11 +349,14 @@ def _staged_here() -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably, at once or not at all: stage beside it, fsync, rename, fsync the folder."""
     staged = staged_path(path)
-    with open(staged, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    try:
+        with open(staged, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

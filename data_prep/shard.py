@@ -131,16 +131,17 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        with self._file as file:
+        try:
+            with self._file as file:
+                if kind is None:
+                    self._write_header()  # now with the number of tokens
+                    file.flush()
+                    if self._durable:
+                        os.fsync(file.fileno())
             if kind is None:
-                self._write_header()  # now with the number of tokens
-                file.flush()
-                if self._durable:
-                    os.fsync(file.fileno())
-        if kind is None:
-            os.replace(self._staged, self._target)
-        else:
-            self._staged.unlink(missing_ok=True)
+                os.replace(self._staged, self._target)
+        finally:
+            self._staged.unlink(missing_ok=True)  # it is still there when something failed
 
     def shard(self, source_file: str, documents: int, dropped: dict[str, int] | None = None) -> Shard:
         """The record of what was written, once the block has ended well."""

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.manifest import staged_path
+from data_prep.folder import Folder, UnitRecord
+from data_prep.manifest import staged_path, write_atomically
 from data_prep.shard import DTYPES, Manifest, Shard, ShardWriter, SubsetTotals, TokenDataset, TokenizerInfo, token_dtype
 
 DIGEST = "sha256:" + "0" * 64
@@ -242,6 +243,31 @@ def test_a_failed_block_leaves_no_shard(tmp_path: Path) -> None:
         writer.append(np.array([0, 65536]))
     assert not list(tmp_path.iterdir())
     assert (token_dtype(65536), token_dtype(65537)) == ("uint16", "uint32")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Else each retry would leave another copy of the shard."""
+    record = UnitRecord(1, Shard("shards/a.npy", "uint16", 128, 1, DIGEST, "a.jsonl", 1), {})
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    def write_a_shard() -> None:
+        with ShardWriter(tmp_path, "a.npy", "uint16") as writer:
+            writer.append(np.array([1]))
+
+    monkeypatch.setattr(os, call, fail)
+    for write in (
+        write_a_shard,
+        lambda: write_atomically(tmp_path / "a.json", b"{}"),
+        *([lambda: Folder(tmp_path).write_record(record)] if call == "replace" else []),
+    ):
+        with pytest.raises(OSError, match="quota"):
+            write()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_fingerprint_names_the_token_stream(tmp_path: Path, parts: list[np.ndarray]) -> None:
