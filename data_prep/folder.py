@@ -152,8 +152,12 @@ class Folder:
     ) -> None:
         """Write down what is wanted, unless it stands there; `inputs` are the input files and their sizes in bytes.
 
-        Raises ValueError for input files that are gone, and in one of several `tasks` for new ones, unless they are allowed.
+        Raises ValueError for input files that are gone, and in one of several `tasks` for new ones, unless they are allowed;
+        and for names that are not UTF-8, which no JSON can hold.
         """
+        odd = [repr(unit) for unit in inputs if unit.encode(errors="ignore").decode() != unit]
+        if odd:
+            raise ValueError(f"the names of {len(odd):,} input files are not UTF-8: {named(odd)}. Rename them")
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out / f"{LOCK_NAME}.begin", wait=True):  # tasks of an array begin at the same moment
             self.check(settings)

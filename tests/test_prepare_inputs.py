@@ -1,13 +1,16 @@
 """What a rerun does again: new and changed input files, which is said, and other encoders'; what is gone is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
 from test_sources import line, write_jsonl
+from test_tokenizer import LLAMA_MODEL
 
+from data_prep.__main__ import main
 from data_prep.folder import Folder
 from data_prep.prepare import FinishOptions, finish, run
 from data_prep.shard import Manifest
@@ -85,6 +88,18 @@ def test_new_files_shift_no_share_of_an_array(mine: Path, tmp_path: Path) -> Non
     run(options(mine, tmp_path / "fresh"))
     assert_same_bytes(out, tmp_path / "fresh")
     assert len(Manifest.load(out).shards) == 7
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    odd = os.fsencode(mine) + b"/train/chunk1/caf\xe9.jsonl.zst"
+    os.rename(mine / "train/chunk1/example_train_0.jsonl.zst", odd)
+    out = str(tmp_path / "out")
+    arguments = ["--input", str(mine), "--split", "train", "--tokenizer", str(LLAMA_MODEL), "--out", out]
+    assert main(["slimpajama", *arguments, "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "data-prep: error: the names of 1 input files are not UTF-8: 'train/chunk1/caf\\udce9.jsonl.zst'. Rename them\n"
+    )
 
 
 def test_new_files_before_anything_is_done_are_taken(mine: Path, tmp_path: Path) -> None:
