@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import WorkOptions
-from data_prep.readers import Bad, Position, Record, read_jsonl, read_parquet, read_text
+from data_prep.readers import CODECS, Bad, Position, Record, read_jsonl, read_parquet, read_text
 from data_prep.sources import UNKNOWN, Document, Source, Split, document, is_held_out
 
-_COMPRESSIONS = (".gz", ".zst", ".zstd")
 _JSONL = (".jsonl", ".ndjson", ".json")
 
 
@@ -107,7 +106,7 @@ class TextFiles(Source):
 
     def _records(self, unit: str, position: Position | None) -> Iterator[Record]:
         path = self.root / unit
-        plain = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+        plain = path.with_suffix("") if path.suffix in CODECS else path
         if plain.suffix in _JSONL:
             return read_jsonl(path, position)
         if path.suffix == ".parquet":

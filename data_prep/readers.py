@@ -38,7 +38,8 @@ LARGE_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 20
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 4096
-_CODECS = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
+CODECS = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}
+"""How a compressed file is read, by its suffix."""
 
 
 class Bad(NamedTuple):
@@ -169,7 +170,7 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
                 line += head
     except OSError as error:
         _raise_machines(error, path)
-        damaged = path.suffix in _CODECS and not isinstance(error, _Bomb)
+        damaged = path.suffix in CODECS and not isinstance(error, _Bomb)
         lost = max(0, path.stat().st_size - (_whole_frames(path) if damaged else position.bytes))
         yield row, Bad(UNREADABLE, f"can't be read from line {row + 1} on: {error}", lost_bytes=lost)
         return
@@ -179,7 +180,7 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytearray | Ba
 
 def _blocks(path: Path, position: Position) -> Iterator[bytes]:
     """The decompressed content in blocks. Raises OSError for a cut or damaged stream, after all that was good in it."""
-    codec = _CODECS.get(path.suffix)
+    codec = CODECS.get(path.suffix)
     packed = path.stat().st_size
     if codec and not packed:
         raise OSError("it has 0 bytes; even nothing, compressed, has more")
@@ -222,7 +223,7 @@ def _whole_frames(path: Path) -> int:
     """
     import zstandard
 
-    zstd = _CODECS[path.suffix] == "zstd"
+    zstd = CODECS[path.suffix] == "zstd"
     whole, data = 0, b""
     with suppress(zlib.error, zstandard.ZstdError), open(path, "rb", buffering=0) as file:
         frame: Any = None

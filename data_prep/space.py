@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.folder import UnitRecord
+from data_prep.readers import CODECS
 
 _PLAIN = 0.65
 _COMPRESSED = 2.0
 _FILES_A_UNIT = 3
 _KNOWN_BYTES = 64 << 20
 _RESERVE_BYTES = 256 << 20
-_PLAIN_SUFFIXES = (".jsonl", ".json", ".txt")
+_COMPRESSED_SUFFIXES = (*CODECS, ".parquet")
 
 
 def require_space(out: Path, todo: dict[str, int], done: Iterable[UnitRecord], bytes_a_token: int) -> None:
@@ -48,5 +49,5 @@ def estimate(todo: dict[str, int], done: Iterable[UnitRecord], bytes_a_token: in
     if read >= _KNOWN_BYTES:
         written = sum(record.shard.tokens * bytes_a_token + 8 * record.shard.documents for record in records)
         return sum(todo.values()) * written / read
-    plain = sum(size for unit, size in todo.items() if unit.endswith(_PLAIN_SUFFIXES))
-    return (_PLAIN * plain + _COMPRESSED * (sum(todo.values()) - plain)) * bytes_a_token / 2
+    packed = sum(size for unit, size in todo.items() if unit.endswith(_COMPRESSED_SUFFIXES))
+    return (_PLAIN * (sum(todo.values()) - packed) + _COMPRESSED * packed) * bytes_a_token / 2

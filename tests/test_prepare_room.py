@@ -80,6 +80,8 @@ def test_a_task_of_an_array_looks_for_room_for_all_that_is_left(
 def test_room_is_estimated_by_what_was_made(undisturbed: Path) -> None:  # noqa: F811
     assert space.estimate({"a.jsonl": 1000, "b.jsonl.zst": 1000}, [], 2) == 2650
     assert space.estimate({"a.parquet": 1000}, [], 4) == 4000
+    plain, packed = ("a.md", "a.py", "a.ndjson", "a.json", "a.txt", "a"), ("a.txt.gz", "a.jsonl.zstd")
+    assert [space.estimate({name: 1000}, [], 2) for name in (*plain, *packed)] == [650] * 6 + [2000] * 2
     records = list(Folder(undisturbed).records(Folder(undisturbed).inputs()).values())
     assert len(records) == 6
     large = [type(records[0])(100 << 20, record.shard, record.subsets) for record in records]
