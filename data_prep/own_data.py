@@ -93,9 +93,11 @@ class TextFiles(Source):
         """See Source."""
         folder = os.path.dirname(unit) or "all"
         validation = self.split == "validation"
+        # In a line of JSON the text is looked for, whatever value that has; a row of parquet has the text itself.
+        searched = dict | list if unit.endswith(".parquet") else dict | list | int | float | bool | None
         for row, record in self._records(unit, position):
             subset, text = folder, record
-            if isinstance(record, dict | list | int | float | bool | None):  # a line of JSON that is not yet a text
+            if isinstance(record, searched):
                 text = _value(record, self.text_key)
                 if self.subset_key:
                     found = _value(record, self.subset_key)

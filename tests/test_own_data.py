@@ -54,6 +54,9 @@ def test_units_subsets_and_bad_lines(tmp_path: Path) -> None:
         ("en", "", "missing field"),
     ]
     assert found[2].bad == Bad("missing field", "the line has no 'text'")
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x/d.parquet")
+    _, null = TextFiles([f"{tmp_path}/x/*.parquet"]).documents("d.parquet")
+    assert null.bad == Bad("not text", "the document is NoneType, not text")
     kinds = TextFiles([f"{tmp_path}/x/**/*.jsonl"], subset_key="meta.kind").documents("c.jsonl")
     assert next(kinds).subset == "k"
     # A file more above or below changes no unit's name: names come from the pattern.
