@@ -1,8 +1,8 @@
 """How many bad documents are borne: a share of all, given by --max_bad_documents.
 
 A web-scale corpus has some broken lines, and days of work must not end at one of them; a broken download must not pass
-either. What could not be read at all has no documents to count: for damage that hides the rest of a file, the bytes
-behind it, from the start of the frame whose checksum was not met, are held against the same share of all bytes.
+either. Damage that hides the rest of a file has no documents to count: the bytes from the start of the first bad
+compressed frame are held against the same share of all bytes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Budget:
             lost = f", and {self._lost:,} of {self._total_bytes:,} bytes are lost to damage" if self._lost else ""
             raise ValueError(
                 f"{self._bad:,} of {self._read:,} documents are bad ({self._bad / max(1, self._read):.4%}){lost}; "
-                f"max_bad_documents bears {self._share:.4%}. Mend or replace the files named above, or raise "
-                "--max_bad_documents; finished files are kept"
+                f"at most {self._share:.4%} may be (--max_bad_documents). Mend or replace the files named above, or raise "
+                "that share; finished files are kept"
             )
 
 

@@ -35,7 +35,9 @@ WHOLE_BYTES = 32 << 20
 WHOLE_CHARACTERS = 1 << 20
 """The longest text that tokenizers takes in one: 800 bytes of memory a character, if they are emoji."""
 _CHECK_CHARACTERS = 1 << 18
-_WORDS_BYTES = 300 << 20  # to learn the words anew is what costs most; a batch of parquet comes before they are let go
+# Relearning words is the dearest thing here, so gigatoken keeps this much; before a large record it keeps only
+# _FEW_WORDS_BYTES.
+_WORDS_BYTES = 300 << 20
 _FEW_WORDS_BYTES = 64 << 20
 _RENEW_CHARACTERS = 8 << 20
 _PROBES = 400

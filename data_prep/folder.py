@@ -1,8 +1,8 @@
 """A dataset's folder while it is made: what is wanted, what is there, and when it is complete.
 
     begin:   OUT/tokenizer/      the tokenizer
-             OUT/inputs.json     the input files and their sizes: the units of work, in order; other ones are said,
-                                 fewer ones refused, and a task of an array takes no other names than those
+             OUT/inputs.json     the input files and their sizes, in order: the units of work. New ones are reported,
+                                 missing ones refused; array tasks accept no change of names
              OUT/settings.json   what was asked for; a run with other settings is refused, it would mix two datasets
     a unit:  OUT/shards/UNIT.npy, OUT/documents/UNIT.npy, and OUT/units/UNIT.json, the record, after both
     finish:  OUT/manifest.json   over the records of all units, in their order, last
@@ -50,7 +50,7 @@ class Settings:
     name: str
     """The kind of the source."""
     split: str
-    """Either "train" or "validation"."""
+    """Either "train" or "validation"; of a Hugging Face dataset whatever its split is called."""
     tokenizer: TokenizerInfo
     append_eos: bool
     prepend_bos: bool
@@ -98,7 +98,7 @@ class UnitRecord:
     lost_bytes: int = 0
     """Bytes of the input file behind damage that nobody could read past."""
     bad: list[BadDocument] = field(default_factory=list)
-    """The first of them, one by one."""
+    """The first bad documents, one by one; all that damaged a file."""
     engine: str = ""
     """What encoded it, "gigatoken" or "reference"; empty in records of before this was written down."""
 
@@ -186,8 +186,8 @@ class Folder:
             )
         if new and tasks > 1 and not allow_other_inputs and self.recorded():
             raise ValueError(
-                f"{len(new):,} input files are new since {self.out} was begun with {len(before):,}: {named(new)}. They shift "
-                "which files a task does: run it whole, without --task, or all tasks again with --allow_other_inputs true"
+                f"{len(new):,} input files are new since {self.out} was begun with {len(before):,}: {named(new)}. New "
+                "files change which files each task does. Run without --task, or rerun all tasks with --allow_other_inputs true"
             )
         words = {"new": new, "of another size": changed, "gone": gone}
         said = "; ".join(f"{len(units):,} {word}: {named(units, 5)}" for word, units in words.items() if units)

@@ -121,7 +121,7 @@ class Manifest:
     name: str
     """The kind of the source: "slimpajama", "starcoder"."""
     split: str
-    """Either "train" or "validation"."""
+    """Either "train" or "validation"; of a Hugging Face dataset whatever its split is called."""
     tokenizer: TokenizerInfo
     append_eos: bool
     """Each document ends with EOS."""
@@ -139,9 +139,11 @@ class Manifest:
         check_types("manifest", bool, append_eos=self.append_eos, prepend_bos=self.prepend_bos)
         check_types("manifest", dict, subsets=self.subsets, settings=self.settings)
         if self.append_eos and self.tokenizer.eos_id is None:
-            raise ValueError("append_eos is set, but the tokenizer has no EOS token")
+            remedy = "name it in tokenizer_config.json, or give --append_eos false"
+            raise ValueError(f"append_eos is set, but the tokenizer has no EOS token: {remedy}")
         if self.prepend_bos and self.tokenizer.bos_id is None:
-            raise ValueError("prepend_bos is set, but the tokenizer has no BOS token")
+            remedy = "name it in tokenizer_config.json, or give --prepend_bos false"
+            raise ValueError(f"prepend_bos is set, but the tokenizer has no BOS token: {remedy}")
         paths = {shard.path for shard in self.shards}
         if len(paths) != len(self.shards):
             raise ValueError(f"{len(self.shards)} shards have only {len(paths)} different paths")
@@ -335,7 +337,9 @@ def staged_path(path: Path) -> Path:
 
 
 def is_left_over(staged: Path) -> bool:
-    """Whether a file of this kind is a killed writer's, when nobody else writes on this host: others' live for a day."""
+    """Whether a staged file was left by a killed writer: any of this host's (the caller is its only writer), others' when
+    older than a day.
+    """
     try:
         return _staged_here() in staged.name or time.time() - staged.stat().st_mtime > 86400
     except FileNotFoundError:

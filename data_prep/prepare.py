@@ -50,15 +50,14 @@ class WorkOptions:
     max_bad_documents: float = 0.0001
     """Share of the documents that may be broken: they are named and skipped, more of them stop the work."""
     encoder: str = "auto"
-    """auto takes gigatoken where it is exact; "reference" takes SentencePiece or tokenizers, ten times slower, and does
-    files again that gigatoken has encoded."""
+    """auto: gigatoken where it is exact. reference: SentencePiece or tokenizers, ten times slower; also redoes files that
+    gigatoken encoded."""
     check_every: int = 1000
     """Every so many documents are encoded by the reference too, and a difference stops the work; 0 for none."""
     check_space: bool = True
     """Estimate before and during the work whether the disk has room for the shards."""
-
     allow_other_inputs: bool = False
-    """Take the input files as they are now, though some are gone since the folder was begun, or new in an array."""
+    """Accept that input files disappeared since the folder was begun (they are left out) or, in an array, were added."""
 
     def source(self) -> Source:
         """The source that these options describe."""
@@ -93,7 +92,7 @@ class SlimPajamaOptions(PrepareOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StarCoderOptions(PrepareOptions):
-    """Prepare StarCoderData: FOLDER/train-*.parquet, column `content`, special folders included."""
+    """Prepare StarCoderData: FOLDER/*.parquet, column `content`, special folders included."""
 
     holdout: float = 0.001
     """Share of the documents that is held out of train for validation; the same for both splits."""

@@ -101,7 +101,7 @@ class SlimPajama(Source):
 
 
 class StarCoder(Source):
-    """StarCoderData: FOLDER/train-*.parquet, the document in column `content`; a folder a language, and none within it.
+    """StarCoderData: FOLDER/*.parquet, the document in column `content`; a folder a language, and none within it.
 
     The publisher's special folders (jupyter-scripts-dedup-filtered, jupyter-structured-clean-dedup,
     github-issues-filtered-structured, git-commits-cleaned) have other columns beside it than the languages do, but their
@@ -133,7 +133,7 @@ class StarCoder(Source):
         for unit in units:
             if unit.count("/") != 1:
                 raise ValueError(
-                    f"{self.root / unit} does not lie in FOLDER/train-*.parquet below --input {self.root}: give the folder "
+                    f"{self.root / unit} does not lie in FOLDER/*.parquet below --input {self.root}: give the folder "
                     "that holds the languages' folders, or each document counts to another language and falls to another split"
                 )
         return units

@@ -7,7 +7,7 @@
         save(folder) -> tokenizer.json, tokenizer_config.json (+ tokenizer.model): what transformers loads
 
 Text is text: a document that contains "<s>" or "</s>" gets the ids of these characters, never those of the control
-tokens. BOS and EOS are added by `data_prep.prepare`, by the dataset's policy.
+tokens. BOS and EOS are added by `data_prep.unit`, by the dataset's policy.
 """
 
 from __future__ import annotations

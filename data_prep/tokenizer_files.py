@@ -6,10 +6,10 @@
                             |
                             v  check_tokenizer: against the manifest
 
-Of another tokenizer the ids would be other words: `inspect` would show them, a prompt would be encoded and an export
-shipped with it, and a run of data-prep that goes on would add its ids to the shards.
+With another tokenizer the ids mean other words: `inspect` shows wrong text, prompts are encoded wrongly, an export ships it,
+a resumed preparation mixes ids.
 
-Part of the door between `data_prep` and `pretrain`: the standard library, nothing else.
+Part of the door between `data_prep` and `pretrain`: the standard library, and `data_prep.manifest` with its numpy.
 """
 
 from __future__ import annotations

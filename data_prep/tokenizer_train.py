@@ -30,7 +30,8 @@ class TokenizerOptions:
     input: list[str] = field(
         metadata={
             "nargs": "+",
-            "help": "Files (*.jsonl.zst, *.parquet) or folders with them; each gives the same number of bytes, if it has them",
+            "help": "Files or folders with them: *.jsonl.zst, of which the key text is read, and *.parquet, of which the column "
+            "content is; each gives the same number of bytes, if it has them",
         }
     )
     out: str

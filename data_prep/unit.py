@@ -133,7 +133,7 @@ class _Writer:
         self._eos = tokenizer.eos_id if job.settings.append_eos else None
         self._batch: list[Document] = []
         self._characters = self._reported = 0
-        # Which documents are checked depends on the file alone, and many small files have no more of them than a large.
+        # The first document checked depends on the file's name, so that many small files are checked no more than one large.
         self._documents = zlib.crc32(unit.encode()) % max(1, job.check_every)
 
     def add(self, document: Document) -> None:

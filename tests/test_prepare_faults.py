@@ -57,7 +57,7 @@ def test_a_bad_line_costs_itself(
     monkeypatch.setattr("data_prep.readers.MAX_RECORD_BYTES", 2_000_000)
     lines = [*GOOD[:100], b"", BAD_LINES[reason], *GOOD[100:]]
     write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", *lines, frames=1)
-    with pytest.raises(ValueError, match=r"1 of 301 documents are bad \(0\.3322%\); max_bad_documents bears 0\.0100%"):
+    with pytest.raises(ValueError, match=r"1 of 301 documents are bad \(0\.3322%\); at most 0\.0100% may be"):
         run(options(tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out/manifest.json").exists()
     assert f"skipped train/chunk1/a.jsonl.zst line 102: {reason}: " in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_how_an_array_is_cut_does_not_decide_what_is_borne(tmp_path: Path) -> No
     assert finish(FinishOptions(directory=str(out), max_bad_documents=share)).dropped == {"bad JSON": 1}
     write_jsonl(tmp_path / "in/train/chunk1/1.jsonl.zst", *(line(f"{k:04d}") for k in range(39)), b"{")
     assert run(options(tmp_path / "in", out, task="2/5", max_bad_documents=share)) is None
-    with pytest.raises(ValueError, match=r"2 of 200 documents are bad \(1\.0000%\); max_bad_documents bears 0\.6000%"):
+    with pytest.raises(ValueError, match=r"2 of 200 documents are bad \(1\.0000%\); at most 0\.6000% may be"):
         finish(FinishOptions(directory=str(out), max_bad_documents=share))
     assert not (out / "manifest.json").exists()
     write_jsonl(tmp_path / "in/train/chunk1/1.jsonl.zst", *(line(f"{k:04d}") for k in range(37)), b"{", b"[", b"[[")
