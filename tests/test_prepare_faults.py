@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from test_tokenizer import LLAMA_MODEL
 
 from data_prep.budget import Budget
 from data_prep.encoder import WHOLE_BYTES, WHOLE_CHARACTERS, Difference, Encoder, Uncuttable
+from data_prep.folder import UnitRecord
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
 from data_prep.shard import Manifest, TokenDataset
 from data_prep.tokenizer import load
+from data_prep.workers import prepare_units
 
 BAD_LINES = {
     "bad JSON": b'{"text": "cut',
@@ -367,6 +370,28 @@ def test_any_number_of_tasks_joins_to_the_same(
     for task in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(ValueError, match="is not K/N with 1 <= K <= N"):
             run(options(corpus, out, task=task))
+
+
+def test_no_worker_outlives_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the work between two files lets the workers end before another run may begin."""
+    out, held = tmp_path / "out", []
+    write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", BAD_LINES["bad JSON"])
+    write_jsonl(tmp_path / "in/train/chunk1/b.jsonl.zst", line("good"))
+
+    def watched(*args: object) -> Iterator[UnitRecord]:
+        try:
+            yield from prepare_units(*args)
+        finally:
+            try:
+                with only_run(out, 1, 1):
+                    held.append(False)
+            except ValueError:
+                held.append(True)
+
+    monkeypatch.setattr("data_prep.prepare.prepare_units", watched)
+    with pytest.raises(ValueError, match="1 of 1 documents are bad") as error:
+        run(options(tmp_path / "in", out))
+    assert held == [True], error
 
 
 def test_two_runs_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
