@@ -12,13 +12,18 @@ import sys
 from data_prep.folder import UnitRecord
 
 
+def check_share(share: float) -> None:
+    """Raise ValueError for a share outside [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"max_bad_documents {share} is not a share in [0, 1]; 0.0001 bears one in 10,000")
+
+
 class Budget:
     """Counts bad documents over the units of a run."""
 
     def __init__(self, share: float, total_bytes: int) -> None:
-        """`share` of the documents, and of `total_bytes` of input, may be bad. Raises ValueError outside [0, 1]."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"max_bad_documents {share} is not a share in [0, 1]; 0.0001 bears one in 10,000")
+        """`share` of the documents, and of `total_bytes` of input, may be bad. Raises as check_share does."""
+        check_share(share)
         self._share, self._total_bytes = share, total_bytes
         self._bad = self._read = self._bytes = self._lost = 0
 

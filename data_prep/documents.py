@@ -111,8 +111,7 @@ def _documents(
     if found is not None:
         rows, lengths = found
         return rows, np.cumsum(lengths, dtype=np.int64)
-    eos, bos = (_places(directory, shard, token) for token in (eos_id, bos_id))
-    ends = eos + 1 if eos_id is not None else bos[1:]
+    ends = _places(directory, shard, eos_id) + 1 if eos_id is not None else _places(directory, shard, bos_id)[1:]
     return None, np.append(ends, shard.tokens) if not len(ends) or ends[-1] != shard.tokens else ends
 
 

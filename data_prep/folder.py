@@ -28,6 +28,7 @@ from data_prep.manifest import check_counts, check_types, is_left_over, read_obj
 from data_prep.readers import BROKEN_GROUP, UNREADABLE
 from data_prep.shard import (
     MANIFEST_NAME,
+    NPY_HEADER_BYTES,
     TOKENIZER_DIR,
     Manifest,
     Shard,
@@ -40,7 +41,6 @@ from data_prep.tokenizer import Tokenizer
 
 SETTINGS_NAME = "settings.json"
 INPUTS_NAME = "inputs.json"
-INDEX_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Folder:
         """
         odd = [repr(unit) for unit in inputs if unit.encode(errors="ignore").decode() != unit]
         if odd:
-            raise ValueError(f"the names of {len(odd):,} input files are not UTF-8: {named(odd)}. Rename them")
+            raise ValueError(f"the names of {len(odd):,} input files are not UTF-8: {listing(odd)}. Rename them")
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out / f"{LOCK_NAME}.begin", wait=True):  # tasks of an array begin at the same moment
             self.check(settings)
@@ -181,16 +181,16 @@ class Folder:
         changed = [unit for unit in inputs if unit in before and before[unit] != inputs[unit]]
         if gone and not allow_other_inputs:
             raise ValueError(
-                f"{len(gone):,} of the {len(before):,} input files that {self.out} was begun with are gone: {named(gone)}. "
+                f"{len(gone):,} of the {len(before):,} input files that {self.out} was begun with are gone: {listing(gone)}. "
                 "Bring them back, or give --allow_other_inputs true to leave them out"
             )
-        if new and tasks > 1 and not allow_other_inputs and self.recorded():
+        if new and tasks > 1 and not allow_other_inputs and self.names_with_record():
             raise ValueError(
-                f"{len(new):,} input files are new since {self.out} was begun with {len(before):,}: {named(new)}. New "
+                f"{len(new):,} input files are new since {self.out} was begun with {len(before):,}: {listing(new)}. New "
                 "files change which files each task does. Run without --task, or rerun all tasks with --allow_other_inputs true"
             )
         words = {"new": new, "of another size": changed, "gone": gone}
-        said = "; ".join(f"{len(units):,} {word}: {named(units, 5)}" for word, units in words.items() if units)
+        said = "; ".join(f"{len(units):,} {word}: {listing(units, 5)}" for word, units in words.items() if units)
         if said:
             print(f"{self.out}: input files since it was begun: {said}", flush=True)
 
@@ -238,7 +238,7 @@ class Folder:
             bad = [BadDocument(**one) for one in raw.pop("bad")]
             record = UnitRecord(shard=shard, subsets=subsets, bad=bad, **raw)
             whole = os.stat(f"{self.out}/{shard.path}").st_size == shard.end
-            index_bytes = INDEX_HEADER_BYTES + 8 * shard.documents
+            index_bytes = NPY_HEADER_BYTES + 8 * shard.documents
             whole &= os.stat(f"{self.out}/{index_path(unit)}").st_size == index_bytes
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None  # none there, or torn by a power failure
@@ -248,7 +248,7 @@ class Folder:
         """The records of all units that are done, in the order of `inputs`."""
         return {unit: record for unit, size in inputs.items() if (record := self.record(unit, size)) is not None}
 
-    def recorded(self) -> set[str]:
+    def names_with_record(self) -> set[str]:
         """The units that have a record, whole or not: their names alone, read in a moment."""
         root = self.out / "units"
         names = (os.path.relpath(os.path.join(at, name), root) for at, _, files in os.walk(root) for name in files)
@@ -294,7 +294,7 @@ class Folder:
         return manifest
 
 
-def named(units: list[str], most: int = 20) -> str:
+def listing(units: list[str], most: int = 20) -> str:
     """Their names, the first ones of many."""
     return ", ".join(units[:most]) + (f" and {len(units) - most:,} more" if len(units) > most else "")
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from data_prep.budget import Budget
+from data_prep.budget import Budget, check_share
 from data_prep.encoder import Encoder, fast_encoder
-from data_prep.folder import Folder, Settings, UnitRecord, named
+from data_prep.folder import Folder, Settings, UnitRecord, listing
 from data_prep.lock import only_run
 from data_prep.progress import Display, print_totals
 from data_prep.scan import cores
@@ -111,7 +111,7 @@ def run(options: WorkOptions) -> Manifest | None:
     if options.workers < 0 or options.check_every < 0:
         raise ValueError(f"workers {options.workers} and check_every {options.check_every} must not be below 0")
     task, tasks = options.task_of()
-    Budget(options.max_bad_documents, 0)
+    check_share(options.max_bad_documents)
     if options.workers != 1:
         start_server()
     source, tokenizer, folder = options.source(), load(options.tokenizer), Folder(options.out)
@@ -185,7 +185,7 @@ def _prepare(job: Job, encoder: Encoder, inputs: dict[str, int], options: WorkOp
 
 def _left(folder: Folder, inputs: dict[str, int], todo: dict[str, int]) -> dict[str, int]:
     """`todo`, and what other tasks have still to do."""
-    recorded = folder.recorded()
+    recorded = folder.names_with_record()
     return {unit: size for unit, size in inputs.items() if unit in todo or unit not in recorded}
 
 
@@ -241,8 +241,8 @@ def finish(options: FinishOptions) -> Manifest:
         missing = [unit for unit in inputs if unit not in records]
         if missing:
             raise ValueError(
-                f"{len(missing):,} of {len(inputs):,} input files are not done: {named(missing)}. Run the command that was begun "
-                "in this folder again, all of it or the task that has them; it does these and no others"
+                f"{len(missing):,} of {len(inputs):,} input files are not done: {listing(missing)}. Run the command that was "
+                "begun in this folder again, all of it or the task that has them; it does these and no others"
             )
         budget = Budget(options.max_bad_documents, sum(inputs.values()))
         for record in records.values():

@@ -72,9 +72,9 @@ __all__ = [
 ]
 
 RETRY_S = 300.0
-"""So long a shard that cannot be read is tried again (seconds): a file system that fails over takes minutes."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-_NPY_HEADER_BYTES = 128
+"""So long a file that cannot be read is tried again (seconds): a file system that fails over takes minutes."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+NPY_HEADER_BYTES = 128
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -148,7 +148,7 @@ class ShardWriter:
         assert self._file is not None
         assert self._file.closed
         checksum = f"sha256:{self._hash.hexdigest()}"
-        written = (self.path, self.dtype, _NPY_HEADER_BYTES, self.tokens, checksum)
+        written = (self.path, self.dtype, NPY_HEADER_BYTES, self.tokens, checksum)
         return Shard(*written, source_file, documents, dropped or {})
 
     def _write_header(self) -> None:
@@ -157,7 +157,7 @@ class ShardWriter:
         self._file.seek(0)
         header = {"descr": DTYPES[self.dtype].str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self._file, header)
-        assert self._file.tell() == _NPY_HEADER_BYTES
+        assert self._file.tell() == NPY_HEADER_BYTES
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -187,7 +187,6 @@ class TokenDataset:
         """Open the dataset in `directory`; checks and raises as Manifest.load does."""
         self.directory = Path(directory)
         self.manifest = Manifest.load(directory, check_files)
-        self.max_open_files = max_open_files
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
         self._begins = [0, *self._ends[:-1]]
@@ -308,7 +307,7 @@ class TokenDataset:
 
     def _read_patiently(self, path: str, into: np.ndarray, place: int, error: OSError) -> int:
         """The same after it has failed with `error`, again and again; raises the last OSError when RETRY_S are over."""
-        until, pause_s = time.monotonic() + RETRY_S, _FIRST_PAUSE_S
+        until, pause_s = time.monotonic() + RETRY_S, FIRST_PAUSE_S
         while True:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self._file.cache_info().currsize:
                 self._file.cache_clear()  # too many files are open: those here are closed
@@ -318,13 +317,13 @@ class TokenDataset:
                 why = f"{error.strerror} on {socket.gethostname()}"
                 if time.monotonic() >= until:
                     raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s", path) from error
-                if pause_s == _FIRST_PAUSE_S:
+                if pause_s == FIRST_PAUSE_S:
                     line = f"{path} cannot be read ({why}); it is tried again for {RETRY_S:,.0f} s"
                     with suppress(OSError):  # the log may lie on the same file system
                         print(line, file=sys.stderr, flush=True)
                 self._file.cache_clear()  # a handle that is stale is seldom alone
                 time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             try:
                 return self._read_once(path, into, place)
             except OSError as again:

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,16 +25,13 @@ from data_prep.documents import index_path
 from data_prep.encoder import Difference, Encoder, Uncuttable
 from data_prep.folder import BadDocument, Counts, Folder, Settings, UnitRecord, frozen
 from data_prep.readers import BROKEN_GROUP, UNREADABLE, Position
-from data_prep.shard import DTYPES, ShardWriter, token_dtype
+from data_prep.shard import DTYPES, FIRST_PAUSE_S, LONGEST_PAUSE_S, RETRY_S, ShardWriter, token_dtype
 from data_prep.sources import Document, Source
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _MAX_BAD_LISTED = 1000
 
-RETRY_S = 300.0
-"""So long a file that the machine cannot read now is tried again (seconds): a file system that fails over takes minutes."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EMFILE, errno.ENFILE)
 
 Report = Callable[[int, int], None]
@@ -58,7 +56,7 @@ def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitR
 
     Raises OSError, naming the file, and Difference, naming the document, where the encoder and the reference disagree.
     """
-    until, pause_s = 0.0, _FIRST_PAUSE_S
+    until, pause_s = 0.0, FIRST_PAUSE_S
     while True:
         told = [0, 0]
 
@@ -82,7 +80,7 @@ def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitR
                 raise OSError(error.errno, f"{why}: {remedy}", error.filename) from error
         report(-told[0], -told[1])
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def _prepare_once(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitRecord:
@@ -112,7 +110,7 @@ def _prepare_once(job: Job, encoder: Encoder, unit: str, report: Report) -> Unit
         writer.flush()
     report(source_bytes - read, writer.new_tokens())
     subsets = frozen(counts)
-    dropped = sum((count.dropped for count in counts.values()), Counts().dropped)
+    dropped = sum((count.dropped for count in counts.values()), Counter[str]())
     written = shard.shard(unit, sum(s.documents for s in subsets.values()), dict(sorted(dropped.items())))
     bad = (faults.documents, faults.lost_bytes, faults.listed)
     record = UnitRecord(source_bytes, written, subsets, *bad, engine=job.engine)

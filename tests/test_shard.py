@@ -233,7 +233,7 @@ def test_a_shard_that_stays_unreadable_is_named(
     make_dataset(tmp_path, parts)
     monkeypatch.setattr(os, "preadv", fail)
     monkeypatch.setattr("data_prep.shard.RETRY_S", 0.05)
-    monkeypatch.setattr("data_prep.shard._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("data_prep.shard.FIRST_PAUSE_S", 0.01)
     with pytest.raises(OSError, match=rf"Input/output error on {socket.gethostname()}, for 0 s: .*00000\.npy"):
         _read(TokenDataset(tmp_path), 16)
 
