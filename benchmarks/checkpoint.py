@@ -28,13 +28,13 @@ import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
-from loader import machine
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from data_prep.shard import Manifest, ShardWriter
 from data_prep.tokenizer import load
 from pretrain import checkpoint, config, saver
+from pretrain.bench_result import machine
 from pretrain.model import Llama, num_parameters
 from pretrain.optim import clip_gradients, make_optimizer, step_if_usable
 from pretrain.sections import CheckpointConfig, ModelConfig
@@ -250,7 +250,7 @@ def main() -> int:
     if args.first_step is not None:
         first_step(args.first_step, args.save_as)
         return 0
-    result: dict[str, Any] = {**machine(), "threads": torch.get_num_threads(), "stall": {}, "files": {}}
+    result: dict[str, Any] = {**machine(), "stall": {}, "files": {}}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         for name in args.models:

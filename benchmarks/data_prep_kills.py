@@ -10,7 +10,6 @@ Result: benchmarks/results/data_prep_kills.json.
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -24,10 +23,8 @@ from pathlib import Path
 import orjson
 import zstandard
 
-from pretrain.versions import own_version
+from pretrain.bench_result import machine
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results" / "data_prep_kills.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
 UNITS, DOCUMENTS = 24, 30
@@ -166,7 +163,7 @@ def main() -> None:
         "seed": args.seed,
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    result["versions"] = {"cria": CRIA, "python": platform.python_version()}
+    result |= machine()
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     sys.exit(bool(differ))

@@ -10,7 +10,6 @@ of a file. Result: benchmarks/results/data_prep_scale.json; parts not asked for 
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,10 +27,8 @@ from data_prep.prepare import StarCoderOptions
 from data_prep.prepare import run as prepare_here
 from data_prep.shard import TokenDataset
 from data_prep.tokenizer import load
-from pretrain.versions import own_version
+from pretrain.bench_result import machine
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results" / "data_prep_scale.json"
 MODEL = str(files("mistral_common") / "data" / "tokenizer.model.v1")
 
@@ -159,7 +156,7 @@ def main() -> None:
             result[part] = PARTS[part](work, Path(temporary) / part, args)
             result[part]["load_of_the_machine_before"] = load_before
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    result["versions"] = {"cria": CRIA, "python": platform.python_version()}
+    result |= machine()
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -9,7 +9,6 @@ measured is the checking and not the disk. The ways take turns. Result: benchmar
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,8 @@ import numpy as np
 
 from data_prep.shard import Manifest, ShardWriter
 from data_prep.tokenizer import load
-from pretrain.versions import own_version
+from pretrain.bench_result import machine
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results" / "data_prep_verify.json"
 SHARD_TOKENS = 50_000_000
 
@@ -90,7 +87,7 @@ def main() -> None:
         "megabytes_per_s": speed,
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    result["versions"] = {"cria": CRIA, "python": platform.python_version()}
+    result |= machine()
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(speed, indent=1))
 

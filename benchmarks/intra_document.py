@@ -9,7 +9,6 @@ median over the rounds. Goes to benchmarks/results/intra_document_DEVICE.json wi
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -18,10 +17,8 @@ from pathlib import Path
 import torch
 
 from pretrain import backends, config, parallel
-from pretrain.versions import own_version
+from pretrain.bench_result import machine
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 EOS = 2
 
 
@@ -82,8 +79,7 @@ def main() -> int:
     )
     result = measure(settings, args.rounds)
     device = "cuda" if torch.cuda.is_available() and settings.parallel.accelerator != "cpu" else "cpu"
-    result["machine"] = {"device": parallel.device_name(torch.device(device)), "threads": torch.get_num_threads()}
-    result["versions"] = {"cria": CRIA, "python": platform.python_version(), "torch": torch.__version__}
+    result |= machine()
     out = args.out or Path(__file__).parent / "results" / f"intra_document_{device}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("documents of 100 tokens", "documents of 1000 tokens"):

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,11 +29,9 @@ from torch.utils.data import DataLoader
 
 from data_prep.shard import Manifest, Shard, ShardWriter, TokenizerInfo
 from pretrain import data
+from pretrain.bench_result import machine
 from pretrain.sections import DataConfig, SourceConfig
-from pretrain.versions import own_version
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 2048, 8, 1024, 32000
 TARGET = 50_000
@@ -182,19 +179,6 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     return show(result)
-
-
-def machine() -> dict:
-    """Where and with what it was measured."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {
-        "cria": CRIA,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    return {"machine": {"cpu": names[0] if names else platform.machine(), "cores": len(names)}, "versions": versions}
 
 
 def show(result: dict) -> int:

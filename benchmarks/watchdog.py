@@ -12,7 +12,6 @@ Writes benchmarks/results/watchdog.json.
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -30,11 +29,9 @@ from hangs import trial
 from test_readme import free_port
 
 from pretrain import config
-from pretrain.versions import own_version
+from pretrain.bench_result import machine
 from pretrain.watchdog import Watchdog
 
-CRIA = own_version()
-"""What is measured, as it was when it began."""
 ROOT = Path(__file__).parent.parent
 HANGS = ("stop", "lock", "data", "collective", "validation", "save", "load")
 RESULTS = ROOT / "benchmarks" / "results" / "watchdog.json"
@@ -141,7 +138,7 @@ def main() -> int:
         found["torchrun_seconds"] = {str(agents): under_torchrun(data, folder, agents) for agents in (1, 2)}
         found["hangs"] = hangs(data, folder, args.limits, args.times)
         found["quiet"] = quiet(data, folder / "quiet", args.steps)
-    found["versions"] = {"cria": CRIA, "python": platform.python_version(), "torch": torch.__version__}
+    found |= machine()
     found["cpus"] = os.cpu_count()
     good = found["quiet"]["alarms"] == 0 and found["quiet"]["steps"] == args.steps
     good &= all(h["named"] == h["of"] and max(h["end_over_limit"]) <= 1.5 for h in found["hangs"].values())
