@@ -296,7 +296,7 @@ class _Files(FileSystem):
 
 
 class _Stream:
-    """A file to write; all but `write` is the file's own."""
+    """A file to write; all but `write` and `fileno` is the file's own."""
 
     def __init__(self, file: Any, sign: Callable[[], None]):
         self._file, self._sign, self._unsynced = file, sign, 0
@@ -311,6 +311,11 @@ class _Stream:
             self._unsynced = 0
             self._sign()
         return written
+
+    def fileno(self) -> int:
+        """For whoever syncs: DCP syncs its index without having flushed it."""
+        self._file.flush()
+        return self._file.fileno()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -303,6 +303,37 @@ def test_whichever_call_of_a_save_the_disk_fails_nothing_false_is_committed(tmp_
     assert failed.total() > 30
 
 
+def test_everything_is_on_the_disk_before_the_rename_that_commits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a file has what it had when it was last synced, a folder likewise."""
+    synced, fsync, rename = dict[int, int](), os.fsync, os.rename
+    committed: list[Path] = []
+
+    def noted_fsync(file: int) -> None:
+        fsync(file)
+        synced[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    def checked_rename(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(".staging-"):
+            for path in (Path(source), *Path(source).rglob("*")):
+                assert path.stat().st_ino in synced, f"{path.name} was never synced"
+                assert path.is_dir() or synced[path.stat().st_ino] == path.stat().st_size, f"{path.name} in part only"
+            committed.append(Path(target))
+            synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", checked_rename)
+    model = torch.nn.Linear(4, 4)  # whose index fits the buffer of its file
+    optimizer = torch.optim.AdamW(model.parameters())
+    writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
+    writer.save(5, model, optimizer, {"step": 5})
+    writer.close()
+    assert committed == [tmp_path / "checkpoints" / "step-00000005"]
+    assert (tmp_path / "checkpoints").stat().st_ino in synced, "the rename itself"
+
+
 def test_a_second_job_on_a_run_folder_is_refused_and_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
     held = Lock(tmp_path)
     with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on .* is writing into"):
