@@ -171,8 +171,10 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
     """
     try:
         manifest = json_mapping((folder / "manifest.json").read_bytes())
+        if manifest["format"] == FORMAT and manifest["version"] > VERSION:
+            return f"{OTHER_VERSION} {manifest['version']}, and this is Cria of version {VERSION}"
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            return f"{OTHER_VERSION} {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
+            return f"its manifest is one of {manifest['format']} {manifest['version']}, not of {FORMAT} {VERSION}"
         named = _COMMITTED.fullmatch(folder.name)
         if named and int(named[1]) != manifest["step"]:
             return f"its manifest is that of step {manifest['step']}"

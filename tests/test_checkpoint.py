@@ -199,9 +199,11 @@ def test_a_manifest_that_is_not_ours_is_refused(run_dir: Path) -> None:
     path = run_dir / "checkpoints" / "step-00000010" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "version": 99}))
-    assert "cria-checkpoint 99" in str(checkpoint.verify(path.parent))
+    assert "is of version 99" in str(checkpoint.verify(path.parent))
     path.write_text("[]")
     assert "cannot be read" in str(checkpoint.verify(path.parent))
+    path.write_text(json.dumps({**manifest, "format": "cria-checkpoinu"}))  # a bit of it
+    assert checkpoint.find(run_dir, warn=print) == run_dir / "checkpoints" / "step-00000005"
 
 
 def test_a_state_says_by_name_what_it_lacks(run_dir: Path) -> None:
