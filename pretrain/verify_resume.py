@@ -2,18 +2,19 @@
 
     straight:  1 ─────────────────────────────────> n        the reference
     again:     1 ─────────────────────────────────> n        two undisturbed runs must agree before anything else is believed
-    killed:    1 ────────> SIGKILL ... SIGKILL ───> n        at random moments, started again each time
+    killed:    1 ────────> SIGKILL ... SIGKILL ───> n        at random moments after the first save, started again each time
     elsewhere: 1 ────────> SIGKILL, other ranks ──> n        started again on other numbers of ranks
 
 Every run is a real `pretrain train` on this machine, with `train.deterministic`, in processes of its own, each of which gets
 the SIGKILL. Compared are, for every step, the fingerprint of its sequences, loss, gradient norm and learning rate, and at the
 end every tensor of the last checkpoint: to the bit where the number of ranks is the same, to `LOSS_TOLERANCE` in the loss where
-it is not.
+it is not. And each start after a kill must have gone on from a checkpoint: one that began anew would come to the same figures.
 """
 
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ from rich.table import Table
 from pretrain import checkpoint, config, processes
 from pretrain.cli import Parser, fail
 from pretrain.hf import same_bits
+
+_TRIES = 3
+"""Of a run that is over before it could be killed: its steps take no time, or this machine has much else to do."""
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp8": 2e-2}
 """By precision: largest difference of a loss (nats a token) between numbers of ranks, which sum in another order."""
@@ -112,6 +116,8 @@ class Outcome:
     name: str
     ranks: str
     kills: int
+    resumed: list[int]
+    """The steps after which it was taken up again, one a kill."""
     same_sequences: bool
     same_bits: bool
     loss_difference: float
@@ -121,9 +127,9 @@ class Outcome:
     @property
     def holds(self) -> bool:
         """Whether it is what was promised."""
-        return self.same_sequences and (
-            self.same_bits if self.must_be_same_bits else self.loss_difference <= self.tolerance
-        )
+        was_resumed = len(self.resumed) == self.kills and all(step > 0 for step in self.resumed)
+        as_promised = self.same_bits if self.must_be_same_bits else self.loss_difference <= self.tolerance
+        return was_resumed and self.same_sequences and as_promised
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class Trial:
         if len(ranks) > 1:
             plan["elsewhere"] = [ranks[i % len(ranks)] for i in range(kills + 1)]
         for name, numbers in plan.items():
-            stops = sorted(moments.uniform(1, self.steps - 1) for _ in numbers[1:])
+            stops = sorted(moments.uniform(self._every + 1, self.steps - 1) for _ in numbers[1:])
             if name == f"killed on {numbers[0]}":  # against the undisturbed run on as many ranks
                 outcomes.append(self._compare(name, self.out / f"straight-on-{numbers[0]}", numbers, stops))
             else:
@@ -155,7 +161,7 @@ class Trial:
         return outcomes
 
     def _compare(self, name: str, reference: Path, ranks: list[int], stops: list[float]) -> Outcome:
-        expected, got = read_trajectory(reference), read_trajectory(self.run(name, ranks, stops))
+        expected, got, folder = read_trajectory(reference), read_trajectory(self.run(name, ranks, stops)), _folder(name)
         same_ranks = set(ranks) == {_world_size(reference)}
         complete = list(got) == list(expected) == list(range(1, self.steps + 1))
         differences = [_difference(got[k]["loss"], expected[k]["loss"]) for k in expected if k in got]
@@ -164,10 +170,11 @@ class Trial:
             name=name,
             ranks=", ".join(map(str, dict.fromkeys(ranks))),
             kills=len(stops),
+            resumed=[line["step"] for line in _read_lines(self.out / folder) if line["kind"] == "start"][1:],
             same_sequences=complete and all(got[k]["data_hash"] == expected[k]["data_hash"] for k in expected),
             same_bits=complete
             and all(_bits(got[k][figure]) == _bits(expected[k][figure]) for k in expected for figure in bits)
-            and _same_tensors(reference, self.out / name.replace(" ", "-")),
+            and _same_tensors(reference, self.out / folder),
             loss_difference=max(differences, default=float("inf")),
             must_be_same_bits=same_ranks,
             tolerance=self.tolerance,
@@ -177,38 +184,63 @@ class Trial:
         """Train to the end on `ranks[0]` ranks, killed when the log has come to `stops[0]`, then on `ranks[1]`, and so on.
 
         The fraction of a stop says how long to wait after its step is logged, as a part of a step's time: a kill can fall
-        anywhere, into a save as well.
+        anywhere, into a save as well. A run that came to its end before it could be killed is run once more, and again.
+
+        Raises:
+            RuntimeError: a run did not end as it should, or was over too soon each time.
         """
-        run_dir = self.out / name.replace(" ", "-")
-        shutil.rmtree(run_dir, ignore_errors=True)
-        run_dir.mkdir(parents=True)
-        for starts, (number, stop) in enumerate(zip(ranks, [*stops, None]), start=1):
-            print(
-                f"{name}: {number} rank{'s' * (number > 1)}" + (f", killed after step {int(stop)}" if stop else ""),
-                flush=True,
+        for _ in range(_TRIES):
+            run_dir = self.out / _folder(name)
+            shutil.rmtree(run_dir, ignore_errors=True)
+            run_dir.mkdir(parents=True)
+            starts = enumerate(zip(ranks, [*stops, None]), start=1)
+            if all(self._start(name, run_dir, start, number, stop) for start, (number, stop) in starts):
+                return run_dir
+        raise RuntimeError(
+            f"{name} was over before it could be killed, {_TRIES} times: give --steps more than {self.steps}"
+        )
+
+    def _start(self, name: str, run_dir: Path, start: int, ranks: int, stop: float | None) -> bool:
+        """One start of the run, killed at `stop` or trained to its end; False: it was over before it could be killed."""
+        killed = "" if stop is None else f", killed after step {int(stop)}"
+        print(f"{name}: {ranks} rank{'s' * (ranks > 1)}{killed}", flush=True)
+        with open(run_dir / "output.txt", "a") as output:
+            process = subprocess.Popen(
+                self._command(run_dir, ranks), stdout=output, stderr=output, start_new_session=True
             )
-            with open(run_dir / "output.txt", "a") as output:
-                process = subprocess.Popen(
-                    self._command(run_dir, number), stdout=output, stderr=output, start_new_session=True
-                )
-                try:
-                    if stop is not None:
-                        time.sleep(stop % 1 * _wait_for_step(run_dir, starts, int(stop), process))
-                    elif process.wait() != 0:
-                        raise RuntimeError(f"{name} ended with status {process.returncode}; see {output.name}")
-                finally:  # after Ctrl-C too, which does not reach a session of its own
-                    processes.kill_family(process)
+            try:
+                if stop is None:
                     process.wait()
-        return run_dir
+                else:
+                    time.sleep(stop % 1 * _wait_for_step(run_dir, start, int(stop), process))
+            finally:  # after Ctrl-C too, which does not reach a session of its own
+                processes.kill_family(process)
+                process.wait()
+        if process.returncode not in (0, -signal.SIGKILL if stop is not None else 0):
+            raise RuntimeError(f"{name} ended with status {process.returncode}; see {output.name}")
+        return stop is None or _read_lines(run_dir)[-1]["kind"] != "stop"
+
+    @property
+    def _every(self) -> int:
+        """Steps between saves."""
+        return max(1, self.steps // 8)
 
     def _command(self, run_dir: Path, ranks: int) -> list[str]:
-        every = max(1, self.steps // 8)
         settings = {"run_dir": run_dir, "train.max_steps": self.steps, "train.log_every": 1, "logger": "none"}
-        settings |= {"checkpoint.every_steps": every, "checkpoint.keep_last": 2, "optim.warmup_steps": self.steps // 4}
+        settings |= {
+            "resume": "null",
+            "checkpoint.every_steps": self._every,
+            "checkpoint.keep_last": 2,
+            "optim.warmup_steps": self.steps // 4,
+        }
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launch, "-m", "pretrain", "train", "--config", str(self.config)]
         return [*command, *self.overrides, "--train.deterministic", "true", *options]
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _bits(figure: float | None) -> str | None:
@@ -239,14 +271,18 @@ def _read_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _wait_for_step(run_dir: Path, starts: int, step: int, process: subprocess.Popen[bytes]) -> float:
-    """Wait until the run has been started `starts` times, has trained since, and has come to `step`; a step's time (seconds)."""
+    """Wait until the run has been started `starts` times, has come to `step` since, and a checkpoint is there, or it is over.
+
+    Returns a step's time (seconds).
+    """
     while True:
         ended = process.poll() is not None  # looked at before the log: what ended well has come to the step
         lines = _read_lines(run_dir) if (run_dir / "metrics.jsonl").exists() else []
         begun = [number for number, record in enumerate(lines) if record["kind"] == "start"]
         since = lines[begun[-1] :] if len(begun) == starts else []
         for record in since:
-            if record["kind"] == "stop" or (record["kind"] == "train" and record["step"] >= step):
+            trained = record["kind"] == "train" and record["step"] >= step
+            if record["kind"] == "stop" or (trained and checkpoint.committed(run_dir)):
                 return record.get("step_time_s", 0.0)
         if ended:
             break
@@ -268,7 +304,16 @@ def _same_tensors(a: Path, b: Path) -> bool:
 
 def _table(outcomes: list[Outcome], steps: int) -> Table:
     table = Table(title=f"against a straight run of {steps} steps", title_justify="left")
-    for name in ("run", "ranks", "kills", "sequences", "losses, norms, weights", "largest loss difference", ""):
+    for name in (
+        "run",
+        "ranks",
+        "kills",
+        "resumed after",
+        "sequences",
+        "losses, norms, weights",
+        "largest loss difference",
+        "",
+    ):
         table.add_column(name)
     for o in outcomes:
         bits = (
@@ -276,5 +321,6 @@ def _table(outcomes: list[Outcome], steps: int) -> Table:
         )
         sequences = "identical" if o.same_sequences else "DIFFERENT"
         held = "holds" if o.holds else "FAILS"
-        table.add_row(o.name, o.ranks, str(o.kills), sequences, bits, f"{o.loss_difference:.1e}", held)
+        resumed = ", ".join(map(str, o.resumed))
+        table.add_row(o.name, o.ranks, str(o.kills), resumed, sequences, bits, f"{o.loss_difference:.1e}", held)
     return table

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import pretrain, tiny_config, write_config
 
-from pretrain import config, data, order, processes, verify_resume
+from pretrain import checkpoint, config, data, order, processes, verify_resume
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ def test_a_resume_is_the_same_run(verified: tuple[Path, str]) -> None:
         marks = [line for line in lines if line["kind"] in ("start", "stop")]
         assert [mark["kind"] for mark in marks] == ["start"] * len(expected) + ["stop"], f"{name}: killed, not stopped"
         assert [mark["world_size"] for mark in marks[:-1]] == expected
+        assert all(2 <= mark["step"] < 18 for mark in marks[1:-1]), f"{name}: from a checkpoint, before the end"
 
 
 def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,7 @@ def test_on_other_numbers_of_ranks_too_in_bf16(datasets: Path, tmp_path: Path) -
 
 def test_other_numbers_of_ranks_may_differ_by_rounding_and_no_more() -> None:
     outcome = verify_resume.Outcome(
-        "elsewhere", "1, 2", 1, True, False, 4e-3, False, verify_resume.LOSS_TOLERANCE["bf16"]
+        "elsewhere", "1, 2", 1, [4], True, False, 4e-3, False, verify_resume.LOSS_TOLERANCE["bf16"]
     )
     assert outcome.holds
     for change in (
@@ -157,6 +158,8 @@ def test_other_numbers_of_ranks_may_differ_by_rounding_and_no_more() -> None:
         {"same_sequences": False},
         {"loss_difference": float("inf")},
         {"must_be_same_bits": True},
+        {"resumed": [0]},
+        {"resumed": []},
     ):
         assert not dataclasses.replace(outcome, **change).holds, change
 
@@ -177,6 +180,50 @@ def test_one_bit_in_one_step_is_a_failure(verified: tuple[Path, str], tmp_path: 
     outcome = trial._compare("killed", tmp_path / "straight", [1], [])
     assert not outcome.holds
     assert (not outcome.same_sequences) == (key == "data_hash")
+
+
+def test_one_bit_in_the_last_checkpoint_is_a_failure(
+    verified: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkpoint that is whole by its manifest."""
+    folder, _ = verified
+    shutil.copytree(folder / "out" / "straight", tmp_path / "again")
+    last = tmp_path / "again" / "checkpoints" / "step-00000018"
+    data_file = next((last / "tensors").glob("*.distcp"))
+    content = bytearray(data_file.read_bytes())
+    place = len(content) // 2
+    content[place] ^= 1
+    data_file.write_bytes(content)
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["files"][f"tensors/{data_file.name}"] = checkpoint.describe(data_file)
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(verify_resume.Trial, "run", lambda self, name, ranks, stops: self.out / name)
+    trial = verify_resume.Trial(folder / "c.yaml", [], 18, tmp_path, 0.0)
+    outcome = trial._compare("again", folder / "out" / "straight", [1], [])
+    assert (outcome.same_sequences, outcome.loss_difference, outcome.holds) == (True, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "message"),
+    [
+        ("stop", 0, "killed was over before it could be killed, 3 times: give --steps more than 8"),
+        ("train", 1, "killed ended with status 1"),
+    ],
+)
+def test_a_kill_that_did_not_take_place_is_none(
+    ending: str, status: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was over, or broke down by itself."""
+    lines = [{"kind": "start", "step": 0}, {"kind": "train", "step": 8}, {"kind": ending, "step": 8}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    script = f"import pathlib, sys; pathlib.Path(sys.argv[1], 'metrics.jsonl').write_text({text!r}); sys.exit({status})"
+    trial = verify_resume.Trial(tmp_path / "c.yaml", [], 8, tmp_path, 0.0)
+    monkeypatch.setattr(
+        trial.__class__, "_command", lambda self, folder, n: [sys.executable, "-c", script, str(folder)]
+    )
+    monkeypatch.setattr(checkpoint, "committed", lambda run_dir: [(1, run_dir)] if status else [])
+    with pytest.raises(RuntimeError, match=message):
+        trial.run("killed", [1, 1], [3.5])
 
 
 def test_a_lost_step_is_a_failure(verified: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
