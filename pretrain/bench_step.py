@@ -6,6 +6,7 @@
 Under torchrun every rank calls `measure`; a step takes as long as its slowest rank.
 """
 
+import json
 import os
 import shutil
 import statistics
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, token_dtype
+from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, folder_fingerprint, token_dtype
 from pretrain import bench_profile, bench_timing, data, memory, metrics, parallel, preparation, ranks, trainer
 from pretrain.sections import Config, SourceConfig
 
@@ -222,7 +223,7 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
 
 
 def with_random_data(settings: Config, folder: Path) -> Config:
-    """`settings` with one source instead of its own: uniformly random ids, written to `folder`, the same every time.
+    """`settings` with one source instead of its own: uniformly random ids, written to `folder`, the same every time; a word each.
 
     Never zeros: a GPU computes faster, and draws less power, on data that are all the same.
     """
@@ -231,10 +232,14 @@ def with_random_data(settings: Config, folder: Path) -> Config:
     ids = np.random.default_rng(settings.seed).integers(0, vocab_size, tokens)
     with ShardWriter(folder, "shards/random.npy", token_dtype(vocab_size), durable=False) as writer:
         writer.append(ids)
-    info = TokenizerInfo(f"sha256:{'0' * 64}", "sentencepiece", vocab_size, None, vocab_size - 1)
+    words = folder / TOKENIZER_DIR  # so that a run can be trained on it, and exported
+    words.mkdir(exist_ok=True)
+    vocabulary = {"type": "WordLevel", "vocab": {str(i): i for i in range(vocab_size)}, "unk_token": "0"}
+    (words / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": vocabulary}))
+    (words / "tokenizer_config.json").write_text(json.dumps({"eos_token": str(vocab_size - 1)}))
+    info = TokenizerInfo(folder_fingerprint(words), "huggingface", vocab_size, None, vocab_size - 1)
     shards = (writer.shard(source_file="random", documents=1),)
     Manifest("random", "train", info, append_eos=True, prepend_bos=False, shards=shards).save(folder)
-    (folder / TOKENIZER_DIR).mkdir(exist_ok=True)
     return replace(settings, data=replace(settings.data, sources=[SourceConfig("random", str(folder))], stages=[]))
 
 

@@ -35,14 +35,14 @@ _SHARED_S = 60.0
 def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: bool = True) -> Run:
     """Open the data, build the model, and load the checkpoint that the run goes on from, if there is one.
 
-    saves: False for a benchmark, which needs no room for a checkpoint, and whose random tokens are of no tokenizer.
+    saves: False for a benchmark, which needs no room for a checkpoint.
 
     Raises:
         ValueError, OSError: something that the user can mend, in one line.
         SystemExit: a rank got a signal while the shards were read, which may take long; on all ranks.
     """
     sources = data.open_sources(settings.data, settings.model.vocab_size)
-    if saves and os.environ.get("LOCAL_RANK", "0") == "0":  # as in data.open_sources
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # as in data.open_sources
         check_tokenizer(sources[0].train.directory, sources[0].train.manifest.tokenizer)  # an export ships it
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.shard import check_tokenizer
 from pretrain import config, data
 from pretrain.bench_paper import SHAPES
 
@@ -32,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--seconds",
         500,
         "--parts",
-        "operations,step,40gb,peers,paper,sweep",  # resume has a test of its own
+        "operations,step,40gb,resume,peers,paper,sweep",
     ]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), cwd=out, env=alone, capture_output=True, text=True, timeout=550)
@@ -53,6 +54,7 @@ def test_there_is_one_page_of_everything(results: Path) -> None:
         "# A training step of",
         "through each trainer's code",
         "# GPU hours for 300B",
+        "A resume is the same run",
     ):
         assert heading in page
     assert "10 tried, 0 wrong" in page
@@ -66,6 +68,7 @@ def test_the_resume_is_verified_through_fsdp(monkeypatch: pytest.MonkeyPatch) ->
     def output(command: list[str], seconds: float) -> tuple[str, int]:
         settings = config.load(Path(command[command.index("--config") + 1]))
         (source,) = data.open_sources(settings.data, settings.model.vocab_size)
+        check_tokenizer(source.train.directory, source.train.manifest.tokenizer)  # else training refuses it
         seen.append((command[:3], settings.parallel.strategy, source.train.num_sequences(settings.data.seq_len) > 16))
         return "said", 3
 
