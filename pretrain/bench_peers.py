@@ -3,7 +3,8 @@
     Config ─> weights, batches as files ─> ours (pretrain bench), each peer (pretrain.peer), each in its own process ─> ratios
 
 On a GPU one after the other, ours first and last for the drift. On a CPU in turns, a step each, so that a machine whose speed
-drifts slows all alike. A peer whose first loss is not ours does not train the same model, and its speed does not count.
+drifts slows all alike. A peer whose first loss or first gradient's norm is not ours does not train the same model, and its
+speed does not count; where no peer has ours, ours does not either.
 """
 
 import copy
@@ -30,6 +31,8 @@ from pretrain.optim import learning_rate
 
 LOSS_TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2, "fp8": 5e-2}
 """Largest difference of a first loss from ours, by the precision of the compute (nats a token)."""
+NORM_TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp8": 0.1}
+"""Largest difference of the first gradient's norm from ours, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -261,12 +264,15 @@ def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: boo
     reference = rows[0]
     notes = bench_result.notes(args.steps, args.warmup, waits=False)
     if reference["problem"] is None:
-        for row in rows[1:]:
-            off = abs(row["first_loss"] - reference["first_loss"]) if row["problem"] is None else 0.0
-            if not off <= LOSS_TOLERANCE[settings.parallel.precision]:  # NaN is off as well
-                row["problem"] = (
-                    f"does not train the same model: its first loss is {row['first_loss']:.5f}, off by {off:.1e}"
-                )
+        timed = [row for row in rows[1:] if row["problem"] is None]
+        for row in timed:
+            row["problem"] = _unlike(row, reference, settings.parallel.precision)
+        theirs = [row for row in timed if not row["name"].startswith("cria")]
+        if theirs and all(row["problem"] for row in theirs):
+            for row in rows:
+                if row["name"].startswith("cria"):
+                    row["problem"] = row["problem"] or "agrees with no peer that was timed"
+    if reference["problem"] is None:
         ours = [row for row in rows if row["name"].startswith("cria") and row["problem"] is None]
         best = min(_as_one(ours), key=lambda row: statistics.median(row["seconds"]))
         for row in rows:
@@ -278,6 +284,17 @@ def _compared(rows: list[Row], args: Any, settings: config.Config, in_turns: boo
         f"step, {settings.parallel.precision}, the same weights and batches"
     )
     return Result("peers", title, bench_result.subject(settings, 1), _labelled(rows), notes)
+
+
+def _unlike(row: Row, reference: Row, precision: str) -> str | None:
+    """By what a row's first step differs from the reference's; NaN differs from everything."""
+    off = abs(row["first_loss"] - reference["first_loss"])
+    if not off <= LOSS_TOLERANCE[precision]:
+        return f"does not train the same model: its first loss is {row['first_loss']:.5f}, off by {off:.1e}"
+    off = abs(row["first_grad_norm"] / reference["first_grad_norm"] - 1)
+    if not off <= NORM_TOLERANCE[precision]:
+        return f"does not train the same model: its first gradient's norm is {row['first_grad_norm']:.5f}, off by {off:.1%}"
+    return None
 
 
 def _as_one(ours: list[Row]) -> list[Row]:

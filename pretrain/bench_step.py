@@ -7,6 +7,7 @@ Under torchrun every rank calls `measure`; a step takes as long as its slowest r
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -77,7 +78,15 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
             if problem is None:
                 raise
             return {"problem": problem, **bench_timing.memory(device)}
-    return {"problem": bench_timing.over_limit(device, row["peak_mem_gib"], timing.memory_limit_gib), **row}
+    over_limit = bench_timing.over_limit(device, row["peak_mem_gib"], timing.memory_limit_gib)
+    return {"problem": _untrained(row) or over_limit, **row}
+
+
+def _untrained(row: dict[str, Any]) -> str | None:
+    """Why the steps that were timed are none: what trains nothing may be as fast as it likes."""
+    if row["skipped_steps"]:
+        return f"trains nothing: {row['skipped_steps']} updates were left out, for their gradient was 0 or not finite"
+    return None if math.isfinite(row["last_loss"]) else f"trains nothing: its last loss is {row['last_loss']}"
 
 
 def _device(settings: Config) -> torch.device:
@@ -92,22 +101,23 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     micro_batches = trainer.make_loader(run)
     if timing.of_micro_steps is not None:
         micro_batches = timer.marked(micro_batches)
-    losses = []
+    results = []
     for step in timer.steps(timing.warmup, timed=False):
         if step == timing.warmup - 1:  # behind the compilation
             run.clock.pause()
             run.clock.reset()
-        losses.append(trainer.optimizer_step(run, micro_batches).loss)
+        results.append(trainer.optimizer_step(run, micro_batches))
     run.clock.pause()
     _say_how_long(run, timing)
     run.clock.reset()
     for _ in timer.steps(timing.steps, timed=True):
-        losses.append(trainer.optimizer_step(run, micro_batches).loss)
+        results.append(trainer.optimizer_step(run, micro_batches))
     run.clock.pause()
+    skipped = int(run.skipped_steps)
     speed = _speed(run, timing, timer)
     used = bench_timing.memory(device)  # before the profiler, which needs some itself
     used = dict(zip(used, _largest(list(used.values()))))
-    mean_losses = (ranks.all_reduce_sum(torch.stack(losses)) / world_size).tolist()
+    mean_losses = (ranks.all_reduce_sum(torch.stack([result.loss for result in results])) / world_size).tolist()
     run.fabric.print(f"timed: {speed['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU")  # whatever becomes of the profile
     window: dict[str, Any] = {"communication_pct": 0.0, "exposed_communication_pct": 0.0}
     if world_size > 1 or timing.profile:
@@ -124,6 +134,8 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         **used,
         "first_loss": mean_losses[0],
         "last_loss": mean_losses[-1],
+        "first_grad_norm": results[0].grad_norm.item(),
+        "skipped_steps": skipped,
         "world_size": world_size,
         "device": parallel.device_name(device),
         "flops_per_token": run.flops_per_token,

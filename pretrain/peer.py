@@ -198,7 +198,7 @@ def time_steps(spec: Spec) -> dict[str, Any]:
     micro_batch_size = spec["micro_batch_size"]
     assert batches.shape[1] % micro_batch_size == 0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=spec["precision"] == "bf16")
-    timer, losses = bench_timing.Timer(device, spec["in_turns"]), []
+    timer, losses, norms = bench_timing.Timer(device, spec["in_turns"]), [], []
 
     def step(number: int) -> None:
         micro_batches = batches[number].long().split(micro_batch_size)
@@ -210,7 +210,7 @@ def time_steps(spec: Spec) -> dict[str, Any]:
                 loss = loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) / len(micro_batches)
             loss.backward()
             loss_sum += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), spec["optim"]["max_grad_norm"], foreach=True)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), spec["optim"]["max_grad_norm"], foreach=True))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss_sum)
@@ -230,6 +230,7 @@ def time_steps(spec: Spec) -> dict[str, Any]:
         **used,
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),
+        "first_grad_norm": norms[0].item(),
         "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "note": f"{spec['package']} {importlib.metadata.version(spec['package'])}, torch {torch.__version__}",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_MODEL, pretrain, tiny_config, write_config
+from lightning.fabric import Fabric
 
 from pretrain import (
     bench_peers,
@@ -116,6 +117,19 @@ def test_memory_that_does_not_suffice_is_a_row(settings: Path) -> None:
     assert benchmark.main([*argv, "--memory_limit_gib", "0.01"]) == 1
     (row,) = load(out)["rows"]
     assert "the limit is 0.01 GiB" in row["problem"]
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_a_step_that_trains_nothing_has_no_speed(
+    factor: float, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a compiler's mistake loses the gradient."""
+    backward = Fabric.backward
+    monkeypatch.setattr(Fabric, "backward", lambda self, loss: backward(self, loss * factor))
+    out = tmp_path / "out"
+    assert benchmark.main(["--config", str(settings), "--steps", "2", "--warmup", "1", "--out", str(out)]) == 1
+    (row,) = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert row["problem"] == "trains nothing: 3 updates were left out, for their gradient was 0 or not finite"
 
 
 def test_peak_memory_is_that_of_the_fullest_rank(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:

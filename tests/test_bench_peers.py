@@ -101,6 +101,7 @@ def test_a_peer_that_accumulates_trains_the_same_model(settings: Path, tmp_path:
     for row in rows:
         assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], abs=2e-5)
         assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], abs=2e-4)
+        assert row["first_grad_norm"] == pytest.approx(rows[0]["first_grad_norm"], rel=1e-4)
         assert row["tokens_per_sec_per_gpu"] == pytest.approx(4 * 32 / row["step_time_s"])
     assert abs(rows[0]["last_loss"] - rows[0]["first_loss"]) > 1e-3
 
@@ -110,18 +111,30 @@ def test_another_model_does_not_count(settings: Path) -> None:
 
     def row(name: str, loss: float, tokens: float) -> dict:
         figures = {"tokens_per_sec_per_gpu": tokens, "seconds": [1 / tokens] * 3, "first_loss": loss}
-        return {"name": name, "problem": None, "note": "v", **figures}
+        return {"name": name, "problem": None, "note": "v", "first_grad_norm": 2.0, **figures}
 
     rows = [row("cria", 5.0, 100), row("transformers (eager)", 5.0001, 80), row("litgpt (compiled)", 5.1, 900)]
     rows.append(row("torchtitan (eager)", float("nan"), 900))
+    rows.append({**row("transformers (compiled)", 5.0, 900), "first_grad_norm": 2.03})
     result = bench_peers._compared(rows, args, config.load(settings), in_turns=True)
-    same, other, nothing = result.rows[1:]
+    same, other, nothing, backward = result.rows[1:]
+    assert backward["problem"] == "does not train the same model: its first gradient's norm is 2.03000, off by 1.5%"
     assert same["problem"] is None
     assert same["ratio"] == pytest.approx(1.25)
     assert same["note"] == "its default, its best, v"
     assert other["problem"].startswith("does not train the same model")
     assert nothing["problem"].startswith("does not train the same model")
     assert "Ours (cria) is 1.250 times the fastest peer (transformers (eager))." in result.notes
+
+
+def test_ours_does_not_count_where_it_agrees_with_nobody(settings: Path) -> None:
+    args = benchmark._parser().parse_args(["--config", str(settings), "--peers"])
+    figures = {"problem": None, "tokens_per_sec_per_gpu": 9.0, "seconds": [1.0], "first_grad_norm": 2.0, "note": "v"}
+    losses = {"cria": 5.0, "cria (compiled)": 5.0, "transformers (eager)": 5.1, "litgpt (compiled)": 5.1}
+    rows = [{"name": name, "first_loss": loss, **figures} for name, loss in losses.items()]
+    result = bench_peers._compared(rows, args, config.load(settings), in_turns=False)
+    assert all(row["problem"] for row in result.rows)
+    assert result.rows[1]["problem"] == "agrees with no peer that was timed"
 
 
 def test_steps_are_paired_where_peers_took_turns_and_nowhere_else() -> None:
@@ -138,6 +151,7 @@ def test_ours_first_and_ours_last_are_one_row_of_more_steps(settings: Path) -> N
 
     def row(name: str, seconds: float) -> dict:
         figures = {"tokens_per_sec_per_gpu": 100 / seconds, "seconds": [seconds] * 4, "first_loss": 5.0}
+        figures["first_grad_norm"] = 2.0
         return {"name": name, "problem": None, "note": "v", **figures}
 
     rows = [row("cria", 1.0), row("cria (compiled)", 1.3), row("transformers (eager)", 2.0), row("cria (again)", 1.4)]
