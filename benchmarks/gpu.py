@@ -86,7 +86,7 @@ ROWS = ("peers", "sweep")
 """Parts of which --rows takes some."""
 
 PARTS = (
-    Part("operations", "Operations against the reference, in value and gradient", 75),
+    Part("operations", "Operations against the reference, in value and gradient", 110),
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
     Part(
         "step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, [*ONE, "--profile"], SHORT

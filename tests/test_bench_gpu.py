@@ -7,12 +7,14 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.shard import check_tokenizer
-from pretrain import config, data
+from pretrain import config, data, ops
 from pretrain.bench_paper import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +59,23 @@ def test_there_is_one_page_of_everything(results: Path) -> None:
         "A resume is the same run",
     ):
         assert heading in page
-    assert "10 tried, 0 wrong" in page
+    assert "12 tried, 0 wrong" in page
+
+
+def test_an_operation_that_is_wrong_is_called_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    """Be it in the gradient for the queries alone, which is small beside the others."""
+    operations = runpy.run_path(str(ROOT / "benchmarks" / "operations.py"))
+    cpu, found_by, errors = torch.device("cpu"), operations["found_by"], operations["errors"]
+
+    def too_much(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: None) -> torch.Tensor:
+        return ops.attention(q + 0.5 * (q - q.detach()), k, v, causal, mask)
+
+    exact = found_by(ops.REFERENCE, torch.float32, cpu)
+    plain = errors(found_by(ops.REFERENCE, torch.bfloat16, cpu), exact)
+    assert operations["judged"]("reference", plain, plain)
+    wrong = found_by(replace(ops.REFERENCE, attention=too_much), torch.bfloat16, cpu)
+    assert not operations["judged"]("wrong", errors(wrong, exact), plain)
+    assert "q_proj" in capsys.readouterr().out.splitlines()[-1].split("WRONG: ")[1]
 
 
 def test_the_resume_is_verified_through_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,28 @@ def test_linear_cross_entropy_s_mean_is_that_of_all_tokens_in_bf16() -> None:
         assert 192 * (mean * whole).sum() / whole.square().sum() == pytest.approx(1, abs=5e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_compiled_in_chunks_is_that_in_one_piece(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks, the last one short; a compiler adds up the weight's gradient as it likes."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(2, 450, 24, generator=generator).to(dtype), torch.randn(321, 24, generator=generator)
+    targets = torch.randint(0, 321, (2, 450), generator=generator)
+    targets[:, ::7] = ops.IGNORE_INDEX
+    found = []
+    for chunk_rows, compiled in ((10_000, False), (256, True)):
+        monkeypatch.setitem(ops.LOGITS_BYTES, "cpu", chunk_rows * 4 * 321)
+        function = torch.compile(ops.linear_cross_entropy, fullgraph=True) if compiled else ops.linear_cross_entropy
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = function(*inputs, targets, 1e-2)
+        (3 * loss).backward()
+        found.append((loss.detach(), *(x.grad for x in inputs)))
+    for whole, chunked in zip(*found):
+        assert whole.norm() > 0
+        assert (chunked - whole).norm() <= (1e-6 if dtype is torch.float32 else 5e-3) * whole.norm()
+
+
 def test_linear_cross_entropy_without_gradient_is_the_same() -> None:
     hidden, weight = torch.randn(2, 40, 8), torch.randn(30, 8)
     targets = torch.randint(0, 30, (2, 40))
