@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import checkpoint, parallel, preparation, trainer
@@ -121,19 +120,38 @@ def unlike(shape: dict, settings: dict) -> None:
 FILL_NORMAL = model_module._fill_normal
 
 
+class Exchanges(TorchDispatchMode):
+    """Notes, of each kind of collective, the type of every tensor that was given to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: dict[str, list[str]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        library, kind = str(function).split(".")[:2]
+        if library == "c10d":
+            # (output, input, ...) of gathers and scatters, ([tensor], ...) of a sum in place
+            given = args[0][0] if isinstance(args[0], list) else args[1]
+            self.types.setdefault(kind, []).append(str(given.dtype))
+        return function(*args, **(kwargs or {}))
+
+
 def counted(out: Path, shape: dict, settings: dict) -> None:
-    """Collectives of each of three micro-steps, the last of them the step's, by kind."""
-    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**ON_THE_CPU, **settings)
+    """Collectives of each of three micro-steps, the last of them the step's, by kind: how many, and of what types."""
+    model_config, parallel_config = ModelConfig(**shape), ParallelConfig(**{**ON_THE_CPU, **settings})
     fabric, sharding = parallel.launch(parallel_config, model_config, [])
     model = parallel.unwrap(parallel.build(fabric, model_config, parallel_config, seed=7))
     tokens = torch.arange(17)[None]
     exchanges = []
+    types: dict[str, set[str]] = {}
     for micro_step in range(3):
         before_micro_step(model, sharding, last=micro_step == 2)
-        with CommDebugMode() as debug:
+        with Exchanges() as seen:
             model(tokens[:, :-1], tokens[:, 1:]).backward()
-        exchanges.append({str(kind).split(".")[-1]: n for kind, n in debug.get_comm_counts().items()})
-    write(out, {"exchanges": exchanges})
+        exchanges.append({kind: len(of_kind) for kind, of_kind in seen.types.items()})
+        for kind, of_kind in seen.types.items():
+            types.setdefault(kind, set()).update(of_kind)
+    write(out, {"exchanges": exchanges, "types": {kind: sorted(found) for kind, found in types.items()}})
 
 
 def trained(settings: Config) -> None:

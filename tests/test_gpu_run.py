@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("strategy", ["single", "full_shard"])
 def test_a_resume_is_the_same_run(strategy: str, datasets: Path, tmp_path: Path) -> None:
-    """Compiled, in bf16, killed once, saved in the background; full_shard on one rank goes through NCCL, DTensor and FSDP2."""
+    """Compiled, in bf16, killed once, saved in the background.
+
+    full_shard on one rank goes through DTensor and FSDP2; but in a world of one FSDP2 sends nothing through NCCL.
+    """
     here = {"accelerator": "cuda", "precision": "bf16", "compile": True, "strategy": strategy}
     file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", parallel=here))
     done = pretrain("verify-resume", "--config", file, "--steps", 16, "--kills", 1, "--out", tmp_path / "out")

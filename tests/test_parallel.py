@@ -42,6 +42,7 @@ OTHERWISE = {
 }
 COUNTED = {**{name: {"strategy": name} for name in STRATEGIES}, **OTHERWISE}
 del COUNTED["offloaded"]
+IN_BF16 = {f"{name}-bf16": {"strategy": name, "precision": "bf16"} for name in STRATEGIES}
 
 
 @dataclass
@@ -101,7 +102,9 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
             else:
                 four += [steps(f"{strategy}-{number}-4", settings, 3 // micro_steps, clip)]
     four += [steps(f"{name}-4", settings, 1, 0.5) for name, settings in OTHERWISE.items() if name != "offloaded"]
-    four += [["counted", folder / f"counted-{name}", TINY_MODEL, settings] for name, settings in COUNTED.items()]
+    four += [
+        ["counted", folder / f"counted-{name}", TINY_MODEL, settings] for name, settings in (COUNTED | IN_BF16).items()
+    ]
     four += [["unlike", TINY_MODEL, {"strategy": "hybrid", "cpu_offload": offload}] for offload in (False, True)]
     again = [["resharded", TINY_MODEL, {"strategy": strategy}, checkpoints] for strategy in STRATEGIES]
     plan = [
@@ -312,6 +315,16 @@ def test_parameters_and_gradients_travel_as_often_as_the_strategy_says(worlds: W
         "hybrid": [gather | reduce, gather | reduce, gather | reduce | across],
         "exchanged-once": [gather_once, {}, reduce | across],
     }
+
+
+def test_weights_travel_in_the_type_that_is_computed_in_and_gradients_in_fp32(worlds: Worlds) -> None:
+    """Within a group and across replicas, added up over the micro-steps before or not."""
+    for names, gathered in ((COUNTED, "torch.float32"), (IN_BF16, "torch.bfloat16")):
+        for name in names:
+            types = worlds.facts(f"counted-{name}")["types"]
+            expected = {"_allgather_base_": [gathered], "_reduce_scatter_base_": ["torch.float32"]}
+            across = {"allreduce_": ["torch.float32"]} if names[name]["strategy"] == "hybrid" else {}
+            assert types == expected | across, name
 
 
 def test_the_gradients_of_a_step_are_exchanged_once(datasets: Path, tmp_path: Path) -> None:
