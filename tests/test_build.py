@@ -53,7 +53,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_bf16_is_the_same_on_one_device_and_under_fsdp2(monkeypatch: pytest.MonkeyPatch, frequent: float) -> None:
     """Weights and loss fp32, the residual stream bf16, on both; equal losses, and gradients to the rounding of bf16.
 
-    Of a token too that is there 550 times: in bf16, one by one, its gradients do not add up.
+    Of a token too that is there 550 times: in bf16, one by one, its gradients do not add up. In what types several ranks
+    exchange is seen in test_parallel.py: in a world of one FSDP2 sends nothing.
     """
     input_ids, targets = batch(1) if not frequent else batch(1, rows=16)
     if frequent:
@@ -104,30 +105,36 @@ def test_under_fsdp2_each_gradient_is_reduced_behind_the_backward_of_what_lies_b
 def test_compiled_there_are_no_graph_breaks_and_no_recompiles(
     monkeypatch: pytest.MonkeyPatch, strategy: str, layers: int
 ) -> None:
-    """Whole on one device, layer by layer under FSDP2: more layers than the recompilations after which dynamo gives up."""
+    """Whole on one device, layer by layer under FSDP2: more layers than the recompilations after which dynamo gives up.
+
+    Nor are the steps others than those that are not compiled: losses and gradient norms of four, which a layer's gradient
+    that is lost or counted twice changes by more.
+    """
     torch.compiler.reset()
     counters.clear()
     # Everything of torch.compile but the code generator, which takes most of its time and breaks no graphs.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    losses = []
-    with built(monkeypatch, strategy, layers=layers, precision="bf16", compile=True) as model:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for step in range(4):
-            with torch.no_grad():
-                model(*batch(100 + step))  # validation
-            with torch._dynamo.config.patch(error_on_recompile=step >= 2):
-                loss = model(*batch(step))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            if step == 1:
-                graphs = counters["stats"]["unique_graphs"]
-    assert graphs >= 2, "something was compiled, with and without gradient"
-    assert counters["stats"]["unique_graphs"] == graphs
-    assert not counters["graph_break"]
-    with built(monkeypatch, "single", layers=layers, precision="bf16", compile=False) as model:
-        assert model(*batch(0)).item() == pytest.approx(losses[0], abs=1e-3)
+    figures = {}
+    for compiled in (True, False):
+        with built(monkeypatch, strategy, layers=layers, precision="bf16", compile=compiled) as model:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            figures[compiled] = []
+            for step in range(4):
+                with torch.no_grad():
+                    model(*batch(100 + step))  # validation
+                with torch._dynamo.config.patch(error_on_recompile=step >= 2):
+                    loss = model(*batch(step))
+                    loss.backward()
+                    norm = torch.nn.utils.get_total_norm(gradients(model).values())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                figures[compiled] += [loss.item(), norm.item()]
+                if step == 1:
+                    graphs = counters["stats"]["unique_graphs"]
+        assert graphs >= 2, "something was compiled, with and without gradient"
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+    assert figures[True] == pytest.approx(figures[False], rel=2e-3)
     torch.compiler.reset()
 
 
