@@ -31,6 +31,7 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+TIED = {"tie_word_embeddings": True}
 STRATEGIES = ("full_shard", "shard_grad_op", "hybrid")
 VARIANTS = [(3, 0.5, 1), (3, 1e9, 0), (1, 0.5, 0), (1, 1e9, 2)]
 """(micro-steps on four ranks, max_grad_norm, activation_checkpointing): each two of them on and off together."""
@@ -69,17 +70,18 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     tree["optim"] |= {"warmup_steps": 1, "eps": 1e-6}
     common = config.load(write_config(folder / "common.yaml", tree))  # once: parsing costs more than a step
 
-    def run(name: str, parallel: dict, micro_batch: int, clip: float) -> config.Config:
+    def run(name: str, parallel: dict, micro_batch: int, clip: float, shape: dict | None = None) -> config.Config:
         return replace(
             common,
             run_dir=str(folder / name),
+            model=replace(common.model, **(shape or {})),
             parallel=replace(common.parallel, **parallel),
             train=replace(common.train, micro_batch_size=micro_batch),
             optim=replace(common.optim, max_grad_norm=clip, warmup_steps=1),
         )
 
-    def steps(name: str, parallel: dict, micro_batch: int, clip: float) -> list:
-        return ["stepped", folder / f"steps-{name}", run(f"run-{name}", parallel, micro_batch, clip)]
+    def steps(name: str, parallel: dict, micro_batch: int, clip: float, shape: dict | None = None) -> list:
+        return ["stepped", folder / f"steps-{name}", run(f"run-{name}", parallel, micro_batch, clip, shape)]
 
     def build(name: str, **settings: object) -> list:
         return ["built", folder / name, MODEL, settings]
@@ -87,11 +89,13 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     checkpoints = [folder / f"whole-{s}" / "checkpoints" / "step-00000003" for s in ("single", *STRATEGIES)]
     one = [build("built-1"), ["trained", run("whole-single", {}, 2, 0.5)]]
     one += [steps("clipped-1", {}, 2, 0.5), steps("recomputed-1", {"activation_checkpointing": 1}, 12, 1e9)]
-    one += [steps("alone-1", {"strategy": "full_shard"}, 2, 0.5)]
+    one += [steps("alone-1", {"strategy": "full_shard"}, 2, 0.5), steps("tied-1", {}, 2, 0.5, TIED)]
     two = [build("built-2"), steps("offloaded-2", OTHERWISE["offloaded"], 1, 0.5)]
     two += [steps("full_shard-2", {"strategy": "full_shard", "recompute": "elementwise"}, 1, 0.5)]
     two += [steps("shard_grad_op-2", {"strategy": "shard_grad_op", "activation_checkpointing": 1}, 1, 0.5)]
     two += [steps("hybrid-2", {"strategy": "hybrid", "shard_size": 1, "recompute": "mlp"}, 1, 0.5)]
+    two += [steps("tied-2", {"strategy": "full_shard"}, 1, 0.5, TIED)]
+    two += [["trained", run("whole-tied", {"strategy": "full_shard"}, 1, 0.5, TIED)]]
     three = [build("built-3")]
     four = [build("built-4"), build("full-4", strategy="full_shard")]
     for strategy in STRATEGIES:
@@ -107,12 +111,13 @@ def worlds(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     ]
     four += [["unlike", TINY_MODEL, {"strategy": "hybrid", "cpu_offload": offload}] for offload in (False, True)]
     again = [["resharded", TINY_MODEL, {"strategy": strategy}, checkpoints] for strategy in STRATEGIES]
+    tied = [TINY_MODEL | TIED, {}, [folder / "whole-tied" / "checkpoints" / "step-00000003"]]
     plan = [
         (1, 1, one),
         (2, 2, two),
         (3, 3, three),
-        (4, 2, four + again),
-        (1, 1, [["resharded", TINY_MODEL, {}, checkpoints]]),
+        (4, 2, [*four, *again, ["resharded", *tied]]),
+        (1, 1, [["resharded", TINY_MODEL, {}, checkpoints], ["resharded", *tied]]),
     ]
     jobs = folder / "worlds.pickle"
     jobs.write_bytes(pickle.dumps(plan))
@@ -205,6 +210,12 @@ def test_every_strategy_trains_the_model_of_one_process(worlds: Worlds) -> None:
     for strategy in STRATEGIES:
         for number, (_, clip, _) in list(enumerate(VARIANTS))[1:]:  # the first is a whole run, below
             same_steps(worlds, f"{strategy}-{number}-4", "clipped-1" if clip == 0.5 else "recomputed-1")
+
+
+def test_a_head_that_is_the_embedding_is_sharded_with_it(worlds: Worlds) -> None:
+    assert "lm_head.weight" not in worlds.weights("steps-tied-1")
+    assert worlds.facts("steps-tied-1")["losses"] != worlds.facts("steps-clipped-1")["losses"]
+    same_steps(worlds, "tied-2", "tied-1")
 
 
 def test_whole_runs_are_those_of_one_process(worlds: Worlds) -> None:
