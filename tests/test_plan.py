@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config, write_config
+from conftest import TINY_MODEL, tiny_config, write_config
 
 from pretrain import config, plan, probe, saver
 from pretrain.memory import GIB
@@ -201,7 +201,7 @@ def test_epochs_come_from_the_manifests(datasets: Path, tmp_path: Path, capsys: 
 
 
 def test_probe_measures_real_steps(datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On this CPU, in miniature: the plan's time is then what was measured, and says so."""
+    """On this CPU, in miniature; and what the plan's time rests on is said."""
     name = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
     text = planned(capsys, "--config", name, "--probe")
     last = text.splitlines()[-1]
@@ -213,6 +213,22 @@ def test_probe_measures_real_steps(datasets: Path, tmp_path: Path, capsys: pytes
     )
     assert not (tmp_path / "run").exists()
     assert "epochs         a 0." in text
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6])
+def test_the_plan_of_a_probe_takes_what_was_measured(
+    layers: int, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured are steps of one micro-batch, planned those of four; AdamW's few milliseconds stay the datasheet's."""
+    measured = {2: 0.2, 4: 0.3, 6: 0.4}
+    monkeypatch.setattr(probe, "_measure", lambda *args: (measured[args[-1]], 0.0))
+    tree = tiny_config(datasets, tmp_path / "run", model=TINY_MODEL | {"num_hidden_layers": layers})
+    text = planned(capsys, "--config", write_config(tmp_path / "c.yaml", tree), "--probe")
+    column = dict(re.findall(r"^│ ([\w-]+), s a step +│ +([\d.]+) │$", text, re.M))
+    assert len(column) == 7
+    assert sum(map(float, column.values())) == pytest.approx(4 * measured[layers], rel=0.06)
+    (speed,) = re.findall(r"1 cpu: ([\d,]+) tokens/s/GPU", text)
+    assert float(speed.replace(",", "")) == pytest.approx(8 * 32 / (4 * measured[layers]), rel=0.06)
 
 
 def test_a_probe_on_a_busy_machine_is_refused(
