@@ -200,6 +200,11 @@ def test_every_backend_that_can_be_asked_for_has_its_function() -> None:
     }
     assert len(pairs) == 9
     assert pairs == set(backends._MADE)
+    for (operation, backend), functions in backends._MADE.items():
+        assert operation in functions
+        for function in functions.values():
+            assert function.__module__ == "pretrain.kernels"
+            assert function.__name__.startswith(backend.removesuffix("_attn") + "_"), "a run would say another one"
 
 
 def test_the_choice_is_no_part_of_the_models_shape() -> None:
