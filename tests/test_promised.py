@@ -14,7 +14,7 @@ from conftest import write_dataset
 from data_prep.shard import Manifest, TokenizerInfo
 from data_prep.sources import is_held_out
 from pretrain import data
-from pretrain.sections import DataConfig, SourceConfig
+from pretrain.sections import DataConfig, SourceConfig, StageConfig
 
 SEQ_LEN = 10
 TOKENIZER = TokenizerInfo(f"sha256:{'a' * 64}", "sentencepiece", 300, 1, 2)
@@ -42,11 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixture(*entries: tuple[Path, float], seed: int = 1) -> data.Mixture:
-    """The order as `pretrain train` makes it, of ten sequences a step."""
+def mixture(
+    *entries: tuple[Path, float], seed: int = 1, batch: int = 10, stages: tuple[StageConfig, ...] = ()
+) -> data.Mixture:
+    """The order as `pretrain train` makes it, of `batch` sequences a step."""
     named = [SourceConfig(f"{number}", str(train), weight) for number, (train, weight) in enumerate(entries)]
-    config = DataConfig(SEQ_LEN, sources=named)
-    return data.make_mixture(data.open_sources(config, 320), config, seed, 10)
+    config = DataConfig(SEQ_LEN, sources=named, stages=list(stages))
+    return data.make_mixture(data.open_sources(config, 320), config, seed, batch)
 
 
 def test_the_mixture_is_the_promised_one(folder: Path) -> None:
@@ -57,6 +59,30 @@ def test_the_mixture_is_the_promised_one(folder: Path) -> None:
     assert source.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
     assert epoch.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0, 1]
     assert sequence.tolist() == [25, 43, 7, 28, 21, 21, 1, 30, 5, 14]
+
+
+def test_a_stage_without_one_of_three_sources_is_the_promised_one(folder: Path) -> None:
+    """It begins with step 4, where the first source has had half a sequence too many; and nothing comes out even."""
+    three = ((folder / "a", 5.0), (folder / "b", 3.0), (folder / "b", 2.0))
+    order = mixture(*three, batch=11, stages=(StageConfig(4, {"1": 3, "2": 2}),))
+    assert [order.drawn(step) for step in range(1, 8)] == [
+        [6, 3, 2],
+        [11, 7, 4],
+        [17, 9, 7],
+        [17, 16, 11],
+        [17, 23, 15],
+        [17, 29, 20],
+        [17, 36, 24],
+    ]
+    source, epoch, sequence = order.sequences(6)
+    assert source.tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 1]
+    assert epoch.tolist() == [0] * 11
+    assert sequence.tolist() == [36, 17, 2, 4, 39, 36, 17, 29, 22, 46, 4]
+
+
+def test_half_a_sequence_goes_to_the_source_that_is_named_first(folder: Path) -> None:
+    order = mixture((folder / "a", 1.0), (folder / "b", 1.0), batch=9)
+    assert [order.drawn(step) for step in (1, 2, 3, 1001)] == [[5, 4], [9, 9], [14, 13], [4505, 4504]]
 
 
 def test_the_fingerprint_of_a_batch_is_the_promised_one() -> None:
