@@ -279,6 +279,31 @@ def test_workers_do_not_change_the_order(datasets: Path) -> None:
     assert read(2, 6) == straight[10:]
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_loader_begins_at_any_step_and_reads_nothing_of_those_before(
+    threads: int, datasets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of step 1,000,000, two micro-batches of four, the first is had for reading it, and what threads read ahead."""
+    config = DataConfig(seq_len=32, sources=[SourceConfig("a", str(datasets / "a" / "train"))])
+    sources = data.open_sources(config, 320)
+    mixture = data.make_mixture(sources, config, 5, 8)
+    step, B = 1_000_000, 4
+    first = sources[0].train.sequences(mixture.sequences(step, slice(0, B))[2], 32).tolist()
+    read: list[int] = []
+    real = TokenDataset.read_sequence
+
+    def noted(dataset: TokenDataset, number: int, row: np.ndarray) -> None:
+        read.append(number)
+        real(dataset, number, row)
+
+    monkeypatch.setattr(TokenDataset, "read_sequence", noted)
+    batches = data.MicroBatches(sources, mixture, 32, B, 0, 1)
+    loader = data.train_loader(batches, step, step + 1_000, threads, torch.device("cpu"))
+    batch, _ = next(loader)
+    assert batch.tolist() == first
+    assert B <= len(read) <= (1 + data._AHEAD * threads) * B  # this micro-batch, and those that come next
+
+
 def test_one_rank_of_a_node_asks_for_the_sizes_of_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it finds wrong ends the job; a file that is cut short later is an error for whoever reads it."""
     source = SourceConfig("a", str(write_dataset(tmp_path / "d", 3_000, 3)))
