@@ -1,12 +1,14 @@
-"""What a user sees while it runs: a line a minute without a terminal, one bar with one."""
+"""What a user sees of a preparation and of a run while it runs: lines without a terminal, one bar with one."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
 from data_prep import progress
 from data_prep.progress import Display
+from pretrain import progress as training
 
 
 class Clock:
@@ -26,8 +28,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.mark.parametrize(("total_bytes", "left"), [(4_000_000_000, "9 min left"), (0, "9 min left")])
+@pytest.mark.parametrize(("total_bytes", "left"), [(5_000_000_000, "12 min left"), (0, "9 min left")])
 def test_a_line_a_minute(clock: Clock, capsys: pytest.CaptureFixture, total_bytes: int, left: str) -> None:
+    """After three minutes a fifth of the bytes is done; where these are not known, a quarter of the files."""
     with Display("slimpajama train", 4, total_bytes) as display:
         for second in range(1, 181):
             clock.now += 1
@@ -49,3 +52,38 @@ def test_one_bar_on_a_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch) ->
         display.tick(500_000, 4_000_000)
     assert "starcoder train" in screen.getvalue()
     assert "1/2 files  0.5 MB/s  4.00M tokens/s" in screen.getvalue()
+
+
+RECORD = {"loss": 2.34567, "tokens_per_sec": 24_130.0, "lr": 4e-4, "grad_norm": 0.5678, "step_time_s": 2.5}
+
+
+def test_a_line_a_record_of_training(capsys: pytest.CaptureFixture) -> None:
+    """What is left are the steps that are to come, each as long as the last."""
+    display = training.Display(10_000, 100, show=True)
+    for step, left in ((1_000, "6:15:00"), (9_999, "0:00:02"), (10_000, "0:00:00")):
+        display.step(step)
+        display.train_line(step, RECORD)
+        (line,) = capsys.readouterr().out.splitlines()
+        figures = "loss 2.3457  24.1k tokens/s  lr 4.00e-04  grad_norm 0.568"
+        assert line == f"step {step}/10000  {figures}  {left} left"
+    display.say("install .[gpu]")
+    display.close()
+    assert capsys.readouterr().out == "install .[gpu]\n"
+    training.Display(10_000, 100, show=False).train_line(1_000, RECORD)  # of another rank
+    assert not capsys.readouterr().out
+
+
+def test_one_bar_of_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(training, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    display = training.Display(1_000_000, 100, show=True)
+    display.step(150)
+    display.train_line(200, RECORD)
+    display.say("saved")
+    display.close()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
+    assert "saved" in shown
+    last = shown.replace("\r", "\n").split("step ")[-1]
+    assert last.startswith("200/1000000 ")
+    assert "loss 2.3457  24.1k tokens/s" in last
+    assert "28d 22h left" in last  # 999,800 steps of 2.5 s
