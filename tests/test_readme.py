@@ -166,12 +166,11 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
         if command.startswith("sbatch"):
             if slurm.available():
                 jobs[command] = waiting.submit(run_under_slurm, parts, folder)
-            outputs[command] = ""
         else:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
     outputs |= {command: job.result() for command, job in jobs.items()}
     waiting.shutdown()
-    assert len(outputs) == 29
+    assert len(outputs) == (29 if slurm.available() else 28)  # of those that were run
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
