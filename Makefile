@@ -56,7 +56,7 @@ test-long: setup
 
 test-gpu:
 	$(PYTHON) -m pytest -o addopts= -v -m gpu $$($(PYTHON) -c 'import xdist; print("--numprocesses=4 --dist=load")' 2>/dev/null) \
-		tests/test_ops_gpu.py tests/test_gpu_run.py
+		tests/test_ops_gpu.py tests/test_gpu_run.py tests/test_optim.py
 
 lint: setup
 	ruff check --fix .

@@ -17,10 +17,10 @@ SMALL = ModelConfig(
 )
 
 
-def small_model() -> Llama:
+def small_model(device: str = "cpu") -> Llama:
     with torch.device("meta"):
         model = Llama(SMALL)
-    model.materialize(torch.device("cpu"))
+    model.materialize(torch.device(device))
     model.init_weights(1)
     return model
 
@@ -57,11 +57,13 @@ def test_norms_and_the_embedding_are_not_decayed_unless_asked() -> None:
     assert [(g["weight_decay"], len(g["params"])) for g in everything.param_groups] == [(0.1, len(names))]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_updates_nothing(bad: float) -> None:
-    model = small_model()
+def test_a_gradient_that_is_not_finite_updates_nothing(bad: float, device: str) -> None:
+    """By fused AdamW's own switch, which is another kernel's on each kind of device."""
+    model = small_model(device)
     optimizer = make_optimizer(model, OptimConfig())
-    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(spoil: bool) -> float:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
