@@ -139,7 +139,8 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
     )
     loss *= rates.rest / gain
     communication = communication_seconds(model, layout, chip, rates)
-    optimizer = 40 * counts.total / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
+    updated = L * counts.layer * rates.layers + (counts.total - L * counts.layer) * rates.rest
+    optimizer = 40 * updated / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
     return Step(
         products,
         attention,
