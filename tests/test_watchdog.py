@@ -196,13 +196,15 @@ def test_a_watcher_that_comes_after_its_rank_has_died_ends_nobody(monkeypatch: p
     about |= {"limit_s": 1.0, "connect_s": 5.0, "facts": asdict(Facts("nowhere", 1, 2))}
     about |= {"memory": memory.fileno(), "stacks": stacks.fileno(), "control": theirs.detach()}
 
-    def hang_up() -> None:
-        connection = hub.accept()[0]
-        connection.recv(10_000)
-        connection.close()
+    def end_all() -> None:
+        with hub.accept()[0] as connection:
+            connection.sendall(b'{"end": "a test"}\n')
+            while connection.recv(10_000):
+                pass
 
-    threading.Thread(target=hang_up, daemon=True).start()
+    threading.Thread(target=end_all, daemon=True).start()
     watcher.main([json.dumps(about)])
+    assert control.recv(1) in (b"x", b"v"), "it did not come to end its rank"
     assert ended == []
     control.close()
 
