@@ -191,7 +191,8 @@ def test_a_spoilt_shard_is_named_before_the_first_step(
         pretrain("train", "--config", config_file, "--train.max_steps", 2)
         assert (tmp_path / "run" / "verified.json").is_file()
     shard = spoil_shard(tmp_path / "a" / "train", how)
-    assert shard.name in refused(capsys, "train", "--config", config_file)
+    for _ in range(2):  # what was read and found bad is not remembered as good
+        assert shard.name in refused(capsys, "train", "--config", config_file)
 
 
 def test_a_second_job_on_a_run_folder_is_refused(
