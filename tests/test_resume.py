@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import transformers
@@ -23,7 +24,7 @@ from conftest import (
     write_dataset,
 )
 
-from pretrain import checkpoint, config, preparation, trainer
+from pretrain import checkpoint, config, parallel, preparation, trainer
 from pretrain.__main__ import main
 from pretrain.scheduler import REQUEUE
 
@@ -122,6 +123,42 @@ def test_gradients_that_stay_unusable_end_the_run(
     state = checkpoint.read_state(saved)
     assert (saved.name, state["skipped_in_a_row"], state["updates"]) == ("step-00000008", 3, 4), "it ends with a save"
     assert preparation.prepare(config.load(config_file)).skipped_in_a_row == 3
+
+
+def test_a_gradient_that_one_rank_cannot_use_is_used_by_none(datasets: Path, tmp_path: Path) -> None:
+    """Rank 1's loss is NaN in step 2, which spoils every rank's gradients; in step 4 one number of its own shard is."""
+    sections = {"train": {"max_steps": 5}, "parallel": {"strategy": "full_shard"}}
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", **sections)))
+
+    def body(rank: int) -> int:
+        run = preparation.prepare(settings)
+        inner, clip = run.fabric.backward, trainer.clip_gradients
+
+        def backward(loss: torch.Tensor) -> None:
+            inner(loss * (float("nan") if rank == 1 and run.step + 1 == 2 else 1.0))
+
+        def spoil(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+            if rank == 1 and run.step + 1 == 4:
+                next(model.parameters()).grad.to_local().view(-1)[0] = float("nan")
+            return clip(model, max_norm)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.fabric, "backward", backward)
+            patch.setattr(trainer, "clip_gradients", spoil)
+            status = trainer.train(run)
+        updates = {int(state["step"]) for state in run.optimizer.state.values()}
+        (tmp_path / f"{rank}").write_text(f"{run.updates()} {updates}")
+        parallel.leave()
+        return status
+
+    output = tmp_path / "output.txt"
+    assert forks.finish(forks.fork_ranks(2, output, body), patience_s=10) == [0, 0], output.read_text()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3 {3}"] * 2
+    logged = records(tmp_path / "run", "train")
+    assert {step: r["skipped_steps"] for step, r in logged.items()} == {1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
+    assert [step for step, r in logged.items() if r["grad_norm"] is None] == [2, 4]
+    saved = checkpoint.load_tensors(checkpoint.latest(tmp_path / "run", pytest.fail))
+    assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
 def test_resume_picks_a_checkpoint(datasets: Path, straight: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import gc
 import io
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -17,6 +18,8 @@ from unittest import mock
 
 import pytest
 import torch
+from fault_saves import Filled, check_all
+from forks import finish, fork_ranks, with_group
 from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
 from torch.distributed.checkpoint import filesystem
 
@@ -376,3 +379,32 @@ def test_what_the_clock_has_saved_pushes_out_nothing_that_the_steps_have(tmp_pat
         (folder / "manifest.json").write_text("{}")
         saver.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
     assert [step for step, _ in checkpoint.committed(tmp_path)] == [36, 33, 30, 20]
+
+
+@pytest.mark.parametrize("failing", ["write", "read back"])
+def test_a_save_that_fails_on_one_rank_has_failed_on_all(tmp_path: Path, failing: str) -> None:
+    """Rank 1's disk, once: both ranks say the same, the checkpoint before stays, and the next save is good."""
+
+    def body(rank: int) -> None:
+        lines: list[str] = []
+        state = Filled(tmp_path, lines.append)
+        state.save(1, 1)
+        assert state.saver.wait() is None
+        owner, name = (saver._Stream, "write") if failing == "write" else (checkpoint, "describe")
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(owner, name, mock.Mock(side_effect=OSError(errno.EIO, "a made-up error")))
+            state.save(2, 2)
+            problem = state.saver.wait()
+        (tmp_path / f"said-{rank}").write_text(json.dumps([problem, lines[1:]]))
+        state.save(3, 3)
+        state.saver.close()
+
+    output = tmp_path / "output.txt"
+    assert finish(fork_ranks(2, output, with_group(2, body)), patience_s=5) == [0, 0], output.read_text()
+    (problem, lines), other = (json.loads((tmp_path / f"said-{rank}").read_text()) for rank in (0, 1))
+    assert "a made-up error" in problem
+    assert lines == [f"step 2: NOT saved, training goes on: {problem}"]
+    assert other == [problem, []]
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [3, 1]
+    assert check_all(tmp_path) == (3, 3)
