@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fault_runs import at, compare
 from fault_saves import Filled, check_all
-from forks import finish, fork_ranks, gone, start_training, with_group
+from forks import HUNG, finish, fork_ranks, gone, start_training, with_group
 
 from pretrain import checkpoint, config
 
@@ -141,7 +141,7 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
     steps = [step for step, _ in checkpoint.committed(run_dir)]
     assert check_all(run_dir) == (3, 3), "the next save is not there"
     if problem == "None":
-        assert steps[0] == 3, steps
+        assert {2, 3} <= set(steps), steps
         return "saved all the same"  # the fault fell into pruning, or was tried again
     assert "NOT saved, training goes on" in output
     assert "No space left" in problem or "Input/output error" in problem, problem
@@ -206,7 +206,7 @@ def full_disk_trials(settings: config.Config, folder: Path, trials: int, seed: i
                 for step, left in checkpoint.committed(small / "run"):
                     assert checkpoint.verify(left) is None, f"step {step} is committed: {checkpoint.verify(left)}"
                 assert checkpoint.committed(small / "run"), "no checkpoint"
-                assert -9 not in statuses, f"killed after 60 s: {said[-2000:]}"
+                assert HUNG not in statuses, f"killed after 60 s: {said[-2000:]}"
                 subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
                 assert finish(start_training(ranks, run, before, output)) == [0] * ranks, output.read_text()[-2000:]
                 compare(small / "run", folder / f"straight-{ranks}", exact=True)

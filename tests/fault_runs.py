@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from conftest import tiny_config, write_config, write_dataset
-from forks import die_at_a_commit, die_in_a_save, finish, gone, kill, start_training, train_to_the_end
+from forks import HUNG, die_at_a_commit, die_in_a_save, finish, gone, kill, start_training, train_to_the_end
 
 from data_prep.shard import Manifest
 from pretrain import checkpoint, config
@@ -79,6 +79,15 @@ def compare(run_dir: Path, reference: Path, exact: bool) -> None:
         for figure in ("loss", "grad_norm", "lr") if exact else ():
             assert line[figure] == want[figure], f"step {step}: {figure} {line[figure]!r}, not {want[figure]!r}"
         assert abs(line["loss"] - want["loss"]) <= 1e-5, f"step {step}: loss {line['loss']}, not {want['loss']}"
+    validated, expected = (
+        read_log(run_dir, "validation"),
+        {line["step"]: line["losses"] for line in read_log(reference, "validation")},
+    )
+    assert {line["step"] for line in validated} == expected.keys() != set(), "validations are missing"
+    for line in validated:
+        step, losses, want = line["step"], line["losses"], expected[line["step"]]
+        near = losses.keys() == want.keys() and all(abs(losses[name] - want[name]) <= 1e-5 for name in want)
+        assert losses == want if exact else near, f"validation of step {step}: {losses}, not {want}"
     if exact:
         ours, theirs = (checkpoint.load_tensors(checkpoint.latest(folder, print)) for folder in (run_dir, reference))
         assert ours.keys() == theirs.keys()
@@ -129,13 +138,14 @@ def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, w
     straight = {world.name: folder / f"straight-{number}" for number, world in enumerate(worlds)}
     for world in worlds:
         train_to_the_end(world.ranks, world.settings(settings, straight[world.name]), world.node_size)
+    deck: list[str] = []
     turn, kills_a_run = 0, min(KILLS_A_RUN, -(-trials // len(worlds)))
-    while done < trials:
+    while done < trials and len(failures) < trials:
         world = min(worlds, key=lambda world: places[world.name])  # where there were the fewest kills so far
         run_dir = folder / f"killed-{turn}"
         try:
             kills = min(kills_a_run, trials - done)
-            done += kill_some(world, world.settings(settings, run_dir), kills, moments, places)
+            done += kill_some(world, world.settings(settings, run_dir), kills, moments, deck, places)
             train_to_the_end(world.ranks, world.settings(settings, run_dir), world.node_size)
             compare(run_dir, straight[world.name], exact=True)
             places.update(resumes(run_dir))
@@ -146,47 +156,74 @@ def kill_trials(settings: config.Config, folder: Path, trials: int, seed: int, w
     return {"trials": done, "differ": len(failures), "failures": failures, "runs": turn, "places": dict(places)}
 
 
-PLACES = {"all": "all ranks", "one": "one rank", "save": "a crash point of a save", "edge": "an epoch's edge"}
+PLACES = {
+    "all": "all ranks",
+    "first": "rank 0 alone",
+    "other": "another rank alone",
+    "save": "a crash point of a save",
+    "edge": "an epoch's edge",
+}
 
 
-def kill_some(world: World, settings: config.Config, kills: int, moments: random.Random, places: Counter[str]) -> int:
+def kill_some(
+    world: World, settings: config.Config, kills: int, moments: random.Random, deck: list[str], places: Counter[str]
+) -> int:
     """Kill a run so many times, or until it is done; counts each kill in `places` and returns how many there were.
 
-    The last kill is where the next step goes into another epoch, if there is such a place left.
+    The last of several kills is where the next step goes into another epoch, if there is such a place left; all others are of
+    the kinds in `deck`, by turns. A run that is killed once is killed when it has a checkpoint to go on from. Ranks that lose
+    another one must end by themselves.
     """
-    folder = Path(settings.run_dir) / "checkpoints"
+    run_dir = Path(settings.run_dir)
     start = partial(start_training, world.ranks, settings, node_size=world.node_size)
     for number in range(kills):
-        how = moments.choice(["all", "one", "save"])
-        if number == kills - 1 and (edge := _next_edge(folder.parent)):
-            how, statuses = "edge", finish(start(before=die_at_a_commit(edge)), patience_s=10)
+        edge = _next_edge(run_dir) if 0 < number == kills - 1 else None
+        how, trained, victims = "edge" if edge else _draw(deck, moments), True, [0]
+        if edge:
+            pids = start(before=die_at_a_commit(edge))
         elif how == "save":
-            point = (moments.randrange(1, 50), moments.random() < 0.5)
-            statuses = finish(start(before=die_in_a_save(*point)), patience_s=10)
+            pids = start(before=die_in_a_save(moments.randrange(1, 50), moments.random() < 0.5, later=kills == 1))
         else:
             pids = start()
-            _wait(Path(settings.run_dir), pids[0], moments)
-            kill(pids if how == "all" else [moments.choice(pids)])
-            statuses = finish(pids, patience_s=10)
+            trained = _wait(run_dir, pids[0], moments, early=kills > 1)
+            every = range(world.ranks)
+            victims = {"all": [*every], "first": [0], "other": [moments.choice(every[1:] or every)]}[how]
+            kill([pids[victim] for victim in victims])
+        # Who has not yet met the others knows nothing of their end, and waits: its launcher would end it.
+        statuses = finish(pids, patience_s=30 if trained else 5)
         if -9 not in statuses:
+            deck += [] if edge else [how]
             return number
+        assert not trained or HUNG not in statuses, f"{PLACES[how]} was killed, and others hung: {statuses}"
         places[world.name] += 1
-        places[PLACES[how]] += 1
-        places["fell into a save"] += any(folder.glob(".*"))
-        for left in (path for _, path in checkpoint.committed(folder.parent)):
-            assert checkpoint.verify(left) is None, f"{left} is committed and not whole: {checkpoint.verify(left)}"
+        places[PLACES["all" if len(victims) == world.ranks and how in ("first", "other") else how]] += 1
+        places["fell into a save"] += any((run_dir / "checkpoints").glob(".*"))
+        for left in (path for _, path in checkpoint.committed(run_dir)):
+            problem = checkpoint.verify(left)
+            assert problem is None, f"{left} is committed and not whole: {problem}"
     return kills
 
 
-def _wait(run_dir: Path, pid: int, moments: random.Random) -> None:
-    """Until a random moment: in a quarter of the cases while the run starts, else up to seven steps later."""
-    if moments.random() < 0.25:
+def _draw(deck: list[str], moments: random.Random) -> str:
+    """The next kind of kill: in a random order, and each as often as the others."""
+    if not deck:
+        deck += moments.sample(["all", "first", "other", "save"], 4)
+    return deck.pop()
+
+
+def _wait(run_dir: Path, pid: int, moments: random.Random, early: bool = True) -> bool:
+    """Until a random moment, up to seven steps later; returns whether the ranks train.
+
+    early: in a quarter of the cases it is while the run starts; else there is a checkpoint first.
+    """
+    if early and moments.random() < 0.25:
         time.sleep(moments.uniform(0.0, 1.0))
-        return
+        return False
     enough = len(read_log(run_dir)) + moments.randrange(1, 8)
-    while len(read_log(run_dir)) < enough and not gone(pid):
+    while (len(read_log(run_dir)) < enough or not (early or checkpoint.committed(run_dir))) and not gone(pid):
         time.sleep(0.005)
     time.sleep(moments.uniform(0.0, 0.2))
+    return True
 
 
 def resumes(run_dir: Path) -> Counter[str]:
@@ -256,7 +293,9 @@ def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int
                     train_to_the_end(ranks, now)
                     break
                 if number == 1 and (edge := _next_edge(run_dir)):
-                    assert -9 in finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=10), "not killed"
+                    statuses = finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=30)
+                    assert -9 in statuses, "not killed"
+                    assert HUNG not in statuses, statuses
                     continue
                 pids = start_training(ranks, now)
                 _wait(run_dir, pids[0], moments)

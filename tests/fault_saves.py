@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from forks import die_in_a_save, finish, fork_ranks, gone, kill, with_group
+from forks import die_at_a_rename, die_in_a_save, finish, fork_ranks, gone, kill, with_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,14 +68,16 @@ def save_trials(folder: Path, trials: int, seed: int, worlds: list[int]) -> dict
     A kill that fell into none of these is checked too, and is not one of the `trials`.
     """
     moments, places, failures, turn = random.Random(seed), Counter[str](), [], 0
-    while places["kills"] < trials:
+    deck: list[str] = []
+    while places["kills"] < trials and len(failures) < trials:
         number = worlds[turn % len(worlds)]
         turn += 1
         run_dir = folder / f"saves-{number}"
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
             before = check_all(run_dir) if checkpoint.committed(run_dir) else (0, 0)
-            if _kill_saver(run_dir, number, before, moments):
+            deck = deck or moments.sample(["all", "one", "point", "point", *NAMED], 4 + len(NAMED))
+            if _kill_saver(run_dir, number, before, deck.pop(), moments):
                 where = _where(run_dir)
                 places.update({"kills": int(not where["fell into none"]), f"{number} ranks": 1, **where})
             if before == (0, 0) and not checkpoint.committed(run_dir):
@@ -88,9 +90,12 @@ def save_trials(folder: Path, trials: int, seed: int, worlds: list[int]) -> dict
     return {"trials": places.pop("kills"), "differ": len(failures), "failures": failures, "places": dict(places)}
 
 
-def _kill_saver(run_dir: Path, number: int, before: tuple[int, int], moments: random.Random) -> bool:
+NAMED = {"prune": ".deleting-*", "replay": "*.old"}
+"""Crash points that are few among all: where rank 0 has just given a folder such a name."""
+
+
+def _kill_saver(run_dir: Path, number: int, before: tuple[int, int], how: str, moments: random.Random) -> bool:
     """Start ranks that save on from `before`, and kill all, or one, or rank 0 at a crash point; False: they came to the end."""
-    how = moments.choice(["all", "one", "point", "point"])
     point = (moments.randrange(1, 100), moments.random() < 0.5)
     plan = random.Random(moments.random())
 
@@ -98,6 +103,8 @@ def _kill_saver(run_dir: Path, number: int, before: tuple[int, int], moments: ra
         state = Filled(run_dir)
         if how == "point":
             die_in_a_save(*point)(rank)
+        elif how in NAMED:
+            die_at_a_rename(NAMED[how])(rank)
         step, save = before
         for _ in range(6 if before[0] else 8):
             # A run started again from an earlier checkpoint comes to a step once more.
@@ -106,7 +113,7 @@ def _kill_saver(run_dir: Path, number: int, before: tuple[int, int], moments: ra
         state.saver.close()
 
     pids = fork_ranks(number, run_dir / "output.txt", with_group(number, body))
-    if how != "point":
+    if how in ("all", "one"):
         if not before[0]:
             while not checkpoint.committed(run_dir) and not gone(pids[0]):
                 time.sleep(0.002)

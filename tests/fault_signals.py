@@ -46,8 +46,8 @@ def signal_at(place: str, number: signal.Signals, target: int) -> Callable[[int]
 
 
 def signal_trials(settings: config.Config, folder: Path, trials: int, seed: int, worlds: list[int]) -> dict:
-    """Each place in turn, each signal, on each number of ranks."""
-    moments, failures, places = random.Random(seed), [], Counter[str]()
+    """Each place in turn, each signal, on each number of ranks; every other one to the last rank."""
+    moments, failures, places, turns = random.Random(seed), [], Counter[str](), Counter[int]()
     for ranks in worlds:
         train_to_the_end(ranks, at(settings, folder / f"straight-{ranks}"))
     # Few trials, too, come to all places, and by turns to all numbers of ranks and both signals.
@@ -60,7 +60,8 @@ def signal_trials(settings: config.Config, folder: Path, trials: int, seed: int,
     ]
     for trial in range(trials):
         ranks, number, place = kinds[trial % len(kinds)]
-        run_dir, target = folder / f"trial-{trial}", moments.randrange(ranks)
+        run_dir, turns[ranks] = folder / f"trial-{trial}", turns[ranks] + 1
+        target = ranks - 1 if turns[ranks] % 2 else moments.randrange(ranks)
         run = at(settings, run_dir)
         before = 0
         if place in ("in a load", "at the start"):  # something to load: a run that was stopped before
@@ -78,6 +79,7 @@ def signal_trials(settings: config.Config, folder: Path, trials: int, seed: int,
             assert len(read_log(run_dir)) == STEPS, "a step was trained twice"
             compare(run_dir, folder / f"straight-{ranks}", exact=True)
             places[place] += 1
+            places["to another rank than 0"] += target > 0
             shutil.rmtree(run_dir)
         except (AssertionError, ValueError, IndexError, OSError) as error:
             failures.append(f"trial {trial}: {number.name} to rank {target} of {ranks}, {place}: {error}")

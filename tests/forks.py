@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch.distributed as dist
@@ -84,12 +85,17 @@ def with_group(ranks: int, body: Callable[[int], int | None]) -> Callable[[int],
     return joined
 
 
+HUNG = -99
+"""The status of a process that had to be killed, because it did not end."""
+
+
 def finish(pids: list[int], patience_s: float = 60, limit_s: float = 600) -> list[int]:
     """Wait for all; when one is gone the others get `patience_s` to go by themselves. Returns statuses, -9 for killed.
 
-    Nothing is waited for without end: after `limit_s` all are killed.
+    Nothing is waited for without end: after `limit_s` all are killed. Who is killed here has the status HUNG.
     """
     statuses: dict[int, int] = {}
+    hung: set[int] = set()
     deadline, first = time.monotonic() + limit_s, True
     while len(statuses) < len(pids):
         for pid in pids:
@@ -99,9 +105,11 @@ def finish(pids: list[int], patience_s: float = 60, limit_s: float = 600) -> lis
                     statuses[pid] = os.waitstatus_to_exitcode(status)
                     deadline, first = time.monotonic() + patience_s if first else deadline, False
         if time.monotonic() > deadline:
-            kill(list(set(pids) - set(statuses)))
+            late = set(pids) - set(statuses)
+            kill(list(late))
+            hung |= late
         time.sleep(0.005)
-    return [statuses[pid] for pid in pids]
+    return [HUNG if pid in hung and statuses[pid] == -9 else statuses[pid] for pid in pids]
 
 
 def kill(pids: list[int]) -> None:
@@ -123,30 +131,35 @@ def train_to_the_end(ranks: int, settings: config.Config, node_size: int | None 
         raise AssertionError(f"{settings.run_dir} ended with {statuses}\n{output[-3000:]}")
 
 
-def die_in_a_save(count: int, after: bool) -> Callable[[int], None]:
-    """Makes rank 0 kill itself right before or after the `count`-th call that touches the disk from the saver's thread."""
+def die_in_a_save(count: int, after: bool, later: bool = False) -> Callable[[int], None]:
+    """Makes rank 0 kill itself right before or after the `count`-th call that touches the disk from the saver's thread.
+
+    later: the count begins when there is a checkpoint.
+    """
 
     def arm(rank: int) -> None:
         if rank != 0:
             return
-        calls = 0
+        calls, counting = 0, not later
 
         def counted(call: Callable) -> Callable:
             def wrapper(*args: object, **options: object) -> object:
-                nonlocal calls
+                nonlocal calls, counting
                 if not threading.current_thread().name.startswith("saver"):
                     return call(*args, **options)
-                calls += 1
-                mine = calls == count  # a call may make others
+                calls += counting
+                mine = counting and calls == count  # a call may make others
                 if mine and not after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 result = call(*args, **options)
                 if mine:
                     os.kill(os.getpid(), signal.SIGKILL)
+                counting = counting or (call is rename and Path(args[1]).name.startswith("step-"))  # type: ignore[arg-type]
                 return result
 
             return wrapper
 
+        rename = os.rename
         for name in ("fsync", "rename", "open", "mkdir", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
         Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
@@ -157,13 +170,18 @@ def die_in_a_save(count: int, after: bool) -> Callable[[int], None]:
 
 def die_at_a_commit(step: int) -> Callable[[int], None]:
     """Makes rank 0 kill itself as soon as the checkpoint of this step is one."""
+    return die_at_a_rename(f"step-{step:08d}")
+
+
+def die_at_a_rename(pattern: str) -> Callable[[int], None]:
+    """Makes rank 0 kill itself as soon as a file or folder has got a name like this one."""
 
     def arm(rank: int) -> None:
         rename = os.rename
 
         def renamed(source: os.PathLike, target: os.PathLike) -> None:
             rename(source, target)
-            if Path(target).name == f"step-{step:08d}":
+            if fnmatch(Path(target).name, pattern):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         if rank == 0:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import fault_runs
+import fault_signals
 import faults
 
 
@@ -22,10 +23,15 @@ def test_faults_leave_the_run_as_it_was(tmp_path: Path) -> None:
     assert {name: summary[name]["trials"] for name in trials} == trials
     assert sum(summary[name].get("differ", 0) + summary[name].get("missed", 0) for name in trials) == 0
     assert summary["kills"]["places"].keys() >= {"1 ranks", "2 ranks"}
-    assert summary["layouts"]["places"].keys() >= {world.name for world in fault_runs.LAYOUTS}
+    layouts = summary["layouts"]["places"]
+    assert layouts.keys() >= {world.name for world in fault_runs.LAYOUTS}
+    assert all(layouts[fault_runs.PLACES[how]] == 1 for how in ("all", "first", "other", "save")), layouts
+    assert layouts["resumed"] == 4, "a run began anew"
     assert all(summary[name]["places"]["resumed at an epoch's edge"] > 0 for name in ("kills", "elastic"))
-    assert len(summary["signals"]["places"]) == 5
-    assert summary["saves"]["places"]["fell into a flush"] > 0
+    signals = summary["signals"]["places"]
+    assert all(signals[place] == 1 for place in fault_signals.PLACES)
+    assert signals["to another rank than 0"] > 0
+    assert all(summary["saves"]["places"][f"fell into a {what}"] > 0 for what in ("flush", "prune", "replayed save"))
     assert len(summary["data"]["places"]) == 6, "each kind of spoilt shard"
     assert summary["damage"]["places"]["flip"] == trials["damage"]
     assert {"2 ranks agree and set it aside", "4 ranks agree and set it aside"} <= summary["damage"]["places"].keys()
