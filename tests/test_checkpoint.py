@@ -367,3 +367,27 @@ class Harmful:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
+
+
+def test_a_save_clears_what_a_killed_one_left_half_deleted(run_dir: Path) -> None:
+    folders = run_dir / "checkpoints"
+    shutil.copytree(folders / "step-00000005", folders / ".deleting-step-00000001")
+    save(run_dir, 15, *make_state(15))
+    assert sorted(path.name for path in folders.iterdir()) == ["step-00000005", "step-00000010", "step-00000015"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_taken(run_dir: Path) -> None:
+    folders, said = run_dir / "checkpoints", []
+    shutil.copytree(folders / "step-00000010", folders / "step-00000020")
+    assert checkpoint.latest(run_dir, said.append) == folders / "step-00000010"
+    assert "step-00000020 is corrupt (its manifest is that of step 10)" in said[0]
+
+
+def test_a_newer_versions_checkpoint_is_refused_and_stays_where_it_is(run_dir: Path) -> None:
+    """It is whole for who can read it: to set it aside and go on from an older one would lose steps."""
+    newest = run_dir / "checkpoints" / "step-00000010"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "version": checkpoint.VERSION + 1}))
+    with pytest.raises(ValueError, match=r"step-00000010: .*version .*go on with the version of Cria that wrote it"):
+        checkpoint.find(run_dir, pytest.fail)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000005", "step-00000010"]

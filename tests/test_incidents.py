@@ -141,6 +141,12 @@ def test_a_signal_while_the_shards_are_read_ends_the_start(
     assert checked == [datasets / "a/train", left[0], *left], "what was found good is not read again, and nothing else"
 
 
+def test_a_signal_that_comes_when_all_is_saved_does_not_change_the_status(datasets: Path, tmp_path: Path) -> None:
+    """A launcher ends the others when one has left; Python's own end takes a while."""
+    assert main(command(datasets, tmp_path, train={"max_steps": 1}, optim={"warmup_steps": 1})) == 0
+    assert [signal.getsignal(number) for number in scheduler._STOPS] == [signal.SIG_IGN] * len(scheduler._STOPS)
+
+
 def test_no_terminal_any_more_is_no_signal_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     scheduler.Stop()
@@ -203,6 +209,7 @@ def test_the_last_save_is_tried_again_while_there_is_time(
         commit(self, *arguments)
 
     monkeypatch.setattr(saver.Saver, "_commit", hiccup)
+    assert sum(trainer._PAUSES_S) == 45, "as the README says"
     monkeypatch.setattr(trainer, "_PAUSES_S", (1.0, 2.0))
     last = {"checkpoint": {"every_steps": 0}, "train": {"max_steps": 2, "max_hours": 1}, "optim": {"warmup_steps": 1}}
     assert main(command(datasets, tmp_path, **last)) == 0
@@ -219,7 +226,11 @@ def test_the_last_save_is_tried_again_while_there_is_time(
 
 
 def test_very_many_ranks_agree_every_few_steps(
-    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    datasets: Path,
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As 512 would: a signal in step 6 stops the run after step 10, and the same command goes on to the same end."""
     step, agreed = trainer.optimizer_step, []
@@ -243,6 +254,8 @@ def test_very_many_ranks_agree_every_few_steps(
     assert asked == [[0, 0], [0, 0], [0, 0], [signal.SIGUSR1, 0]], "before the first validation, and steps 1, 6 and 11"
     monkeypatch.setattr(trainer, "optimizer_step", step)
     assert main(words) == 0
+    assert "resumed after step 10" in capsys.readouterr().out
+    assert trajectory(tmp_path / "run") == trajectory(straight)
 
 
 def test_a_folder_that_another_job_has_taken_ends_the_run(

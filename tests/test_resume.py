@@ -170,21 +170,25 @@ def test_resume_picks_a_checkpoint(datasets: Path, straight: Path, tmp_path: Pat
     assert all(got[step]["loss"] == expected[step]["loss"] for step in got)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("checkpoint", 2), ("hugging face", 1), ("hugging face", 2)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_init_from_takes_the_weights_and_nothing_else(
-    datasets: Path, straight: Path, tmp_path: Path, kind: str, ranks: int
+    datasets: Path, straight: Path, tmp_path: Path, ranks: int
 ) -> None:
-    source = straight / "checkpoints" / "step-00000020"
-    if kind != "checkpoint":
-        source = write_hf_folder(tmp_path / "hf", checkpoint.load_weights(source))
-    tree = tiny_config(datasets, tmp_path / "run", optim={"max_lr": 1e-3}, train={"max_steps": 4}, seed=99)
-    config_file = write_config(tmp_path / "c.yaml", tree)
-    pretrain("train", "--config", config_file, "--init_from", source, ranks=ranks)
-    first, last = records(tmp_path / "run", "validation")[0], records(straight, "validation")[20]
-    assert first["losses"] == pytest.approx(last["losses"], abs=1e-5), "it begins where the other ended"
-    train = records(tmp_path / "run", "train")
-    assert sorted(train) == [1, 2, 3, 4]
-    assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
+    """Of a checkpoint, which has an optimizer's state too, as of a Hugging Face folder, which has none."""
+    saved = straight / "checkpoints" / "step-00000020"
+    sources = {"checkpoint": saved, "hf": write_hf_folder(tmp_path / "weights", checkpoint.load_weights(saved))}
+    for kind, source in sources.items():
+        run_dir = tmp_path / kind
+        tree = tiny_config(datasets, run_dir, optim={"max_lr": 1e-3}, train={"max_steps": 4}, seed=99)
+        config_file = write_config(tmp_path / "c.yaml", tree)
+        pretrain("train", "--config", config_file, "--init_from", source, ranks=ranks)
+        first, last = records(run_dir, "validation")[0], records(straight, "validation")[20]
+        assert first["losses"] == pytest.approx(last["losses"], abs=1e-5), "it begins where the other ended"
+        train = records(run_dir, "train")
+        assert sorted(train) == [1, 2, 3, 4]
+        assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
+        assert checkpoint.read_state(checkpoint.latest(run_dir, pytest.fail))["updates"] == 4
+    assert trajectory(tmp_path / "checkpoint") == trajectory(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "hugging face"])
@@ -272,6 +276,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(datasets: Path, tmp_path:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line["step"] for line in lines if line["kind"] == "train"]
     assert len(trained) > len(set(trained)) == 120, "no step was trained twice"
+    begun = [line["step"] for line in lines if line["kind"] == "start"]
+    assert begun[0] == 0 < begun[1] < begun[2], f"it began after the steps {begun}"
+    assert len(begun) == 3
+    assert all(step % 10 == 0 for step in begun)
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000110", "step-00000120"]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -132,10 +133,16 @@ def test_compiled_it_trains_the_same_model(datasets: Path, tmp_path: Path) -> No
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_finished_run_started_again_does_nothing(straight: Path) -> None:
-    before = trajectory(straight)
-    pretrain("train", "--config", straight / "config.yaml")
-    assert trajectory(straight) == before
+def test_a_finished_run_started_again_does_nothing(straight: Path, tmp_path: Path) -> None:
+    def there() -> tuple:
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
+        return [line for line in lines if line["kind"] in ("train", "validation")], files
+
+    shutil.copytree(straight, tmp_path / "run")
+    before = there()
+    pretrain("train", "--config", straight / "config.yaml", "--run_dir", tmp_path / "run")
+    assert there() == before
 
 
 def test_a_step_waits_for_the_device_only_where_it_is_logged(
