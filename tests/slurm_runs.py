@@ -2,9 +2,9 @@
 
 A tiny model trains on two nodes through launch/slurm.sbatch, and nobody but SLURM and the script starts it again:
 
-    USR1       scancel --signal=USR1                TERM       SIGTERM to one rank alone
+    USR1       scancel --signal=USR1                TERM       SIGTERM to one rank, any
     time       the job's limit comes near           requeue    scontrol requeue
-    node       a node is set down, and comes back   crash      SIGKILL to one rank
+    node       a node is set down, and comes back   crash      SIGKILL to one rank, any
 
 The kinds are mixed. In the end there must be one continuous trajectory, to the bit that of an undisturbed run, and no step may
 be lost but by a crash. The summary goes to benchmarks/results/slurm.json; tests/test_launch_slurm.py holds the short form.
@@ -22,9 +22,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -111,9 +113,44 @@ class Job:
         self.until("the margin", lambda: time.time() > end - margin_s)
         self.cluster.run("scancel", "--signal=CONT", self.number)
 
+    def ranks(self) -> list[int]:
+        """The processes that train, of both nodes; not what starts or watches them."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                words = path.read_bytes().decode().split("\0")
+                python = Path(words[0]).name.startswith("python") and not any(w.endswith("agent.py") for w in words)
+                mine = "train" in words and any(word.startswith(f"{self.folder}/") for word in words)
+                found += [int(path.parent.name)] if python and mine else []
+        return found
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The run's log."""
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
     def stops(self) -> list[str]:
-        lines = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [line["reason"] for line in lines if line["kind"] == "stop"]
+        return [line["reason"] for line in self.lines() if line["kind"] == "stop"]
+
+    def resumed(self) -> list[str | None]:
+        """What the run had stopped by before each start but the first, None where it was killed.
+
+        Each start after a stop must go on where that was, which is after the last trained step: none may be lost.
+        """
+        found: list[str | None] = []
+        trained, stopped = 0, None
+        for line in self.lines():
+            if line["kind"] == "train":
+                trained = line["step"]
+            elif line["kind"] == "stop":
+                assert line["step"] == trained, f"stopped after step {line['step']}, and trained up to {trained}"
+                stopped = line
+            elif line["kind"] == "start":
+                if stopped is not None:
+                    lost = f"stopped by {stopped['reason']} after step {stopped['step']}, went on after {line['step']}"
+                    assert line["step"] == stopped["step"], lost
+                found.append(stopped and stopped["reason"])
+                trained, stopped = line["step"], None
+        return found[1:]
 
     def logs(self) -> str:
         paths = [self.folder / "job.log", *sorted((self.folder / "logs").glob("*"))]
@@ -121,18 +158,21 @@ class Job:
 
 
 KINDS = ("USR1", "TERM", "time", "requeue", "node", "crash")
+WARNED = ("USR1", "TERM", "time")
+"""After these a run must have saved; SLURM gives warning of the others, too, but for the crash, and may not wait."""
 MARGIN_S = 20
 """Of the job's minute; what is left is the time that a start may take."""
 
 
-def disturb(job: Job, kind: str) -> None:
+def disturb(job: Job, kind: str, moments: random.Random) -> None:
     """Make one disturbance; returns when the job no longer runs."""
     cluster, number = job.cluster, job.number
-    rank_0 = int((job.run_dir / ".lock").read_text().split()[1])
     if kind == "USR1":
         cluster.run("scancel", "--signal=USR1", number)
     elif kind in ("TERM", "crash"):
-        os.kill(rank_0, signal.SIGTERM if kind == "TERM" else signal.SIGKILL)
+        ranks = job.ranks()
+        assert len(ranks) == 2, f"{len(ranks)} processes train"
+        os.kill(moments.choice(ranks), signal.SIGTERM if kind == "TERM" else signal.SIGKILL)
     elif kind == "time":
         job.sleep_until_the_end(MARGIN_S)
     elif kind == "requeue":
@@ -170,15 +210,16 @@ def series(
             before = time.monotonic()
             job.until_step(restart, steps=moments.randrange(1, 8), hurry=False)
             waits.append(round(time.monotonic() - before, 1))
-            disturb(job, kind)
+            disturb(job, kind, moments)
             disturbed[kind] += 1
             print(f"{launcher}: {restart + 1} of {requeues}, {kind}, after {waits[-1]} s", flush=True)
         assert job.until_over(hurry=False) == "COMPLETED", job.logs()
         assert trajectory(job.run_dir) == trajectory(folder / "straight"), "another trajectory"
-        trained = sum(
-            json.loads(line)["kind"] == "train" for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()
-        )
-        again = trained - steps
+        resumed = job.resumed()
+        assert len(resumed) == requeues, f"{kinds}, and {len(resumed)} starts again"
+        for kind, reason in zip(kinds, resumed):
+            assert reason is not None or kind not in WARNED, f"{kinds}, and the run had stopped by {resumed}"
+        again = sum(line["kind"] == "train" for line in job.lines()) - steps
     except AssertionError as error:
         problem, again = str(error), None
     facts = {"requeues": requeues, "kinds": dict(disturbed), "steps": steps, "steps_trained_twice": again}

@@ -56,6 +56,8 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
     stops = job.stops()
     assert stops[0] == "SIGUSR1", job.logs()
     assert stops[-2:] == ["the end of the job's time", "finished"], job.logs()
+    resumed = job.resumed()
+    assert (resumed[0], resumed[-1]) == ("SIGUSR1", "the end of the job's time"), resumed
     assert trajectory(job.run_dir) == two_ranks
     assert "restart 3: 2 tasks on node[1-2]" in (tmp_path / "job.log").read_text()
     ranks = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
@@ -77,6 +79,7 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(
     assert "restart 1" not in (tmp_path / "job.log").read_text()
     job.submit(datasets)
     assert job.until_over() == "COMPLETED", job.logs()
+    assert job.resumed() == ["SIGTERM"]
     assert trajectory(job.run_dir) == two_ranks
 
 
