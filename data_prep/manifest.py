@@ -351,7 +351,10 @@ def _staged_here() -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, durably, at once or not at all: stage beside it, fsync, rename, fsync the folder."""
+    """Replace `path` by `data`, durably, at once or not at all: stage beside it, fsync, rename, fsync the folder.
+
+    Raises OSError, naming the file: what a write raises names none.
+    """
     staged = staged_path(path)
     try:
         with open(staged, "wb") as file:
@@ -359,6 +362,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         staged.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

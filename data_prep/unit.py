@@ -11,6 +11,7 @@ What runs once a document is Python, what runs once a token is not.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +35,7 @@ _BATCH_DOCUMENTS = 4096
 _MAX_BAD_LISTED = 1000
 
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EMFILE, errno.ENFILE)
+_FULL = {errno.ENOSPC: "", errno.EDQUOT: " in its quota", errno.EFBIG: " for larger files (ulimit -f)"}
 
 Report = Callable[[int, int], None]
 """Told how many more bytes of input were read and how many more tokens made."""
@@ -68,19 +71,31 @@ def prepare_unit(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitR
         try:
             return _prepare_once(job, encoder, unit, counted)
         except OSError as error:
+            name, why, remedy = _named(error, job.folder.out)
+            if error.errno in _FULL:
+                raise OSError(error.errno, f"{why}: {remedy}", name) from error
             if error.errno not in _PASSING:
                 raise
             if not until:
                 until = time.monotonic() + RETRY_S
-                line = f"data-prep: {unit}: {error} on {socket.gethostname()}; it is tried again for {RETRY_S:,.0f} s"
-                print(line, file=sys.stderr, flush=True)
+                line = f"data-prep: {unit}: {error.strerror}: {name!r} on {socket.gethostname()}; "
+                print(f"{line}it is tried again for {RETRY_S:,.0f} s", file=sys.stderr, flush=True)
             if time.monotonic() >= until:
-                why = f"{error.strerror} on {socket.gethostname()}, for {RETRY_S:,.0f} s"
-                remedy = "run the same command again when this can be read; finished files are kept"
-                raise OSError(error.errno, f"{why}: {remedy}", error.filename) from error
+                raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s: {remedy}", name) from error
         report(-told[0], -told[1])
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _named(error: OSError, out: Path) -> tuple[str, str, str]:
+    """Which file or folder fails, how and on which host, and what to do: whoever reads names the file, a write does not."""
+    name = os.fspath(out if error.filename is None else error.filename)
+    why = f"{error.strerror} on {socket.gethostname()}"
+    if error.errno in _FULL:
+        remedy = f"make room{_FULL[error.errno]} and run the same command again"
+    else:
+        remedy = f"run the same command again when this can be {'written' if error.filename is None else 'read'}"
+    return name, why, f"{remedy}; finished files are kept"
 
 
 def _prepare_once(job: Job, encoder: Encoder, unit: str, report: Report) -> UnitRecord:
