@@ -328,7 +328,8 @@ def _one(value: pa.Scalar) -> Any:
 def _check_size(meta: pq.RowGroupMetaData, column: str) -> int:
     """How many rows of the group make a batch of about _BATCH_BYTES. Raises OSError for a column chunk that is a bomb."""
     chunks = [meta.column(n) for n in range(meta.num_columns)]
-    mine = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    # A nested column's chunks have its name and more, and a column's own name may have dots.
+    mine = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
     packed, size = sum(c.total_compressed_size for c in mine), sum(c.total_uncompressed_size for c in mine)
     if size > MAX_EXPANSION * packed + FREE_EXPANSION_BYTES:
         raise OSError(f"it decompresses to {size:,} bytes, {MAX_EXPANSION} times its size: no text does that")

@@ -182,14 +182,28 @@ def test_a_broken_row_group_costs_its_rows_and_no_others(tmp_path: Path) -> None
     assert (row, bad.reason, bad.lost_bytes) == (0, readers.UNREADABLE, len(data) - 50)
 
 
-def test_a_row_group_that_is_a_bomb_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("column", ["content", "body.text"])
+def test_a_row_group_that_is_a_bomb_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
     monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     bomb = [f"{n}" + "a" * 100_000 for n in range(20)]
-    pq.write_table(pa.table({"content": ["good", *bomb]}), path, row_group_size=1 + len(bomb), compression="zstd")
-    ((row, bad),) = read_parquet(path, "content")
+    pq.write_table(pa.table({column: ["good", *bomb]}), path, row_group_size=1 + len(bomb), compression="zstd")
+    ((row, bad),) = read_parquet(path, column)
     assert (row, bad.reason, bad.documents) == (0, readers.BROKEN_GROUP, 21)
     assert "500 times its size: no text does that" in bad.detail
+
+
+def test_a_batch_has_a_few_megabytes_whatever_the_columns_are_called(tmp_path: Path) -> None:
+    """Of a column with a dot in its name, of one that is nested, and not by the size of the other columns."""
+    rows = [f"{n} " * 20_000 for n in range(100)]
+    table = pa.table({"body.text": rows, "other": ["x"] * 100, "meta": [{"text": row} for row in rows]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    many = readers._MAX_BATCH_ROWS
+    counts = [readers._check_size(group, column) for column in ("body.text", "meta", "other")]
+    size = sum(map(len, rows)) / 100
+    assert [count * size < 2 * readers._BATCH_BYTES for count in counts] == [True, True, False]
+    assert counts[2] == many
 
 
 def test_bad_utf8_in_a_row_costs_that_row(tmp_path: Path) -> None:
