@@ -196,6 +196,9 @@ class HubDataset(Source):
             for row, record in enumerate(stream):
                 yield document(row, self.config or "all", record[self.text_key])
         except Exception as error:  # datasets raises whatever its readers and the network do
+            if isinstance(error, OSError) and error.errno is not None:  # the machine's, which may pass
+                where = error.filename or f"{self.dataset} {unit}"
+                raise OSError(error.errno, error.strerror or str(error), where) from error
             raise OSError(f"{self.dataset} {unit} can't be read: {error}; run the same command again") from error
 
     def source_bytes(self, unit: str) -> int:

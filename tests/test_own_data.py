@@ -1,7 +1,8 @@
 """Anyone's data: every format and compression gives the same documents, and the commands make datasets of them."""
 
+import errno
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -122,6 +123,34 @@ def test_a_dataset_of_the_hub_streams_file_by_file(local_dataset: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             HubDataset(**{"dataset": str(local_dataset), "split": "train", "text_key": "words", **changes})
+
+
+def test_a_disk_that_fails_under_a_dataset_of_the_hub_is_waited_for(
+    local_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What has an errno is the machine's; what `datasets` raises for other reasons stops the work at once."""
+    arguments = ["hf", "--dataset", str(local_dataset), "--split", "train", "--text_key", "words", "--workers", "1"]
+    arguments += ["--tokenizer", str(LLAMA_MODEL), "--out", str(tmp_path / "out")]
+    pauses: list[float] = []
+    monkeypatch.setattr("data_prep.unit.time.sleep", pauses.append)
+    real = datasets.IterableDataset.__iter__
+    faults: list[Exception] = [RuntimeError("no such thing"), *[OSError(errno.EIO, "Input/output error")] * 2]
+
+    def failing(self: datasets.IterableDataset) -> Iterator[dict]:
+        for n, record in enumerate(real(self)):
+            if n == 7 and faults:
+                raise faults.pop(0)
+            yield record
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", failing)
+    assert main(arguments) == 2
+    assert "shard-00000-of-00003 can't be read: no such thing; run the same" in capsys.readouterr().err
+    assert (len(faults), pauses) == (2, [])
+    assert main(arguments) == 0
+    assert (faults, pauses) == ([], [1, 2])
+    said = capsys.readouterr().err
+    assert said.count("Input/output error: ") == said.count("shard-00000-of-00003' on ") == 1, said
+    assert documents_of(tmp_path / "out") == TEXTS
 
 
 def test_the_hf_command_makes_a_dataset(local_dataset: Path, tmp_path: Path) -> None:
