@@ -3,7 +3,8 @@
     python benchmarks/data_prep_kills.py [--kills 100]
 
 One dataset after the other is made, each by as many runs as the kills let it take: SIGKILL to the whole process group, to
-one worker, or to the command; with 1 to 3 workers, or as an array of 2 or 3 tasks. The first dataset is made undisturbed.
+one worker, or to the command; with 1 to 3 workers, or as an array of 2 or 3 tasks; a quarter of them counted from the
+command's start, the others from its first file. The first dataset is made undisturbed.
 Result: benchmarks/results/data_prep_kills.json.
 """
 
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def write_corpus(root: Path) -> None:
         lines = []
         for n in range(DOCUMENTS * (1 + unit % 4)):
             subset = "RedPajamaGithub" if n % 9 == 0 else "RedPajamaC4"
-            text = " ".join(rng.choices(words, k=rng.randrange(2000)))
+            text = " ".join(rng.choices(words, k=rng.randrange(4000)))
             lines.append(orjson.dumps({"text": text, "meta": {"redpajama_set_name": subset}}))
         path = root / f"train/chunk{unit % 3}/example_train_{unit}.jsonl.zst"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,20 +67,27 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes that a server below `pid` has forked, and the server."""
-    found: list[int] = []
-    for parent in (pid, *_children(pid)):
-        found += _children(parent)
-    return found
+    """What the server below `pid` has forked; beside the server there is a tracker of resources, which does no work."""
+    servers = [child for child, words in _children(pid) if "multiprocessing.forkserver" in words]
+    return [worker for server in servers for worker, _ in _children(server)]
 
 
-def _children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(word) for word in listed.split()]
+def _children(pid: int) -> list[tuple[int, str]]:
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
+    return [(int(line.split()[0]), line) for line in listed.splitlines()]
 
 
-def disturb(process: subprocess.Popen, victim: str, delay: float, rng: random.Random) -> str | None:
-    """Kill after `delay` seconds; gives who was killed, the command where there is no worker; None: there was nothing to kill."""
+def disturb(
+    process: subprocess.Popen, victim: str, begun: Callable[[], bool], delay: float, rng: random.Random
+) -> str | None:
+    """Kill `delay` seconds after it has `begun`; gives who was killed, None where there was nothing to kill.
+
+    The command is killed where there is no worker. A worker counts only where the command has noticed, by its status 2.
+    """
+    while not begun() and process.poll() is None:
+        time.sleep(0.005)
     try:
         process.wait(delay)
         return None
@@ -95,13 +105,18 @@ def disturb(process: subprocess.Popen, victim: str, delay: float, rng: random.Ra
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
-    process.wait()
-    return victim
+    status = process.wait()
+    return None if victim == "worker" and status != 2 else victim
 
 
 def content(out: Path) -> dict[str, bytes]:
     """All files of a dataset."""
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def has_begun(out: Path, left: set[Path] | None) -> bool:
+    """Whether a file is being written that was not `left` by an earlier run; None: it counts from the command's start."""
+    return left is None or any(path not in left for path in out.rglob("*.tmp"))
 
 
 def is_complete(out: Path) -> bool:
@@ -137,7 +152,9 @@ def main() -> None:
                 )
                 victim = rng.choice(("group", "worker", "command"))
                 before, left = len(list(out.glob("units/**/*.json"))), set(out.rglob("*.tmp"))
-                if killed := disturb(process, victim, rng.random() * longest, rng):
+                from_the_start = rng.random() < 0.25
+                begun = partial(has_begun, out, None if from_the_start else left)
+                if killed := disturb(process, victim, begun, rng.random() * longest, rng):
                     kills[killed] += 1
                     longest *= 1.1
                     done = len(list(out.glob("units/**/*.json")))

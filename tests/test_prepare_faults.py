@@ -1,4 +1,4 @@
-"""Faults: broken documents cost themselves and nothing else, kills cost time and nothing else, a full disk says so."""
+"""Faults: broken documents cost themselves and nothing else, kills cost time and nothing else, two runs share no folder."""
 
 import os
 import random
@@ -7,26 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
 import zstandard
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
 from test_sources import line, write_jsonl, write_parquet
-from test_tokenizer import LLAMA_MODEL
+from test_tokenizer import LLAMA_MODEL, library_texts
 
 from data_prep.budget import Budget
-from data_prep.encoder import WHOLE_BYTES, WHOLE_CHARACTERS, Difference, Encoder, Uncuttable
+from data_prep.encoder import Difference, Encoder
 from data_prep.folder import UnitRecord
 from data_prep.lock import locked, only_run
 from data_prep.prepare import FinishOptions, StarCoderOptions, finish, run
 from data_prep.shard import Manifest, TokenDataset
-from data_prep.tokenizer import load
 from data_prep.workers import prepare_units
 
 BAD_LINES = {
@@ -226,72 +226,18 @@ def test_how_an_array_is_cut_does_not_decide_what_is_borne(tmp_path: Path) -> No
         run(options(tmp_path / "in", out, task="2/5", max_bad_documents=share))
 
 
-MEMORY = """
-import sys
-from data_prep.__main__ import main
-code = main(sys.argv[1:])
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-sys.exit(code)
-"""
+# --- kills -------------------------------------------------------------------------------------------------------------
+
+FILES = 6
+"""What the kills meet."""
 
 
-@pytest.mark.parametrize(("command", "wide"), [("slimpajama", False), ("slimpajama", True), ("starcoder", True)])
-def test_a_document_of_100_mb_takes_less_than_a_gigabyte(tmp_path: Path, command: str, wide: bool) -> None:
-    word = "naïve 😀 word, " if wide else "naive word, "  # with one emoji every character takes four bytes
-    text = word * (100_000_000 // len(word.encode()))
-    texts = ["before", text, text, "after"]
-    if wide:  # when it comes, gigatoken remembers as many words as it may
-        noise = random.Random(0).randbytes(19_300_000).hex()
-        words = [noise[n : n + 16] for n in range(0, len(noise), 16)]
-        texts = [*(" ".join(words[n : n + 50_000]) for n in range(0, len(words), 50_000)), text, "after"]
-    if command == "slimpajama":
-        write_jsonl(tmp_path / "in/train/a.jsonl.zst", *map(line, texts))
-    else:
-        write_parquet(tmp_path / "in/python/a.parquet", texts)
-    arguments = [command, "--input", tmp_path / "in", "--split", "train", "--tokenizer", LLAMA_MODEL]
-    run_it = [sys.executable, "-c", MEMORY, *arguments, "--out", tmp_path / "out", "--workers", "1"]
-    done = subprocess.run(run_it, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    *_, kibibytes, unit = done.stdout.split()
-    assert unit == "kB"
-    assert int(kibibytes) * 1024 < 1e9
-    assert Manifest.load(tmp_path / "out").documents == len(texts)
-
-
-def test_what_a_tokenizer_must_take_whole_is_bounded(tmp_path: Path) -> None:
-    """Nobody knows where a tokenizer.json may be cut: a document is taken whole, or named and skipped."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["naïve 😀 word, 12 words"] * 9, trainer)
-    (tmp_path / "tokenizer").mkdir()
-    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    word = "naïve 😀 word, "
-    longest = word * (WHOLE_BYTES // len(word.encode()))
-    lines = [line("before"), line(longest), line(longest + word), line(longest * 3), line("after")]
-    write_jsonl(tmp_path / "in/train/a.jsonl.zst", *lines)
-    arguments = ["slimpajama", "--input", tmp_path / "in", "--split", "train", "--tokenizer", tmp_path / "tokenizer"]
-    arguments += ["--out", tmp_path / "out", "--workers", "1", "--max_bad_documents", "0.4"]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "encoding with gigatoken" in done.stdout
-    assert int(done.stdout.split()[-2]) * 1024 < 1e9
-    assert done.stderr.count("bytes or more; with a tokenizer.json it can be 33,554,432") == 2
-    assert "line 3: too long: 33,554," in done.stderr
-    manifest = Manifest.load(tmp_path / "out")
-    assert (manifest.documents, manifest.dropped) == (3, {"too long": 2})
-    reference = Encoder(load(tmp_path / "tokenizer"), "reference")
-    assert reference.long_characters == WHOLE_CHARACTERS
-    reference.refuse_uncuttable("😀" * WHOLE_CHARACTERS)
-    with pytest.raises(Uncuttable, match="1,048,577 characters; encoded by tokenizers it can be 1,048,576"):
-        reference.refuse_uncuttable("😀" * WHOLE_CHARACTERS + "a")
-
-
-# --- kills -----------------------------------------------------------------------------------------------------------
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and waits for its parent to ask is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def children(pid: int) -> list[int]:
@@ -308,43 +254,113 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_kills_at_random_moments_change_nothing(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The long form is benchmarks/data_prep_kills.py; this one kills the group, the command or a worker some six times."""
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`."""
+    return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
+def workers_of(pid: int) -> list[int]:
+    """What the server of `pid` has forked; beside the server there is a tracker of resources, which does no work."""
+    servers = []
+    for child in children(pid):
+        try:
+            if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                servers.append(child)
+        except OSError:
+            continue
+    return [worker for server in servers for worker in children(server)]
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that take the reference about 0.3 s each."""
+    root, rng = tmp_path_factory.mktemp("long"), random.Random(0)
+    paragraphs = "".join(library_texts()).split("\n\n")
+    for n in range(FILES):
+        drawn = "\n\n".join(rng.sample(paragraphs, len(paragraphs) // 2))
+        texts = [drawn[at : at + 20_000] for at in range(0, len(drawn), 20_000)]
+        write_jsonl(root / f"train/chunk1/{n}.jsonl.zst", *map(line, texts))
+    return root
+
+
+def test_kills_at_random_moments_change_nothing(long_files: Path, tmp_path: Path) -> None:
+    """The long form is benchmarks/data_prep_kills.py; this one kills the group, the command or a worker five times."""
     rng, out = random.Random(7), tmp_path / "out"
-    command = [sys.executable, "-m", "data_prep", "slimpajama", "--input", str(corpus), "--split", "train"]
-    command += ["--tokenizer", str(LLAMA_MODEL), "--out", str(out), "--check_every", "1", "--encoder", "reference"]
-    kills = 0
-    for n, victim in enumerate(["group", "worker", "command", "worker", "group", "command"]):
-        tail = ["--workers", "2"] if victim == "worker" else ["--workers", "1"]
+    run(options(long_files, tmp_path / "undisturbed"))
+    command = [sys.executable, "-m", "data_prep", "slimpajama", "--input", str(long_files), "--split", "train"]
+    command += ["--tokenizer", str(LLAMA_MODEL), "--out", str(out), "--encoder", "reference", "--workers", "2"]
+    within_a_file = Counter[str]()
+    for victim in ("group", "worker", "command", "worker", "command"):
+        for shard in sorted(out.rglob("shards/**/*.npy"))[FILES // 2 :]:
+            shard.unlink()  # so that there is always something to do
+        before = set(out.rglob("*.tmp"))
         process = subprocess.Popen(
-            [*command, *tail], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         deadline = time.monotonic() + 60
-        started = out / ("units" if n else "settings.json")
-        while process.poll() is None and not started.exists() and time.monotonic() < deadline:
+        while not {path for path in out.rglob("shards/**/*.tmp") if path not in before}:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.1 if n else 0)
-        below = children(process.pid) if victim == "worker" else []
-        workers = below + [worker for server in below for worker in children(server)]
-        alive = process.poll() is None
+        time.sleep(rng.random() * 0.2)
+        below, workers = descendants(process.pid), workers_of(process.pid)
+        assert workers
+        assert process.poll() is None, process.communicate()
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
-        elif victim == "worker" and workers:
+        elif victim == "worker":
             os.kill(rng.choice(workers), signal.SIGKILL)
         else:
             process.kill()
-        process.communicate(timeout=60)
-        kills += alive
-        shards = list((out / "shards").rglob("*.npy")) if (out / "shards").exists() else []
-        if n == 0 and shards:
-            shards[0].unlink()  # at least this one must be made again
-    assert kills >= 3
-    (out / "manifest.json").unlink(missing_ok=True)
-    records = sorted((out / "units").rglob("*.json")) if (out / "units").exists() else []
-    if len(records) == 6:
-        records[0].unlink()
-    subprocess.run([*command, "--workers", "2"], check=True, capture_output=True, timeout=120)
-    assert_same_bytes(out, undisturbed, but="units/")  # they say what encoded them
+        _, said = process.communicate(timeout=60)  # ends only when all below have closed the pipe too
+        if victim == "worker":
+            assert process.returncode == 2
+            assert "error: a worker process was killed, perhaps for want of memory: run the same command again" in said
+        else:
+            assert process.returncode == -signal.SIGKILL
+        while any(map(is_alive, below)):
+            assert time.monotonic() < deadline, f"the {victim} was killed, and what was below it lives on"
+            time.sleep(0.01)
+        assert not (out / "manifest.json").exists()
+        within_a_file[victim] += bool(set(out.rglob("*.tmp")) - before)
+    assert all(within_a_file[victim] for victim in ("group", "worker", "command")), within_a_file
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert_same_bytes(out, tmp_path / "undisturbed", but="units/")  # they say what encoded them
+
+
+def test_no_worker_outlives_the_lock(long_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the work between two files lets the workers end before another run may begin."""
+    out, held, workers = tmp_path / "out", [], []
+    (tmp_path / "in/train/chunk1").mkdir(parents=True)
+    for path in long_files.rglob("*.zst"):
+        (tmp_path / "in/train/chunk1" / path.name).symlink_to(path)
+    noise = random.Random(0)
+    left_out = [line(noise.randbytes(50_000).hex(), "RedPajamaGithub") for _ in range(40)]  # so it is begun first
+    write_jsonl(tmp_path / "in/train/chunk1/bad.jsonl.zst", *left_out, b"{")
+    assert len(left_out) * 50_000 > max(path.stat().st_size for path in long_files.rglob("*.zst"))
+
+    def watched(*args: object) -> Iterator[UnitRecord]:
+        try:
+            yield from prepare_units(*args)
+        finally:
+            try:
+                with only_run(out, 1, 1):
+                    held.append(False)
+            except ValueError:
+                held.append(True)
+
+    class Noted(ProcessPoolExecutor):
+        def shutdown(self, *args: bool, **more: bool) -> None:
+            workers.extend(self._processes)
+            assert any(out.rglob("*.tmp")), "nothing was under way"
+            super().shutdown(*args, **more)
+
+    monkeypatch.setattr("data_prep.prepare.prepare_units", watched)
+    monkeypatch.setattr("data_prep.workers.ProcessPoolExecutor", Noted)
+    with pytest.raises(ValueError, match="1 of 41 documents are bad"):
+        run(options(tmp_path / "in", out, workers=2, encoder="reference"))
+    living, staged = [pid for pid in workers if is_alive(pid)], list(out.rglob("*.tmp"))
+    assert (len(workers), living, staged, held) == (2, [], [], [True])
 
 
 # --- tasks, locks -----------------------------------------------------------------------------------------------------
@@ -370,28 +386,6 @@ def test_any_number_of_tasks_joins_to_the_same(
     for task in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(ValueError, match="is not K/N with 1 <= K <= N"):
             run(options(corpus, out, task=task))
-
-
-def test_no_worker_outlives_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends the work between two files lets the workers end before another run may begin."""
-    out, held = tmp_path / "out", []
-    write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", BAD_LINES["bad JSON"])
-    write_jsonl(tmp_path / "in/train/chunk1/b.jsonl.zst", line("good"))
-
-    def watched(*args: object) -> Iterator[UnitRecord]:
-        try:
-            yield from prepare_units(*args)
-        finally:
-            try:
-                with only_run(out, 1, 1):
-                    held.append(False)
-            except ValueError:
-                held.append(True)
-
-    monkeypatch.setattr("data_prep.prepare.prepare_units", watched)
-    with pytest.raises(ValueError, match="1 of 1 documents are bad") as error:
-        run(options(tmp_path / "in", out))
-    assert held == [True], error
 
 
 def test_two_runs_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
