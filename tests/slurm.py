@@ -43,7 +43,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
-JobRequeue=1
+JobRequeue={job_requeue}
 FirstJobId={first_job}
 KillWait=5
 MinJobAge=3600
@@ -80,12 +80,15 @@ def _free_ports(count: int) -> list[int]:
 class Slurm:
     """A cluster of some nodes, all of them this host."""
 
-    def __init__(self, folder: Path, nodes: int = 2, requeue_s: int = 120, first_job: int = 1) -> None:
+    def __init__(
+        self, folder: Path, nodes: int = 2, requeue_s: int = 120, first_job: int = 1, job_requeue: int = 1
+    ) -> None:
         """`folder` must be empty, and its path short: a socket lies in it. A requeued job waits `requeue_s` (see `hurry`).
 
-        A job's port hangs on its number, so clusters that are on one host at a time begin with another `first_job`.
+        A job's port hangs on its number, so clusters that are on one host at a time begin with another `first_job`. With
+        `job_requeue` 0 only those are requeued that ask for it.
         """
-        self.first_job = first_job
+        self.first_job, self.job_requeue = first_job, job_requeue
         self.folder, self.nodes, self.requeue_s = folder, nodes, requeue_s
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
@@ -100,6 +103,7 @@ class Slurm:
             nodes=self.nodes,
             requeue_s=self.requeue_s,
             first_job=self.first_job,
+            job_requeue=self.job_requeue,
             cpus=os.cpu_count() or 1,
         )
         (self.folder / "slurm.conf").write_text(config)
@@ -108,7 +112,7 @@ class Slurm:
             self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
             for n in range(1, self.nodes + 1):
                 self._start("slurmd", "-D", "-N", f"node{n}", "-f", self.folder / "slurm.conf")
-            self._until(
+            self.until(
                 lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).stdout.strip() == str(self.nodes)
             )
         except BaseException:
@@ -147,7 +151,7 @@ class Slurm:
     def wait(self, job: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job, or all of an array, is over; gives `state`."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-        self._until(lambda: (states := self.state(job)) and set(states.values()) <= over, seconds)
+        self.until(lambda: (states := self.state(job)) and set(states.values()) <= over, seconds)
         return self.state(job)
 
     def _start_munge(self) -> None:
@@ -157,7 +161,7 @@ class Slurm:
         names = {"key-file": key, "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
         names["seed-file"] = "munge.seed"
         self._start("munged", "-F", "--force", *(f"--{name}={self.folder / value}" for name, value in names.items()))
-        self._until((self.folder / "munge.socket").exists)
+        self.until((self.folder / "munge.socket").exists)
 
     def _start(self, *command: object) -> None:
         log = open(self.folder / f"{command[0]}-{len(self._daemons)}.out", "wb")  # noqa: SIM115  the daemon's, not ours
@@ -167,7 +171,8 @@ class Slurm:
         )
         log.close()
 
-    def _until(self, holds, seconds: float = 120) -> None:
+    def until(self, holds, seconds: float = 120, pause_s: float = 0.2) -> None:
+        """Wait until `holds()`; fails, with the logs, after so many seconds or when a daemon has ended."""
         deadline = time.monotonic() + seconds
         while not holds():
             dead = [daemon.args[0] for daemon in self._daemons if daemon.poll() is not None]
@@ -176,7 +181,7 @@ class Slurm:
                     f"{p.name}:\n{p.read_text(errors='replace')[-1500:]}" for p in self.folder.glob("*.[lo][ou][gt]")
                 )
                 raise AssertionError(f"SLURM: {dead or 'nothing'} ended, {seconds} s are over\n{logs}")
-            time.sleep(0.2)
+            time.sleep(pause_s)
 
     def _stop(self) -> None:
         if self._daemons:

@@ -271,16 +271,20 @@ def workers_of(pid: int) -> list[int]:
     return [worker for server in servers for worker in children(server)]
 
 
-@pytest.fixture(scope="module")
-def long_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files that take the reference about 0.3 s each."""
-    root, rng = tmp_path_factory.mktemp("long"), random.Random(0)
+def write_long_files(root: Path, files: int, share: float) -> Path:
+    """Files that take the reference about `share` times 0.6 s each."""
+    rng = random.Random(0)
     paragraphs = "".join(library_texts()).split("\n\n")
-    for n in range(FILES):
-        drawn = "\n\n".join(rng.sample(paragraphs, len(paragraphs) // 2))
+    for n in range(files):
+        drawn = "\n\n".join(rng.sample(paragraphs, int(len(paragraphs) * share)))
         texts = [drawn[at : at + 20_000] for at in range(0, len(drawn), 20_000)]
         write_jsonl(root / f"train/chunk1/{n}.jsonl.zst", *map(line, texts))
     return root
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_long_files(tmp_path_factory.mktemp("long"), FILES, 0.5)
 
 
 def test_kills_at_random_moments_change_nothing(long_files: Path, tmp_path: Path) -> None:
