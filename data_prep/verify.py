@@ -82,8 +82,10 @@ def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iter
     if found.smallest < 0 or found.largest >= manifest.tokenizer.vocab_size:
         ids = f"{found.smallest} to {found.largest}"
         yield f"ids from {ids} are not all in a vocabulary of {manifest.tokenizer.vocab_size}"
+    tokenizer, both = manifest.tokenizer, manifest.append_eos and manifest.prepend_bos
+    a_document = 2 if both and tokenizer.bos_id == tokenizer.eos_id else 1  # one token can be both, as GPT-2's is
     for wanted, name, count in ((manifest.append_eos, "EOS", found.eos), (manifest.prepend_bos, "BOS", found.bos)):
-        if wanted and count != shard.documents:
+        if wanted and count != a_document * shard.documents:
             yield f"{count:,} {name} for {shard.documents:,} documents"
     if shard.path.endswith(".npy"):
         yield from _header_problems(root, shard)

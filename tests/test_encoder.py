@@ -3,7 +3,7 @@
 import json
 import random
 import sys
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,15 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_prepare import options as prepare_options
+from test_sources import line, write_jsonl
 from test_tokenizer import CONTROLS, LLAMA_MODEL, TRICKY, library_texts
 
 from data_prep import encoder as encoder_module
+from data_prep.__main__ import main
 from data_prep.encoder import Difference, Encoder, Uncuttable, fast_encoder
+from data_prep.prepare import run as prepare
+from data_prep.shard import TokenDataset
 from data_prep.tokenizer import Tokenizer, load
 from data_prep.unit import with_controls
 
@@ -146,6 +151,50 @@ def test_a_byte_level_tokenizer_is_encoded_as_tokenizers_does(tmp_path: Path) ->
     assert chosen.engine == "gigatoken"
     assert got == [ids.tolist() for ids in ours.encode_batch(texts)]
     assert 0 not in got[-1]
+
+
+def large_vocabulary(kind: str) -> tuple[dict, list[str]]:
+    """A tokenizer.json of more than 65,536 pieces, and words that are its last ones."""
+    import tokenizers
+
+    if kind == "WordLevel":
+        words = [f"w{n}" for n in range(70_000)]
+        model = tokenizers.models.WordLevel({word: n for n, word in enumerate(["[end]", *words])}, "[end]")
+        theirs = tokenizers.Tokenizer(model)
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        theirs.add_special_tokens(["[end]"])
+        return json.loads(theirs.to_str()), words[-4000:]
+    alphabet, letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "abcdefghijklmnopq"
+    pairs = list(product(letters, letters))
+    fours = list(product(map("".join, pairs), map("".join, pairs)))[::-1]  # the last begin with what merges first
+    pieces = [*alphabet, *map("".join, pairs), *map("".join, fours), "[end]"]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({piece: n for n, piece in enumerate(pieces)}, [*pairs, *fours]))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(["[end]"])
+    return json.loads(theirs.to_str()), ["".join(four) for four in fours[-4000:]]
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("WordLevel", "reference"), ("byte-level", "gigatoken")])
+def test_a_vocabulary_of_more_than_16_bits_is_prepared_as_it_is_encoded(tmp_path: Path, kind: str, engine: str) -> None:
+    """Llama 3's has 128,256 pieces. Here one token is both BOS and EOS, as GPT-2's is."""
+    raw, words = large_vocabulary(kind)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "[end]", "bos_token": "[end]"}')
+    ours, rng = load(tmp_path / "tokenizer"), random.Random(0)
+    texts = [" ".join(["", *rng.choices(words, k=n)]) for n in (500, 1, 2000, 7)]
+    write_jsonl(tmp_path / "in/train/chunk1/a.jsonl.zst", *map(line, texts))
+    settings = {"tokenizer": str(tmp_path / "tokenizer"), "prepend_bos": True, "check_every": 0}
+    manifest = prepare(prepare_options(tmp_path / "in", tmp_path / "out", **settings))
+    assert manifest is not None
+    assert fast_encoder(ours)[0].engine == engine
+    end = ours.info.eos_id
+    expected = [token for ids in ours.encode_batch(texts) for token in (end, *ids.tolist(), end)]
+    dataset = TokenDataset(tmp_path / "out")
+    assert (dataset.dtype, manifest.shards[0].dtype) == (np.uint32, "uint32")
+    assert dataset.sequences([0], dataset.num_tokens - 1)[0].tolist() == expected
+    assert sum(token > 65_535 for token in expected) > 2000
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("bos", [None, 1])
