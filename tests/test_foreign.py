@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_tokenizer import LLAMA_MODEL
 
+from data_prep import documents, scan
 from data_prep.__main__ import main
 from data_prep.foreign import ImportOptions, run
 from data_prep.shard import Manifest, TokenDataset
@@ -60,6 +61,51 @@ def test_the_tokens_are_read_where_they_lie(tmp_path: Path, kind: str, dtype: st
     assert (dataset.manifest.name, dataset.manifest.tokenizer.vocab_size) == (f"import {kind}", 32000)
     assert main(["verify", str(tmp_path)]) == 0
     assert main(["inspect", str(tmp_path), "--sequence", "3", "--seq_len", "300"]) == 0
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_documents_are_told_by_their_ends_or_their_beginnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append_eos: bool, prepend_bos: bool
+) -> None:
+    """By EOS where it is put, else by BOS; without either a file is one document. The last may have been cut by its packer."""
+    monkeypatch.setattr(documents, "_BLOCK", 16)
+    lengths, expected = ([3, 1, 40, 16, 7], [1, 1, 100]), []
+    for n, ours in enumerate(lengths):
+        parts = []
+        for document, length in enumerate(ours):
+            cut = n == 1 and document == len(ours) - 1
+            ids = [1] * prepend_bos + RNG.integers(3, 32000, length).tolist() + [2] * (append_eos and not cut)
+            parts.append(ids)
+            number, place = (document, 0) if append_eos or prepend_bos else (0, sum(map(len, parts[:-1])))
+            expected += [(f"{n}.bin", number, place + k) for k in range(len(ids))]
+        litpkds(tmp_path / f"{n}.bin", np.array([token for ids in parts for token in ids]))
+    manifest = run(options(tmp_path, append_eos=append_eos, prepend_bos=prepend_bos))
+    counted = {(True, True): [5, 2], (True, False): [5, 2], (False, True): [5, 3], (False, False): [0, 0]}
+    assert [shard.documents for shard in manifest.shards] == counted[append_eos, prepend_bos]
+    dataset = TokenDataset(tmp_path)
+    for length in (5, 33, len(expected)):
+        found = []
+        for start in range(0, len(expected), length):
+            for part in dataset.documents(start, min(length, len(expected) - start)):
+                found += [(part.source_file, part.document, part.first + k) for k in range(part.tokens)]
+                assert part.line is None
+                of_it = [place for file, number, place in expected if (file, number) == found[-1][:2]]
+                assert part.document_tokens == len(of_it)
+        assert found == expected
+
+
+def test_ids_beyond_the_vocabulary_are_found_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_BLOCK_BYTES", 64)
+    for place in (0, 500, 999):
+        for wrong, message in ((32000, "ids from 2 to 32000"), (-1, "ids from -1 to 3")):
+            ids = PARTS[0].copy()
+            ids[place], ids[(place + 100) % 1000] = wrong, 2
+            litpkds(tmp_path / "a.bin", ids, "<i4")
+            with pytest.raises(ValueError, match=message):
+                run(options(tmp_path))
+    litpkds(tmp_path / "a.bin", PARTS[0], "<i4")
+    assert run(options(tmp_path)).documents == np.count_nonzero(PARTS[0] == 2)
 
 
 def spoil(path: Path, at: int, data: bytes) -> None:

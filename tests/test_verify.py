@@ -15,7 +15,7 @@ from test_prepare import options as prepare_options
 from test_sources import line, write_jsonl
 from test_tokenizer import LLAMA_MODEL
 
-from data_prep import stats
+from data_prep import scan, stats
 from data_prep.__main__ import main
 from data_prep.prepare import run as prepare
 from data_prep.shard import Manifest, TokenDataset
@@ -60,7 +60,12 @@ def test_every_change_of_a_byte_is_found(dataset: Path, tmp_path: Path, capsys: 
         assert "1 problems in 3 shards" in output.err or "2 problems" in output.err
 
 
-def test_each_other_fault_has_its_words(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("block_bytes", [64, 8 << 20])
+def test_each_other_fault_has_its_words(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    """What is wrong lies in the first block of many, or in the only one."""
+    monkeypatch.setattr(scan, "_BLOCK_BYTES", block_bytes)
     shard = Manifest.load(dataset).shards[0]
     index = f"documents/{shard.source_file}.npy"
 
