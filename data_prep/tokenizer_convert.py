@@ -13,12 +13,13 @@ falling score. Where a piece has several splits, see `_splits`.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 SPACE = "▁"
 """What SentencePiece writes for a space (U+2581)."""
@@ -73,15 +74,16 @@ class SentencePieceModel:
 
 
 def to_huggingface(model: SentencePieceModel) -> dict[str, Any]:
-    """The tokenizer.json that gives the same ids as `model`, apart from control tokens in the text, which it recognises."""
+    """The tokenizer.json that gives the same ids as `model`, apart from control tokens in the text, which it recognises.
+
+    And, of a model that puts a space before each text, apart from a text that is one symbol of the user and nothing else.
+    """
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
     marks = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind not in ("NORMAL", "BYTE")}
     unknown = next(piece.text for piece in model.pieces if piece.kind == "UNKNOWN")
     # A frame without the words, which are put in below: to write and read all of them would take longer than to make them.
     tokenizer = Tokenizer(models.BPE(vocab=marks, merges=[], unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    escape = normalizers.Replace(" ", SPACE)
-    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, escape])
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(model))
     strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -90,10 +92,26 @@ def to_huggingface(model: SentencePieceModel) -> dict[str, Any]:
         if piece.kind in ("UNKNOWN", "CONTROL"):
             tokenizer.add_special_tokens([AddedToken(piece.text, normalized=False, special=True)])
         elif piece.kind == "USER_DEFINED":
-            tokenizer.add_tokens([AddedToken(piece.text, normalized=False, special=False)])
+            # Looked for when spaces are written as SPACE, as SentencePiece does.
+            tokenizer.add_tokens([AddedToken(piece.text, normalized=True, special=False)])
     raw = json.loads(tokenizer.to_str())
     raw["model"] |= {"vocab": vocab, "merges": _merges(model)}
     return raw
+
+
+def _normalizers(model: SentencePieceModel) -> list[normalizers.Normalizer]:
+    """What writes spaces as SPACE and puts the one before the text.
+
+    tokenizers normalises the user's symbols too before it looks for them: no space may come before these.
+    """
+    escape = normalizers.Replace(" ", SPACE)
+    if not model.add_dummy_prefix:
+        return [escape]
+    symbols = [re.escape(piece.text) for piece in model.pieces if piece.kind == "USER_DEFINED"]
+    if not symbols:
+        return [normalizers.Prepend(SPACE), escape]
+    nothing_else = "|".join([*symbols, ""])
+    return [escape, normalizers.Replace(Regex(rf"\A(?!(?:{nothing_else})\z)"), SPACE)]
 
 
 def bos_template(bos_token: str, bos_id: int) -> dict[str, Any]:

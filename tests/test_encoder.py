@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import options as prepare_options
 from test_sources import line, write_jsonl
-from test_tokenizer import CONTROLS, LLAMA_MODEL, TRICKY, library_texts
+from test_tokenizer import (  # noqa: F401  unlike_models: a fixture
+    CONTROLS,
+    LLAMA_MODEL,
+    SYMBOLS,
+    TRICKY,
+    library_texts,
+    unlike_models,
+)
 
 from data_prep import encoder as encoder_module
 from data_prep.__main__ import main
@@ -36,6 +43,12 @@ def fast(llama: Tokenizer) -> Encoder:
     return Encoder(llama, "gigatoken")
 
 
+@pytest.fixture(scope="module")
+def cut(llama: Tokenizer, unlike_models: list[Path]) -> list[Encoder]:  # noqa: F811
+    """The reference, of Llama's model and of those with symbols of the user, with and without a space before a text."""
+    return [Encoder(tokenizer, "reference") for tokenizer in (llama, *map(load, unlike_models))]
+
+
 def split(encoded: encoder_module.Encoded) -> list[list[int]]:
     return [part.tolist() for part in np.split(encoded.ids, encoded.ends[:-1])]
 
@@ -45,6 +58,18 @@ def test_real_files_have_the_ids_of_sentencepiece(llama: Tokenizer, fast: Encode
     assert (chosen.engine, words) == ("gigatoken", "gigatoken, which agrees with sentencepiece on 460 probes")
     texts = library_texts() + TRICKY + CONTROLS
     assert split(fast.encode(texts)) == [REFERENCE.encode(text) for text in texts]
+
+
+def test_a_model_that_puts_no_space_before_a_text_is_encoded_fast(unlike_models: list[Path]) -> None:  # noqa: F811
+    """And with its user's symbols; those of one that does put a space are the reference's."""
+    rng = random.Random(0)
+    parts = [*SYMBOLS, *"ab =é▁\n", "  ", "<s>", "=== ", "a  b"]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 30))) for _ in range(2000)]
+    for model, engine in zip(unlike_models, ("gigatoken", "reference"), strict=True):
+        encoder, _ = fast_encoder(load(model))
+        assert encoder.engine == engine
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        assert split(encoder.encode(texts)) == [processor.encode(text) for text in texts]
 
 
 _ANY = st.text(max_size=60)  # every code point but the surrogates
@@ -62,15 +87,27 @@ def test_any_unicode_has_the_ids_of_sentencepiece(fast: Encoder, texts: list[str
 @given(
     st.one_of(_ANY, _LIKELY, st.text(alphabet="the end of a word,\n ▁", min_size=20, max_size=200)), st.integers(1, 30)
 )
-def test_a_text_in_pieces_has_the_ids_of_the_whole(fast: Encoder, text: str, size: int) -> None:
-    cutter = fast._cutter
-    assert cutter is not None
-    try:
-        pieces = list(cutter.pieces(text, size))
-    except Uncuttable:
-        return
-    ids = [token for piece, skip in pieces for token in REFERENCE.encode(piece)[skip:]]
-    assert ids == REFERENCE.encode(text)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(cut: list[Encoder], text: str, size: int) -> None:
+    for encoder in cut:
+        assert encoder._cutter is not None
+        try:
+            pieces = list(encoder._cutter.pieces(text, size))
+        except Uncuttable:
+            continue
+        ids = [token for piece, skip in pieces for token in encoder.encode([piece]).ids[skip:]]
+        assert ids == encoder.encode([text]).ids.tolist()
+
+
+def test_symbols_of_the_user_are_not_cut(cut: list[Encoder]) -> None:
+    rng, cuts = random.Random(0), 0
+    for encoder in cut[1:]:
+        for _ in range(300):
+            text = "".join(rng.choices([*SYMBOLS, *"abc =\n", "  ", "word"], k=80))
+            pieces = list(encoder._cutter.pieces(text, 30))
+            cuts += len(pieces) - 1
+            ids = [token for piece, skip in pieces for token in encoder.encode([piece]).ids[skip:]]
+            assert ids == encoder.encode([text]).ids.tolist()
+    assert cuts > 1000
 
 
 def test_long_documents_are_cut_often_and_exactly(fast: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

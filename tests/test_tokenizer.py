@@ -1,10 +1,12 @@
 """Tokenizers: the converted one gives the ids of the original, text stays text, and training is repeatable."""
 
 import json
+import random
 import re
 import shutil
 import string
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from data_prep import tokenizer_train
 from data_prep.shard import check_tokenizer
 from data_prep.tokenizer import Tokenizer, load
+from data_prep.tokenizer_files import json_fingerprint
 
 LLAMA_MODEL = Path(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
 """A real model of Llama's kind: 32,000 pieces, byte fallback."""
@@ -79,15 +82,51 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SYMBOLS = ["<code>", "a▁▁b", "▁▁", "==", "é"]
+"""Of the user: whatever stands around them, each is one token."""
+
+
+def train_unlike(folder: Path, add_dummy_prefix: bool) -> Path:
+    """A model with symbols of the user, and with no space put before a text if it shall be so."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in library_texts()[:2] for line in text.split("\n")),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=1000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=add_dummy_prefix,
+        user_defined_symbols=SYMBOLS,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
 @pytest.fixture(scope="module")
-def converted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Tokenizer]]:
-    """Two SentencePiece models, each with its conversion loaded from nothing but the tokenizer.json."""
-    folder = tmp_path_factory.mktemp("llama")
-    load(LLAMA_MODEL).save(folder, prepend_bos=False)
-    return [(load(f / "tokenizer.model"), load(f / "tokenizer.json")) for f in (small_model, folder)]
+def unlike_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Models of Llama's kind that have what Llama's has not."""
+    return [train_unlike(tmp_path_factory.mktemp("unlike"), add_dummy_prefix) for add_dummy_prefix in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def converted(
+    small_model: Path, unlike_models: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Tokenizer, Tokenizer]]:
+    """SentencePiece models, each with its conversion loaded from nothing but the tokenizer.json."""
+    pairs = []
+    for model in (small_model / "tokenizer.model", LLAMA_MODEL, *unlike_models):
+        folder = tmp_path_factory.mktemp("converted")
+        load(model).save(folder, prepend_bos=False)
+        pairs.append((load(model), load(folder / "tokenizer.json")))
+    return pairs
 
 
 def assert_same(pair: tuple[Tokenizer, Tokenizer], texts: list[str]) -> None:
+    model = pair[0].model
+    if model.add_dummy_prefix and any(piece.kind == "USER_DEFINED" for piece in model.pieces):
+        texts = [text for text in texts if text.replace(" ", "▁") not in SYMBOLS]  # the exception of to_huggingface
     for text, expected, got in zip(texts, *(tokenizer.encode_batch(texts) for tokenizer in pair), strict=True):
         assert expected.tolist() == got.tolist(), repr(text[:80])
         assert pair[0].decode(expected) == pair[1].decode(got)
@@ -96,8 +135,28 @@ def assert_same(pair: tuple[Tokenizer, Tokenizer], texts: list[str]) -> None:
 def test_conversion_gives_the_ids_of_sentencepiece(converted: list[tuple[Tokenizer, Tokenizer]]) -> None:
     runs = [f"x{character * n}y" for character in " =-\n\ta#" for n in range(1, 70)]
     runs += [character * n for character in " =" for n in range(1, 70)]
+    rng = random.Random(0)
+    parts = [*SYMBOLS, *"ab =é▁\n", "  ", "<s>", "=== ", "a  b"]
+    mixed = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(2000)]
     for pair in converted:
-        assert_same(pair, library_texts() + TRICKY + CONTROLS + runs)
+        assert_same(pair, library_texts() + TRICKY + CONTROLS + SYMBOLS + runs + mixed)
+
+
+def test_symbols_of_the_user_are_one_token_each(converted: list[tuple[Tokenizer, Tokenizer]], tmp_path: Path) -> None:
+    for bare, prefixed in ((converted[2][n], converted[3][n]) for n in (0, 1)):
+        ids = {piece: bare.encode_batch([piece])[0].tolist() for piece in SYMBOLS}
+        assert all(len(found) == 1 for found in ids.values())
+        for symbol, found in ids.items():
+            (alone,), text = found, symbol.replace("▁", " ")
+            for tokenizer in (bare, prefixed):
+                (got,) = tokenizer.encode_batch([f"x{text}y"])
+                assert alone in got
+                assert tokenizer.decode(got) == f"x{text}y"
+    for n, (original, _) in enumerate(converted[2:]):
+        original.save(tmp_path / str(n), prepend_bos=False)
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path / str(n))
+        for text in (*TRICKY, *(f"{symbol} x {symbol}" for symbol in SYMBOLS), library_texts()[0]):
+            assert auto.encode(text, add_special_tokens=False) == original.encode_batch([text])[0].tolist(), repr(text)
 
 
 _LIKELY = st.text(alphabet=" ab=-\n\t▁<s>/0x1é.,_eiou" + string.ascii_letters, max_size=60)
@@ -122,7 +181,7 @@ def test_ids_are_those_of_sentencepiece_itself(llama: Tokenizer) -> None:
 
 
 def test_control_tokens_in_text_are_text(llama: Tokenizer, converted: list[tuple[Tokenizer, Tokenizer]]) -> None:
-    for tokenizer in (llama, *converted[0], *converted[1]):
+    for tokenizer in (llama, *chain(*converted)):
         for text, ids in zip(CONTROLS, tokenizer.encode_batch(CONTROLS), strict=True):
             assert not set(ids.tolist()) & {0, 1, 2}, text
             assert tokenizer.decode(ids) == text
@@ -162,6 +221,46 @@ def test_a_fingerprint_names_the_ids(tmp_path: Path, llama: Tokenizer, small_mod
     raw["model"]["merges"].pop()
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     assert load(tmp_path / "tokenizer.json").info.fingerprint != plain.fingerprint
+
+
+BPE = {"type": "BPE", "byte_fallback": False, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+RAW = {
+    "version": "1.0",
+    "added_tokens": [{"id": 3, "content": "<end>", "special": True, "normalized": False}],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": BPE,
+    "post_processor": None,
+    "decoder": None,
+    "truncation": None,
+    "padding": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "decides"),
+    [
+        ("added_tokens", [], True),
+        ("added_tokens", [{**RAW["added_tokens"][0], "normalized": True}], True),
+        ("normalizer", {"type": "Lowercase"}, True),
+        ("pre_tokenizer", None, True),
+        ("pre_tokenizer", {"type": "Whitespace"}, True),
+        ("model", {**BPE, "merges": []}, True),
+        ("model", {**BPE, "vocab": {"a": 1, "b": 0, "ab": 2}}, True),
+        ("model", {**BPE, "byte_fallback": True}, True),
+        ("post_processor", {"type": "ByteLevel"}, False),
+        ("decoder", {"type": "ByteLevel"}, False),
+        ("truncation", {"max_length": 4}, False),
+        ("padding", {"pad_id": 0}, False),
+        ("version", "1.1", False),
+    ],
+)
+def test_a_fingerprint_is_of_all_that_decides_on_the_ids_and_of_nothing_else(
+    key: str, value: object, decides: bool
+) -> None:
+    other = dict(reversed({**RAW, key: value}.items()))
+    assert other != RAW
+    assert (json_fingerprint(other) != json_fingerprint(RAW)) == decides
 
 
 def test_a_byte_level_tokenizer_of_hugging_face(tmp_path: Path) -> None:
