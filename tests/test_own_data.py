@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from test_prepare_faults import assert_same_bytes_of_any_size
 from test_tokenizer import LLAMA_MODEL
 
 from data_prep.__main__ import main
@@ -97,6 +98,22 @@ def test_the_text_command_splits_and_joins(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "train").settings == {"text_key": "text", "holdout": 0.3}
     assert 5 < len(documents_of(tmp_path / "validation")) < 30
     assert sorted(texts) == sorted(TEXTS)
+
+
+def test_the_text_command_is_an_array_too(tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.txt").write_text("\n~~\n".join(text.rstrip("\n") for text in TEXTS[n::5]))
+    arguments = ["text", "--input", str(tmp_path / "*.txt"), "--separator", "~~", "--tokenizer", str(LLAMA_MODEL)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*arguments, "--workers", "1", "--out", str(whole)]) == 0
+    for task in (2, 1):
+        assert main([*arguments, "--workers", "1", "--out", str(parts), "--task", f"{task}/2"]) == 0
+        done = {path.name for path in parts.glob("units/*.json")}
+        assert done == {f"{n}.txt.json" for n in range(5) if task == 1 or n % 2}
+        assert not (parts / "manifest.json").exists()
+    assert main(["finish", str(parts)]) == 0
+    assert_same_bytes_of_any_size(parts, whole)
+    assert sorted(documents_of(parts)) == sorted(text.rstrip("\n") for text in TEXTS)
 
 
 @pytest.fixture(scope="module")

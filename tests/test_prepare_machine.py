@@ -113,3 +113,42 @@ def test_what_killed_runs_left_is_swept_and_what_others_write_is_not(
         os.utime(old, (0, 0))
         alone()
         assert [path.exists() for path in (*mine, living, old)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_manifest_vouches_for_what_is_on_the_disk(
+    clean: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    joined: bool,
+) -> None:
+    """With the power, nothing is lost: a shard's bytes, then its name, then all names, and only then the manifest."""
+    out, calls = tmp_path / "out", []
+
+    def noted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args: object) -> object:
+            if name == "fsync":
+                calls.append((name, os.readlink(f"/proc/self/fd/{args[0]}")))
+            else:
+                calls.append((name, *map(str, args)))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "replace", "sync"):
+        noted(name)
+    run(options(clean.parent / "in", out, task="1/2" if joined else "1/1"))
+    if joined:
+        assert ("sync",) not in calls
+        run(options(clean.parent / "in", out, task="2/2"))
+        finish(FinishOptions(directory=str(out)))
+    (shard,) = out.glob("shards/train/*/*.npy")
+    order = []
+    for path in (shard, out / "manifest.json"):
+        (staged,) = [call[1] for call in calls if call[0] == "replace" and call[2] == str(path)]
+        order += [("fsync", staged), ("replace", staged, str(path))]
+    order.insert(2, ("sync",))
+    order.append(("fsync", str(out)))
+    assert [call for call in calls if call in order][-6:] == order
