@@ -62,3 +62,10 @@ def test_a_miniature_ends_well_and_writes_its_result(tmp_path: Path, name: str) 
     assert {file.partition(".")[0].removesuffix("_cpu").removesuffix("_cuda") for file in written} == {name}, said
     (result,) = (json.loads(text) for file, text in written.items() if file.endswith(".json"))
     assert result
+    if name == "watchdog":  # whatever the time it took
+        assert all(hang["named"] == hang["all_ended_non_zero"] == hang["of"] for hang in result["hangs"].values()), said
+        assert result["deaths"]["named"] == result["deaths"]["of"] == 1, said
+        assert (result["quiet"]["alarms"], result["quiet"]["statuses"]) == (0, [0, 0]), said
+    if name == "data_prep_kills":
+        assert result["kills_in_all"] >= 3, said
+        assert result["datasets"] >= 1, said

@@ -154,6 +154,11 @@ def test_a_difference_is_named_and_chosen_against(llama: Tokenizer, fast: Encode
     with pytest.raises(Difference, match=r"gigatoken gives \[.*\] at token [\d,]+, sentencepiece gives \["):
         broken.check(text)
     fast.check(text)
+    long = library_texts()[2][:300_000]  # of which a piece is compared
+    assert len(long) > encoder_module._CHECK_CHARACTERS
+    with pytest.raises(Difference, match="gigatoken gives"):
+        broken.check(long)
+    fast.check(long)
     llama_with_lost_merges = load(LLAMA_MODEL)
     llama_with_lost_merges.raw = raw
     chosen, words = fast_encoder(llama_with_lost_merges)

@@ -141,9 +141,12 @@ def test_workers_make_no_difference(corpus: Path, undisturbed: Path, tmp_path: P
 )
 def test_there_are_groups_enough_for_all_workers(sizes: list[int], groups: int) -> None:
     """Several for each of 4 workers, where the files allow it; and no more of a large corpus than there need be."""
-    inputs = {str(n): size for n, size in enumerate(sizes)}
+    inputs = {str(n): size for n, size in enumerate(sizes[1:] + sizes[:1])}
     found = list(workers._groups(inputs, 4))
     assert len(found) == groups
+    assert [inputs[unit] for group in found for unit in group] == sorted(sizes, reverse=True), (
+        "the largest is not begun first"
+    )
     assert sorted(unit for group in found for unit in group) == sorted(inputs)
 
 

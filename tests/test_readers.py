@@ -182,6 +182,27 @@ def test_a_broken_row_group_costs_its_rows_and_no_others(tmp_path: Path) -> None
     assert (row, bad.reason, bad.lost_bytes) == (0, readers.UNREADABLE, len(data) - 50)
 
 
+def test_a_broken_page_costs_the_rows_from_there_to_the_end_of_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 2000)
+    path, rng = tmp_path / "a.parquet", random.Random(0)
+    texts = [rng.randbytes(50).hex() for _ in range(600)]
+    layout = {"row_group_size": 300, "data_page_size": 5000, "write_batch_size": 10, "use_dictionary": False}
+    pq.write_table(pa.table({"content": texts}), path, compression="zstd", **layout)
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    start = chunk.data_page_offset + chunk.total_compressed_size * 2 // 3
+    data[start : start + 50] = bytes(50)
+    path.write_bytes(data)
+    records = list(read_parquet(path, "content"))
+    ((row, bad),) = [(row, value) for row, value in records if isinstance(value, Bad)]
+    assert 100 < row < 210, "within the second third"
+    assert (bad.reason, bad.documents) == ("broken row group", 300 - row)
+    assert f"rows from {row + 1} to 300 can't be read" in bad.detail
+    assert records == [*enumerate(texts[:row]), (row, bad), *enumerate(texts[300:], 300)]
+
+
 @pytest.mark.parametrize("column", ["content", "body.text"])
 def test_a_row_group_that_is_a_bomb_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
     monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 1 << 20)

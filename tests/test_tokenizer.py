@@ -6,7 +6,7 @@ import re
 import shutil
 import string
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +381,19 @@ def test_the_sample_is_bounded_and_spread_over_the_files(tmp_path: Path) -> None
     taken = list(tokenizer_train.sample(paths, 3100))
     assert [sum(text[0] == str(n) for text in taken) for n in range(4)] == [1, 10, 10, 10]
     assert len(list(tokenizer_train.sample(paths, 10**9))) == 151
+
+
+def test_of_many_files_some_are_read_from_everywhere(tmp_path: Path) -> None:
+    names = [f"{n % 10}/{n:04d}.{('parquet', 'jsonl.zst')[n % 2]}" for n in range(1000)]
+    for name in (*names, "0/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    taken = [str(path.relative_to(tmp_path)) for path in tokenizer_train._files(tmp_path)]
+    places = [sorted(names).index(name) for name in taken]
+    assert (len(places), places[0]) == (256, 0)
+    assert {after - before for before, after in pairwise([*places, 1000])} == {3, 4}
+    (tmp_path / "1").rename(tmp_path / "few")
+    assert len(tokenizer_train._files(tmp_path / "few")) == 100
 
 
 def test_training_says_what_is_wrong(tmp_path: Path) -> None:
