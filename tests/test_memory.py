@@ -1,7 +1,9 @@
 """What a run keeps in memory and how long its steps take, by arithmetic: the model's own bytes, and published runs."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -149,6 +151,39 @@ def test_tinyllama_takes_90_days_as_it_did() -> None:
 def test_published_runs_lie_within_the_stated_error(run: published.Published) -> None:
     """What is stated is the error on a run left out of the fit: that of a run in it is smaller."""
     assert abs(published.error(run)) <= published.stated_error(CHIPS[run.chip], compiled=False) <= 0.10
+
+
+@pytest.mark.parametrize(
+    ("generation", "rates"),
+    [
+        ("A100", speed.A100),
+        pytest.param(
+            "H100",
+            speed.HOPPER,
+            marks=pytest.mark.xfail(strict=True, reason="fitted to the model of time before it was last changed"),
+        ),
+    ],
+)
+def test_the_rates_are_those_of_the_fit(generation: str, rates: speed.Rates) -> None:
+    numbers, _, _ = plan_fit().fit(generation)
+    assert numbers._asdict() == {name: getattr(rates, name) for name in numbers._fields}
+
+
+@pytest.mark.parametrize(("generation", "rates"), [("A100", speed.A100), ("H100", speed.HOPPER)])
+def test_the_stated_error_is_that_of_a_run_left_out_of_the_fit(generation: str, rates: speed.Rates) -> None:
+    """Not less than it, and not half a point more."""
+    _, largest, left_out = plan_fit().fit(generation)
+    assert largest < left_out <= rates.fit_error < left_out + 0.005
+
+
+def plan_fit() -> ModuleType:
+    """The benchmark's script as a module."""
+    spec = importlib.util.spec_from_file_location("plan_fit", ROOT / "benchmarks" / "plan_fit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_ligers_swiglu_keeps_no_silu_and_the_compiler_none_either() -> None:
