@@ -154,15 +154,16 @@ def main() -> None:
                 before, left = len(list(out.glob("units/**/*.json"))), set(out.rglob("*.tmp"))
                 from_the_start = rng.random() < 0.25
                 begun = partial(has_begun, out, None if from_the_start else left)
-                if killed := disturb(process, victim, begun, rng.random() * longest, rng):
+                killed = disturb(process, victim, begun, rng.random() * longest, rng)
+                done = len(list(out.glob("units/**/*.json")))
+                if killed:
                     kills[killed] += 1
                     longest *= 1.1
-                    done = len(list(out.glob("units/**/*.json")))
                     half = bool(set(out.rglob("*.tmp")) - left)  # an earlier kill's may still lie there
                     moments[
                         "in the middle of a file" if half else "between files" if done > before else "before the first"
                     ] += 1
-                else:
+                elif done > before:  # else it had nothing to do, and says nothing of how long one takes
                     longest *= 0.7
                 if tasks > 1:  # ends well only when all tasks are done
                     subprocess.run([sys.executable, "-m", "data_prep", "finish", str(out)], capture_output=True)
