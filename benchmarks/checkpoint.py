@@ -40,8 +40,10 @@ from pretrain.optim import clip_gradients, make_optimizer, step_if_usable
 from pretrain.sections import CheckpointConfig, ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
-LIMIT = 0.035
+STALL_LIMIT = 0.002
 """Largest share of the time between saves that training may wait for them."""
+LIMIT = 0.035
+"""The same with what the steps beside a save take longer, on cores that its writer shares."""
 DEMO = config.load(Path(__file__).parent.parent / "configs" / "demo.yaml")
 SMALL = ModelConfig(
     vocab_size=32000,
@@ -279,9 +281,18 @@ def show(result: dict[str, Any]) -> int:
     for step, parts in result["start"].items():
         figures = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
         print(f"start at step {int(step):,}: {figures}")
-    kept = all(max(s["share"], s["share_with_slower_steps"]) <= LIMIT for s in result["stall"].values())
-    print(f"stall of at most {100 * LIMIT:g}% of the time between saves: {'kept' if kept else 'EXCEEDED'}")
-    return 0 if kept else 1
+    kept = {
+        f"a stall of at most {100 * limit:g}% of the time between saves{more}": all(
+            s[share] <= limit for s in result["stall"].values()
+        )
+        for share, limit, more in (
+            ("share", STALL_LIMIT, ""),
+            ("share_with_slower_steps", LIMIT, ", with slower steps"),
+        )
+    }
+    for words, holds in kept.items():
+        print(f"{words}: {'kept' if holds else 'EXCEEDED'}")
+    return 0 if all(kept.values()) else 1
 
 
 if __name__ == "__main__":

@@ -141,7 +141,9 @@ def main() -> int:
     found |= machine()
     found["cpus"] = os.cpu_count()
     good = found["quiet"]["alarms"] == 0 and found["quiet"]["steps"] == args.steps
-    good &= all(h["named"] == h["of"] and max(h["end_over_limit"]) <= 1.5 for h in found["hangs"].values())
+    good &= not any(found["quiet"]["statuses"])
+    good &= all(h["named"] == h["all_ended_non_zero"] == h["of"] for h in found["hangs"].values())
+    good &= all(max(h["end_over_limit"]) <= 1.5 for h in found["hangs"].values())
     good &= found["deaths"]["named"] == args.deaths and max(found["deaths"]["seconds"]) <= 10
     good &= max(found["torchrun_seconds"].values()) <= 10
     args.out.write_text(json.dumps(found, indent=1) + "\n")

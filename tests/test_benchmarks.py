@@ -28,7 +28,7 @@ ELSEWHERE = {"gpu", "dry_cuda"}
 MODULES = {"data_prep_corpus", "data_prep_peers"}
 """Of data_prep_speed.py and data_prep_scale.py."""
 PRINTED_ONLY = {"operations", "plan_fit"}
-LIMITS_OF_TIME = {"checkpoint", "loader", "watchdog"}
+LIMITS_OF_TIME = {"checkpoint", "data_prep_scale", "loader", "watchdog"}
 """Their `main` says status 1 for a limit that is missed, which a busy machine does."""
 
 
@@ -66,6 +66,8 @@ def test_a_miniature_ends_well_and_writes_its_result(tmp_path: Path, name: str) 
         assert all(hang["named"] == hang["all_ended_non_zero"] == hang["of"] for hang in result["hangs"].values()), said
         assert result["deaths"]["named"] == result["deaths"]["of"] == 1, said
         assert (result["quiet"]["alarms"], result["quiet"]["statuses"]) == (0, [0, 0]), said
+    if name == "data_prep_scale":
+        assert all(result[part]["cria"] for part in ("linear", "checks", "small_files")), said
     if name == "data_prep_kills":
         assert result["kills_in_all"] >= 3, said
         assert result["datasets"] >= 1, said
