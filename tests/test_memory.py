@@ -155,14 +155,7 @@ def test_published_runs_lie_within_the_stated_error(run: published.Published) ->
 
 @pytest.mark.parametrize(
     ("generation", "rates"),
-    [
-        ("A100", speed.A100),
-        pytest.param(
-            "H100",
-            speed.HOPPER,
-            marks=pytest.mark.xfail(strict=True, reason="fitted to the model of time before it was last changed"),
-        ),
-    ],
+    [("A100", speed.A100), ("H100", speed.HOPPER)],
 )
 def test_the_rates_are_those_of_the_fit(generation: str, rates: speed.Rates) -> None:
     numbers, _, _ = plan_fit().fit(generation)
