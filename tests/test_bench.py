@@ -111,7 +111,7 @@ def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
 def test_memory_that_does_not_suffice_is_a_row(settings: Path) -> None:
     out = settings.parent / "large"
     argv = ["--config", str(settings), "--steps", "1", "--warmup", "1", "--out", str(out)]
-    assert benchmark.main([*argv, "--model.vocab_size", str(2**24), "--model.hidden_size", str(2**20)]) == 1
+    assert benchmark.main([*argv, "--model.vocab_size", str(2**18), "--model.hidden_size", str(2**20)]) == 1
     (row,) = load(out)["rows"]
     assert row["problem"].startswith("does not fit: out of memory, ")
     assert benchmark.main([*argv, "--memory_limit_gib", "0.01"]) == 1
