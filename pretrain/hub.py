@@ -67,10 +67,26 @@ class Timing:
         """For a rank to end by itself when it is told to."""
         self.collect_s = 1.0
         """From the first failure to the verdict: the other ranks' follow at once."""
+        self.refused_s = 5.0
+        """The same where all that has come is a refusal of what the user asked for: a slow node's is no crash."""
         self.orphan_s = limit_s
         """For a rank whose torchrun is gone to save and leave."""
         self.silence_s = max(limit_s, 5.0)
         """Without a word a watcher is taken for lost."""
+        self.write_s = 10.0
+        """For the report to be written, once the ranks have been told to end."""
+
+
+class Ticks:
+    """How long this process has run (seconds). What took far longer than a tick was a stop of its own: others had no chance."""
+
+    def __init__(self, tick_s: float):
+        self._most_s, self._last = 3 * tick_s, time.monotonic()
+
+    def since_last(self) -> float:
+        """From the last call to this one."""
+        last, self._last = self._last, time.monotonic()
+        return min(self._last - last, self._most_s)
 
 
 class Hub(threading.Thread):
@@ -81,10 +97,12 @@ class Hub(threading.Thread):
         self.ranks = [Rank(number, unwatched=True) for number in range(world_size)]
         self._token, self._timing, self._facts = token, timing, facts
         self._peers: dict[int, Lines] = {}
-        self._heard: dict[int, float] = {}
+        self._ticks = Ticks(timing.tick_s)
+        self._silent_s: dict[int, float] = {}
         self._lost: dict[int, float] = {}
         self._all_may_be_here = time.monotonic() + _START_S
         self._said_alive = 0.0
+        self._report: threading.Thread | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._listener = listener
@@ -95,6 +113,8 @@ class Hub(threading.Thread):
             self._listen(self._timing.tick_s)
             if any(rank.ended_at_s is not None for rank in self.ranks):
                 self._listen_for(self._timing.collect_s, lambda rank: rank.ended_at_s is not None)
+                if all(rank.refused for rank in self.ranks if rank.ended_at_s is not None):
+                    self._listen_for(self._timing.refused_s, lambda rank: rank.ended_at_s is not None)
             elif not crash.overdue(self.ranks):
                 continue
             if all(rank.refused for rank in self.ranks):  # all found the same, and each has said it
@@ -102,6 +122,8 @@ class Hub(threading.Thread):
             self._verdict()
             break
         self._tell({"over": True})
+        if self._report is not None:
+            self._report.join(self._timing.write_s)
 
     def _is_out(self, rank: Rank) -> bool:
         """Whether nothing more is to be heard of it."""
@@ -112,9 +134,8 @@ class Hub(threading.Thread):
             self._tell({"dump": True})
             self._listen_for(self._timing.stacks_s, lambda rank: bool(rank.stacks or rank.ended_at_s))
         cause = crash.first_cause(self.ranks)
-        written = threading.Thread(target=write_report, args=(cause, self.ranks, self._facts), daemon=True)
-        written.start()  # the file system may be what hangs
-        written.join(self._timing.end_s)
+        self._report = write_report(cause, self.ranks, self._facts)
+        self._report.join(self._timing.end_s)
         self._tell({"end": f"{cause.line}; see {self._facts.run_dir}/{crash.REPORT}"})
 
     def _tell(self, message: Message) -> None:
@@ -136,9 +157,11 @@ class Hub(threading.Thread):
             else:
                 self._take(key.data)
         now = time.monotonic()
+        passed_s = self._ticks.since_last()
         for number, peer in self._peers.items():
             rank = self.ranks[number]
-            silent = now - self._heard[number] > self._timing.silence_s
+            self._silent_s[number] += passed_s
+            silent = self._silent_s[number] > self._timing.silence_s
             lost = peer.lost and now - self._lost.setdefault(number, now) > WORD_S
             if (lost or silent) and not rank.left and rank.ended_at_s is None:
                 what = "nothing is heard of its watcher" if silent else "the connection to its watcher ended"
@@ -159,7 +182,7 @@ class Hub(threading.Thread):
             if number is None:
                 guest.lost = True  # a stranger, or one that has said all
                 break
-            self._heard[number] = time.monotonic()
+            self._silent_s[number] = 0.0
             crash.from_message(self.ranks[number], message, time.monotonic())
             if number == 0 and message.get("left"):
                 self._tell({"calm": True})  # from now on it is no alarm when this process is gone
@@ -168,11 +191,20 @@ class Hub(threading.Thread):
             guest.socket.close()
 
 
-def write_report(cause: crash.Cause, ranks: list[Rank], facts: Facts) -> None:
-    """Put the page and the stacks into the run's folder; on standard error where that cannot be."""
-    text = crash.page(cause, ranks, facts)
-    try:
-        crash.publish(Path(facts.run_dir), crash.STACKS, crash.all_stacks(ranks))
-        crash.publish(Path(facts.run_dir), crash.REPORT, text)
-    except OSError as error:
-        print(f"{text}\n({crash.REPORT} could not be written: {error})", file=sys.stderr, flush=True)
+def write_report(cause: crash.Cause, ranks: list[Rank], facts: Facts) -> threading.Thread:
+    """Put the page and the stacks into the run's folder, on standard error where that cannot be; by a thread, which it returns.
+
+    For the file system may be what hangs.
+    """
+
+    def write() -> None:
+        text = crash.page(cause, ranks, facts)
+        try:
+            crash.publish(Path(facts.run_dir), crash.STACKS, crash.all_stacks(ranks))
+            crash.publish(Path(facts.run_dir), crash.REPORT, text)
+        except OSError as error:
+            print(f"{text}\n({crash.REPORT} could not be written: {error})", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread

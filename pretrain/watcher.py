@@ -7,9 +7,9 @@
                                        │ <──────────────────────────── "end" ───────┘
       the rank exits with 86, or is killed
 
-Ages are counted by the watcher of the same host in its own ticks, so that no clock must agree with another one, and a
-machine that was suspended raises no alarm. When the hub is lost, with rank 0's host, each watcher ends its rank. A watcher that
-cannot come or is killed ends nothing: its rank goes on unwatched, and says so.
+Ages and silences are counted in the ticks of the process that waits, so that no clock must agree with another one, and a job
+or a machine that was suspended raises no alarm. When the hub is lost, with rank 0's host, each watcher ends its rank. A watcher
+that cannot come or is killed ends nothing: its rank goes on unwatched, and says so.
 """
 
 import json
@@ -19,14 +19,13 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from contextlib import suppress
 from mmap import mmap
 
 from pretrain import crash, processes
 from pretrain.crash import Facts, Rank
-from pretrain.hub import WORD_S, Hub, Lines, Message, Timing, write_report
+from pretrain.hub import WORD_S, Hub, Lines, Message, Ticks, Timing, write_report
 from pretrain.streams import standard_streams
 
 EXIT_STATUS = 86
@@ -45,18 +44,18 @@ class Watcher:
         # As the rank says it: who asks for its own parent when that is dead already gets process 1, with all its descendants.
         self._rank, self._parent = about["rank"], about["pid"]
         self._alone = about["world_size"] == 1
-        self._agent, self._agent_seen = about["agent"], time.monotonic()
+        self._agent = about["agent"]
         self._facts = Facts(**about["facts"])
         self._timing = Timing(about["limit_s"])
         self._cell = mmap(about["memory"], CELL_BYTES)
         self._stacks = about["stacks"]
         self._seen = b""
-        self._age_s, self._ticked = 0.0, time.monotonic()
+        self._age_s = self._orphaned_s = self._hub_silent_s = 0.0
         self._control = Lines(socket.socket(fileno=about["control"]))
         host, port, token = about["address"]
         self._address = (host, port)
         self._hub = Lines(_connect(host, port, about["connect_s"], self._parent))
-        self._hub_heard = time.monotonic()
+        self._ticks = Ticks(self._timing.tick_s)
         self._calm = False
         self._failed = self._left = self._said = False
         self._hub.send({"token": token, "rank": self._rank, "host": socket.gethostname(), "pid": self._parent})
@@ -79,9 +78,11 @@ class Watcher:
                             return
             if self._left and self._calm:
                 return
+            passed_s = self._ticks.since_last()
             if not (self._failed or self._left or self._said):
-                self._look()
-            if self._hub.lost or time.monotonic() - self._hub_heard > self._timing.silence_s:
+                self._look(passed_s)
+            self._hub_silent_s += passed_s
+            if self._hub.lost or self._hub_silent_s > self._timing.silence_s:
                 if not self._calm:
                     self._without_hub()
                 return
@@ -89,7 +90,7 @@ class Watcher:
     def _answer(self, message: Message) -> bool:
         """Do what the rank or the hub says; True: it is over."""
         if "alive" in message:
-            self._hub_heard = time.monotonic()
+            self._hub_silent_s = 0.0
         elif "error" in message:
             self._failed = True
             self._hub.send({**self._where(), **message, "ago_s": time.monotonic() - message["failed_at_s"]})
@@ -109,25 +110,23 @@ class Watcher:
             return True
         return "over" in message
 
-    def _look(self) -> None:
-        """One look at the rank: its place and age go to the hub."""
+    def _look(self, passed_s: float) -> None:
+        """One look at the rank, so long after the last one (seconds): its place and age go to the hub."""
         if os.getppid() != self._parent:
             self._failed = True
             self._hub.send(
                 {**self._where(), "gone": "it died without a word", "ago_s": 0.0, "stacks": self._read_stacks()}
             )
             return
-        now = time.monotonic()
         beats = self._cell[: CELL.size]
-        # A tick that took far too long says that this process did not run, not that the rank did nothing.
-        self._age_s = 0.0 if beats != self._seen else self._age_s + min(now - self._ticked, 3 * self._timing.tick_s)
-        self._seen, self._ticked = beats, now
+        self._age_s = 0.0 if beats != self._seen else self._age_s + passed_s
+        self._seen = beats
         if self._alone and processes.stat(self._parent)[:1] == ["T"]:
             self._age_s = 0.0  # Ctrl-Z on a terminal: nobody waits for it
         self._hub.send(self._where())
-        if processes.stat(self._parent)[1:2] in ([], [str(self._agent)]) or not self._agent:
-            self._agent_seen = now
-        if now - self._agent_seen > self._timing.orphan_s:  # it was asked to stop by `scheduler.Stop`, and does not
+        orphaned = self._agent and processes.stat(self._parent)[1:2] not in ([], [str(self._agent)])
+        self._orphaned_s = self._orphaned_s + passed_s if orphaned else 0.0
+        if self._orphaned_s > self._timing.orphan_s:  # it was asked to stop by `scheduler.Stop`, and does not
             self._said = True
             self._hub.send({"gone": "the torchrun that had started it is gone", "ago_s": 0.0})
 
@@ -157,8 +156,9 @@ class Watcher:
         me = Rank(self._rank)
         crash.from_message(me, {**self._where(), "host": socket.gethostname(), "pid": self._parent}, time.monotonic())
         cause = crash.first_cause([rank, me])
-        threading.Thread(target=write_report, args=(cause, [rank, me], self._facts), daemon=True).start()
+        report = write_report(cause, [rank, me], self._facts)
         self._end(cause.line)
+        report.join(self._timing.write_s)
 
     def _end(self, line: str) -> None:
         """End the rank: by its own hand with our status; if it does not, by force."""

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,14 @@ def two_ranks(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def start(config_file: Path, *overrides: str) -> Process:
     """Begin to train, in a process group of its own."""
     return Process(("train", "--config", str(config_file), *overrides), dict(os.environ), merged=True)
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for what must come about."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.02)
 
 
 def wait_for(run_dir: Path, step: int, process: Process | subprocess.Popen) -> None:

@@ -6,25 +6,20 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import pretrain, records, tiny_config, wait_for, write_config
+from conftest import pretrain, records, tiny_config, until, wait_for, write_config
 from test_readme import free_port
 
-from pretrain import config, crash, pace, preparation, trainer, watchdog, watcher
+from pretrain import config, crash, pace, preparation, processes, trainer, watchdog, watcher
 from pretrain.crash import Facts, Rank
-from pretrain.hub import Hub, Timing
 from pretrain.pace import Pace
 from pretrain.watcher import EXIT_STATUS
 
@@ -118,123 +113,17 @@ def test_the_page_is_one_page_for_128_ranks(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [crash.REPORT, "metrics.jsonl"]
 
 
-def test_a_stranger_on_the_port_does_no_harm() -> None:
-    """A scanner of ports, or another job: it is not heard, and the hub goes on."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    hub = Hub(listener, 1, "secret", Timing(5.0), Facts("nowhere", 1, 1))
-    hub.start()
-    for word in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"[1]\n",
-        b'{"rank": 0, "error": "x"}\n',
-        b'{"token": "guessed", "rank": 0}\n',
-    ):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(word)
-            while stranger.recv(100):  # the hub hangs up
-                pass
-    with socket.create_connection(("127.0.0.1", port)) as rank:
-        rank.sendall(b'{"token": "secret", "rank": 0, "host": "here"}\n{"left": true}\n')
-        hub.join(30)
-    assert not hub.is_alive()
-    assert (hub.ranks[0].host, hub.ranks[0].error, hub.ranks[0].left) == ("here", None, True)
-
-
-def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Rank 1's never comes, rank 2's is killed and its rank says that it goes on; rank 3 is gone with its watcher."""
-    monkeypatch.setattr("pretrain.hub._START_S", 0.0)
-    monkeypatch.setattr("pretrain.hub.WORD_S", 0.5)
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = ("127.0.0.1", listener.getsockname()[1])
-    hub = Hub(listener, 4, "secret", Timing(100.0), Facts(str(tmp_path), 1, 1))
-
-    def come(rank: int) -> socket.socket:
-        peer = socket.create_connection(address)
-        peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
-        return peer
-
-    zero, two = come(0), come(2)
-    _until(lambda: hub._listen(0.1) or not hub.ranks[2].unwatched)
-    two.close()
-    control, theirs = socket.socketpair()
-    theirs.close()
-    watchdog._obey(control, threading.Event(), threading.Event(), 2, (*address, "secret"))
-    assert "rank 2 goes on UNWATCHED: its watcher was killed" in capsys.readouterr().err
-    _until(lambda: hub._listen(0.1) or hub.ranks[2].unwatched)
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline:
-        hub._listen(0.1)
-    assert [rank.ended_at_s for rank in hub.ranks] == [None] * 4
-    assert [rank.unwatched for rank in hub.ranks] == [False, True, True, True]
-    assert crash.first_cause(hub.ranks).ranks == [hub.ranks[0]], "only of rank 0 anything is known"
-
-    come(3).close()
-    _until(lambda: hub._listen(0.1) or hub.ranks[3].ended_at_s is not None)
-    assert "the connection to its watcher ended" in str(hub.ranks[3].gone)
-    hub.ranks[3].ended_at_s, hub.ranks[3].left = None, True
-    hub.start()
-    zero.sendall(b'{"left": true}\n')
-    hub.join(30)
-    assert not hub.is_alive()
-    assert not (tmp_path / crash.REPORT).exists()
-
-
-def test_a_watcher_that_comes_after_its_rank_has_died_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parent is process 1 then, and everything descends from that."""
-    ended: list[int] = []
-    monkeypatch.setattr(watcher.processes, "kill", ended.extend)
-    monkeypatch.setattr(watcher.signal, "signal", lambda number, handler: None)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    hub, (control, theirs) = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
-    memory, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-    memory.truncate(watcher.CELL_BYTES)
-    about = {"rank": 1, "world_size": 2, "address": [*hub.getsockname(), "token"], "pid": dead.pid, "agent": 0}
-    about |= {"limit_s": 1.0, "connect_s": 5.0, "facts": asdict(Facts("nowhere", 1, 2))}
-    about |= {"memory": memory.fileno(), "stacks": stacks.fileno(), "control": theirs.detach()}
-
-    def end_all() -> None:
-        with hub.accept()[0] as connection:
-            connection.sendall(b'{"end": "a test"}\n')
-            while connection.recv(10_000):
-                pass
-
-    threading.Thread(target=end_all, daemon=True).start()
-    watcher.main([json.dumps(about)])
-    assert control.recv(1) in (b"x", b"v"), "it did not come to end its rank"
-    assert ended == []
-    control.close()
-
-
-def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_told_from_a_lost_host() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        assert watcher._answers("127.0.0.1", port)
-    assert not watcher._answers("127.0.0.1", port)
-    with pytest.raises(OSError, match=f"cannot reach rank 0's at 127.0.0.1:{port} "):
-        watcher._connect("127.0.0.1", port, 0.0, os.getppid())
-
-
 def test_a_rank_whose_torchrun_is_gone_ends(tmp_path: Path) -> None:
     """An agent that is killed leaves its ranks behind; one that does not stop by itself is ended, after the limit."""
     script = Path(__file__).parent / "fake_rank.py"
     command = f"{sys.executable} -S {script} $$ {tmp_path} & wait"
     agent = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL)
-    _until(lambda: (tmp_path / "pid").exists())
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     agent.kill()
     agent.wait()
-    _until(lambda: (tmp_path / "ended").exists() and (tmp_path / crash.REPORT).exists())
+    rank = int((tmp_path / "pid").read_text())
+    until(lambda: (tmp_path / crash.REPORT).exists() and processes.stat(rank)[:1] in ([], ["Z"]))
     assert "the torchrun that had started it is gone" in (tmp_path / crash.REPORT).read_text()
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.02)
 
 
 def test_slow_ranks_are_named_by_their_own_work() -> None:

@@ -1,0 +1,190 @@
+"""The hub and the watchers, without ranks: who is heard, who is lost, who is only late (see test_watchdog.py for the runs)."""
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import until
+
+from pretrain import crash, watchdog, watcher
+from pretrain.crash import Facts
+from pretrain.hub import Hub, Timing
+from pretrain.watcher import Watcher
+
+
+def test_a_stranger_on_the_port_does_no_harm() -> None:
+    """A scanner of ports, or another job: it is not heard, and the hub goes on."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    hub = Hub(listener, 1, "secret", Timing(5.0), Facts("nowhere", 1, 1))
+    hub.start()
+    for word in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1]\n",
+        b'{"rank": 0, "error": "x"}\n',
+        b'{"token": "guessed", "rank": 0}\n',
+    ):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(word)
+            while stranger.recv(100):  # the hub hangs up
+                pass
+    with socket.create_connection(("127.0.0.1", port)) as rank:
+        rank.sendall(b'{"token": "secret", "rank": 0, "host": "here"}\n{"left": true}\n')
+        hub.join(30)
+    assert not hub.is_alive()
+    assert (hub.ranks[0].host, hub.ranks[0].error, hub.ranks[0].left) == ("here", None, True)
+
+
+def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Rank 1's never comes, rank 2's is killed and its rank says that it goes on; rank 3 is gone with its watcher."""
+    monkeypatch.setattr("pretrain.hub._START_S", 0.0)
+    monkeypatch.setattr("pretrain.hub.WORD_S", 0.5)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = ("127.0.0.1", listener.getsockname()[1])
+    hub = Hub(listener, 4, "secret", Timing(100.0), Facts(str(tmp_path), 1, 1))
+
+    def come(rank: int) -> socket.socket:
+        peer = socket.create_connection(address)
+        peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
+        return peer
+
+    zero, two = come(0), come(2)
+    until(lambda: hub._listen(0.1) or not hub.ranks[2].unwatched)
+    two.close()
+    control, theirs = socket.socketpair()
+    theirs.close()
+    watchdog._obey(control, threading.Event(), threading.Event(), 2, (*address, "secret"))
+    assert "rank 2 goes on UNWATCHED: its watcher was killed" in capsys.readouterr().err
+    until(lambda: hub._listen(0.1) or hub.ranks[2].unwatched)
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        hub._listen(0.1)
+    assert [rank.ended_at_s for rank in hub.ranks] == [None] * 4
+    assert [rank.unwatched for rank in hub.ranks] == [False, True, True, True]
+    assert crash.first_cause(hub.ranks).ranks == [hub.ranks[0]], "only of rank 0 anything is known"
+
+    come(3).close()
+    until(lambda: hub._listen(0.1) or hub.ranks[3].ended_at_s is not None)
+    assert "the connection to its watcher ended" in str(hub.ranks[3].gone)
+    hub.ranks[3].ended_at_s, hub.ranks[3].left = None, True
+    hub.start()
+    zero.sendall(b'{"left": true}\n')
+    hub.join(30)
+    assert not hub.is_alive()
+    assert not (tmp_path / crash.REPORT).exists()
+
+
+class Clock:
+    """In the place of the hub's `time`: it goes `pace_s` (seconds) with every look, and jumps when told to."""
+
+    def __init__(self, pace_s: float):
+        self.now, self.pace_s = 0.0, pace_s
+
+    def monotonic(self) -> float:
+        self.now += self.pace_s
+        return self.now
+
+
+def test_a_job_that_was_suspended_is_not_taken_for_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `scontrol suspend`: hours later all go on, and who looks first has not heard of the others yet."""
+    clock = Clock(0.0)
+    monkeypatch.setattr("pretrain.hub.time", clock)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as peer:
+        timing = Timing(10.0)
+        hub = Hub(listener, 1, "secret", timing, Facts("nowhere", 1, 1))
+        peer.connect(listener.getsockname())
+        peer.sendall(b'{"token": "secret", "rank": 0, "limit_s": 10}\n')
+        until(lambda: hub._listen(0.1) or not hub.ranks[0].unwatched)
+        clock.now += 10_000
+        hub._listen(0.0)
+        assert hub.ranks[0].ended_at_s is None
+        ticks = 0
+        while hub.ranks[0].ended_at_s is None:
+            clock.now += timing.tick_s
+            hub._listen(0.0)
+            ticks += 1
+        assert 17 <= ticks <= 20, "silent for 10 s of the hub's own, three ticks of them its stop"
+
+
+def test_a_watcher_that_was_suspended_does_not_miss_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, missed = Clock(0.05), []
+    monkeypatch.setattr("pretrain.hub.time", clock)
+    monkeypatch.setattr(Watcher, "_without_hub", lambda self: missed.append(clock.now))
+    control, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as hub, tempfile.TemporaryFile() as memory:
+        memory.truncate(watcher.CELL_BYTES)
+        about = {"rank": 1, "world_size": 2, "address": [*hub.getsockname(), "token"], "pid": os.getppid(), "agent": 0}
+        about |= {"limit_s": 1.0, "connect_s": 5.0, "facts": asdict(Facts("nowhere", 1, 2))}
+        mine = Watcher(about | {"memory": memory.fileno(), "stacks": memory.fileno(), "control": theirs.detach()})
+        monkeypatch.setattr(mine._timing, "tick_s", 0.001)
+        clock.now += 10_000
+        mine.run()
+    control.close()
+    assert missed == [pytest.approx(10_000 + mine._timing.silence_s, abs=0.2)]
+
+
+def test_a_watcher_that_comes_after_its_rank_has_died_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent is process 1 then, and everything descends from that."""
+    ended: list[int] = []
+    monkeypatch.setattr(watcher.processes, "kill", ended.extend)
+    monkeypatch.setattr(watcher.signal, "signal", lambda number, handler: None)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    hub, (control, theirs) = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
+    memory, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    memory.truncate(watcher.CELL_BYTES)
+    about = {"rank": 1, "world_size": 2, "address": [*hub.getsockname(), "token"], "pid": dead.pid, "agent": 0}
+    about |= {"limit_s": 1.0, "connect_s": 5.0, "facts": asdict(Facts("nowhere", 1, 2))}
+    about |= {"memory": memory.fileno(), "stacks": stacks.fileno(), "control": theirs.detach()}
+
+    def end_all() -> None:
+        with hub.accept()[0] as connection:
+            connection.sendall(b'{"end": "a test"}\n')
+            while connection.recv(10_000):
+                pass
+
+    threading.Thread(target=end_all, daemon=True).start()
+    watcher.main([json.dumps(about)])
+    assert control.recv(1) in (b"x", b"v"), "it did not come to end its rank"
+    assert ended == []
+    control.close()
+
+
+def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_told_from_a_lost_host() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert watcher._answers("127.0.0.1", port)
+    assert not watcher._answers("127.0.0.1", port)
+    with pytest.raises(OSError, match=f"cannot reach rank 0's at 127.0.0.1:{port} "):
+        watcher._connect("127.0.0.1", port, 0.0, os.getppid())
+
+
+def test_a_refusal_that_comes_late_from_one_node_is_no_crash(tmp_path: Path) -> None:
+    timing = Timing(100.0)
+    timing.collect_s = 0.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hub = Hub(listener, 2, "secret", timing, Facts(str(tmp_path), 1, 1))
+        peers = [socket.create_connection(listener.getsockname()) for _ in range(2)]
+        for rank, peer in enumerate(peers):
+            peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
+        refusal = b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n'
+        peers[0].sendall(refusal)
+        until(lambda: hub._listen(0.1) or (hub.ranks[0].refused and not hub.ranks[1].unwatched))
+        hub.start()
+        late = threading.Timer(0.5, peers[1].sendall, [refusal])
+        late.start()
+        hub.join(30)
+        late.join()
+    assert not hub.is_alive()
+    assert list(tmp_path.iterdir()) == []
+    for peer in peers:
+        peer.close()
