@@ -26,7 +26,7 @@ from conftest import records, tiny_config, write_config
 from fault_runs import make_data
 from forks import finish, start_training
 from hangs import trial
-from test_readme import free_port
+from processes import free_port
 
 from pretrain import config
 from pretrain.bench_result import machine
@@ -84,7 +84,7 @@ def under_torchrun(data: Path, folder: Path, agents: int) -> float:
     return round(time.monotonic() - began, 2)
 
 
-def quiet(data: Path, folder: Path, steps: int) -> dict:
+def quiet(data: Path, folder: Path, steps: int, limit_s: float) -> dict:
     """Steps without a fault, with a short limit."""
     folder.mkdir()
     tree = tiny_config(data, folder, train={"max_steps": steps, "log_every": 10}, validation={"every_steps": 500})
@@ -92,14 +92,14 @@ def quiet(data: Path, folder: Path, steps: int) -> dict:
     tree["model"] |= small
     tree["train"] |= {"global_batch_size": 4}
     tree["checkpoint"] = {"every_steps": 500, "keep_last": 2}
-    tree["watchdog"] = {"limit_s": 2.0, "first_step_limit_s": 60.0}
+    tree["watchdog"] = {"limit_s": limit_s, "first_step_limit_s": 60.0}
     tree["data"]["verify"] = "sizes"
     began = time.monotonic()
     pids = start_training(2, config.load(write_config(folder / "c.yaml", tree)))
     statuses = finish(pids, patience_s=600, limit_s=7200)
     alarms = int((folder / "crash-report.txt").exists())
     reached = max(records(folder, "train"))
-    facts = {"limit_s": 2.0, "statuses": statuses, "alarms": alarms, "seconds": round(time.monotonic() - began)}
+    facts = {"limit_s": limit_s, "statuses": statuses, "alarms": alarms, "seconds": round(time.monotonic() - began)}
     return {"steps": reached, **facts}
 
 
@@ -129,6 +129,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=2, help="trials of each kind and limit")
     parser.add_argument("--deaths", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--quiet_limit_s", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -137,7 +138,7 @@ def main() -> int:
         found: dict = {"cost": cost(data, folder / "cost"), "deaths": deaths(data, folder, args.deaths)}
         found["torchrun_seconds"] = {str(agents): under_torchrun(data, folder, agents) for agents in (1, 2)}
         found["hangs"] = hangs(data, folder, args.limits, args.times)
-        found["quiet"] = quiet(data, folder / "quiet", args.steps)
+        found["quiet"] = quiet(data, folder / "quiet", args.steps, args.quiet_limit_s)
     found |= machine()
     found["cpus"] = os.cpu_count()
     good = found["quiet"]["alarms"] == 0 and found["quiet"]["steps"] == args.steps

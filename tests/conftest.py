@@ -6,10 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; child processes i
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests marked gpu run when they are asked for (-m gpu, make test-gpu); then there must be one."""
     if config.option.markexpr.strip() == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("the tests marked gpu need a CUDA device, and PyTorch sees none on this machine")
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """What a failed test has started would slow the next ones. A run in this process, or nohup, has left signals ignored."""
+    stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in stops} | {
+        signal.SIGINT: signal.getsignal(signal.SIGINT)
+    }
+    yield
+    processes.kill_what_is_left()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

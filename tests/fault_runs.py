@@ -190,7 +190,7 @@ def kill_some(
             victims = {"all": [*every], "first": [0], "other": [moments.choice(every[1:] or every)]}[how]
             kill([pids[victim] for victim in victims])
         # Who has not yet met the others knows nothing of their end, and waits: its launcher would end it.
-        statuses = finish(pids, patience_s=30 if trained else 5)
+        statuses = finish(pids, patience_s=120 if trained else 5)
         if -9 not in statuses:
             deck += [] if edge else [how]
             return number
@@ -230,7 +230,7 @@ def resumes(run_dir: Path) -> Counter[str]:
     """How often the run went on from a checkpoint, in the second or a later epoch of a source, and at an epoch's edge."""
     counts = Counter[str]()
     for step in (line["step"] for line in read_log(run_dir, "start")):
-        counts["resumed"] += step > 0
+        counts["resumed"] += 0 < step < STEPS
         counts["resumed in epoch 2 or later"] += any(taken >= n for taken, n in zip(_taken(step), LENGTHS))
         counts["resumed at an epoch's edge"] += _at_an_edge(step)
     return counts
@@ -277,6 +277,7 @@ def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int
     """Two kills a run, the second at an epoch's edge, each start on another number of ranks, micro-batch and workers."""
     moments, failures, shapes = random.Random(seed), [], Counter[str]()
     train_to_the_end(1, at(settings, folder / "straight"))
+    before_the_last_edge = max(filter(_at_an_edge, range(0, STEPS, SAVED))) - SAVED
     for trial in range(trials):
         run_dir = folder / f"elastic-{trial}"
         try:
@@ -293,11 +294,11 @@ def elastic_trials(settings: config.Config, folder: Path, trials: int, seed: int
                     train_to_the_end(ranks, now)
                     break
                 if number == 1 and (edge := _next_edge(run_dir)):
-                    statuses = finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=30)
+                    statuses = finish(start_training(ranks, now, die_at_a_commit(edge)), patience_s=120)
                     assert -9 in statuses, "not killed"
                     assert HUNG not in statuses, statuses
                     continue
-                pids = start_training(ranks, now)
+                pids = start_training(ranks, now, die_at_a_commit(before_the_last_edge))
                 _wait(run_dir, pids[0], moments)
                 kill(pids)
                 finish(pids)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -12,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch.distributed as dist
+from processes import free_port
 
 from pretrain import config, parallel, preparation, train, trainer
 
@@ -24,9 +24,7 @@ def fork_ranks(ranks: int, output: Path, body: Callable[[int], int | None], node
 
     node_size: ranks of a node, for all that they know; None: they are all of one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [_fork(rank, ranks, node_size or ranks, port, output, body) for rank in range(ranks)]
 
 

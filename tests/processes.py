@@ -5,20 +5,42 @@ and torchrun start the same is shown by the tests of the README, of the faults, 
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["preloaded"])
+_PORTS = itertools.count(random.randrange(500))
+_STARTED: list["Process"] = []
+
+
+def free_port() -> int:
+    """One that nobody listens on, of a range from which the kernel gives none to others; pytest's workers have their own."""
+    block = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    while True:
+        port = 10_000 + 500 * block + next(_PORTS) % 500
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def kill_what_is_left() -> None:
+    """End those that a failed test has left behind: they would slow the next ones."""
+    while _STARTED:
+        if (process := _STARTED.pop()).poll() is None:
+            process.kill()
 
 
 class Process:
@@ -42,6 +64,7 @@ class Process:
         self._process = _SERVER.Process(target=_run, args=(argv, env, str(cwd or Path.cwd()), self._out, self._err))
         self._process.start()
         self.pid = self._process.pid
+        _STARTED.append(self)
 
     @property
     def returncode(self) -> int | None:
@@ -92,10 +115,7 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
     """What torchrun tells each rank of one node."""
     if ranks == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
     return [{k: str(v) for k, v in {**shared, "RANK": n, "LOCAL_RANK": n}.items()} for n in range(ranks)]
 
@@ -110,7 +130,9 @@ def run(
     while any(p.poll() is None for p in processes):
         failed = any(p.poll() for p in processes)
         if failed or time.monotonic() > deadline:
-            time.sleep(1 if failed else 0)  # time to print what went wrong
+            until = time.monotonic() + (10 if failed else 0)  # to print what went wrong
+            while any(p.poll() is None for p in processes) and time.monotonic() < until:
+                time.sleep(0.02)
             for process in processes:
                 process.kill()
             break

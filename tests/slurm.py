@@ -45,10 +45,12 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue={job_requeue}
 FirstJobId={first_job}
-KillWait=5
+KillWait=30
 MinJobAge=3600
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-SlurmdTimeout=30
+SlurmdTimeout=300
+BatchStartTimeout=100
+MessageTimeout=100
 MailProg=/bin/true
 NodeName=node[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs={cpus} RealMemory=4000
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES:64
@@ -66,7 +68,7 @@ def _path() -> str:
 
 def _free_ports(count: int) -> list[int]:
     """So many ports in a row that nobody listens on."""
-    for first in range(20000 + os.getpid() % 5000, 32000, count):
+    for first in range(20000 + os.getpid() % 1000 * 12, 32000, count):
         try:
             for port in range(first, first + count):
                 with socket.socket() as one:

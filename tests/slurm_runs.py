@@ -96,7 +96,8 @@ class Job:
 
     def _trained(self, restart: int) -> int:
         file = self.run_dir / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        text = file.read_text() if file.exists() else ""
+        lines = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
         begun = [number for number, line in enumerate(lines) if line["kind"] == "start"]
         return sum(line["kind"] == "train" for line in lines[begun[restart] :]) if len(begun) > restart else -1
 
@@ -200,7 +201,7 @@ def series(
         data,
         "--train.stop_margin_s",
         MARGIN_S,
-        options=("--time=1", "--signal=USR1@1"),
+        options=("--time=1", "--signal=URG@0"),
         environment={"LAUNCHER": launcher},
         **sections,
     )

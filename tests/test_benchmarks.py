@@ -20,7 +20,7 @@ SCRIPTS = {
     "loader": "--rounds 1 --steps 1",
     "operations": "--device cpu",
     "plan_fit": "",
-    "watchdog": "--limits 4 --times 1 --deaths 1 --steps 200",
+    "watchdog": "--limits 20 --times 1 --deaths 1 --steps 200 --quiet_limit_s 60",
 }
 """The options of a miniature."""
 ELSEWHERE = {"gpu", "dry_cuda"}
@@ -38,6 +38,7 @@ def test_every_script_has_its_miniature() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_miniature_ends_well_and_writes_its_result(tmp_path: Path, name: str) -> None:
     """In a copy of the folder, for a script writes beside itself."""
@@ -50,7 +51,7 @@ def test_a_miniature_ends_well_and_writes_its_result(tmp_path: Path, name: str) 
         (tmp_path / folder).symlink_to(ROOT / folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"benchmarks/{name}.py", *SCRIPTS[name].split()]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1700)
     said = f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     assert done.returncode in ((0, 1) if name in LIMITS_OF_TIME else (0,)), said
     assert done.stdout, said

@@ -170,7 +170,7 @@ def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_tol
 
 def test_a_refusal_that_comes_late_from_one_node_is_no_crash(tmp_path: Path) -> None:
     timing = Timing(100.0)
-    timing.collect_s = 0.0
+    timing.collect_s, timing.refused_s = 0.0, 60.0
     with socket.create_server(("127.0.0.1", 0)) as listener:
         hub = Hub(listener, 2, "secret", timing, Facts(str(tmp_path), 1, 1))
         peers = [socket.create_connection(listener.getsockname()) for _ in range(2)]

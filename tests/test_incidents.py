@@ -27,11 +27,6 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*os.environ, "SLURM_RESTART_COUNT", "CRIA_FAILURES"):
         if name.startswith(("SLURM_", "CRIA_")):
             monkeypatch.delenv(name, raising=False)
-    # A run that ended well in this process has left them ignored.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in scheduler._STOPS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def command(datasets: Path, folder: Path, **sections: object) -> list[str]:

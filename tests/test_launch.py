@@ -2,11 +2,9 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -15,21 +13,13 @@ from typing import Any
 
 import pytest
 from conftest import LONGER, pretrain, records, tiny_config, trajectory, wait_for, write_config
+from processes import free_port
 
 from pretrain import checkpoint, metrics, parallel, preparation, ranks, scheduler
 from pretrain.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 KEY = "5ec2e7" * 6 + "5ec2"
-
-
-@pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    """What a run in this process does with signals is over with the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -207,11 +197,8 @@ def test_the_end_of_the_time_and_a_restart_in_vain_as_commands(
 
 def agents(config_file: Path, logs: Path) -> list[subprocess.Popen]:
     """The same line on two nodes: two agents on this host, one rank each; the first holds the meeting place."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    here = {"NNODES": "2", "HEAD": f"localhost:{port}", "NPROC_PER_NODE": "1", "LOGS": str(logs), "PATH": path}
+    here = {"NNODES": "2", "HEAD": f"localhost:{free_port()}", "NPROC_PER_NODE": "1", "LOGS": str(logs), "PATH": path}
     command = [ROOT / "launch" / "torchrun.sh", "--config", config_file]
     output = open(logs.with_suffix(".txt"), "ab")  # noqa: SIM115
     started = []
@@ -262,7 +249,7 @@ def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: lis
     wait_for(run_dir, 5, first)
     second.kill()
     second.wait()
-    assert first.wait(60) in (scheduler.REQUEUE, 1), (tmp_path / "logs.txt").read_text()  # 1: the other held the store
+    assert first.wait(300) in (scheduler.REQUEUE, 1), (tmp_path / "logs.txt").read_text()  # 1: the other held the store
     saved = max(records(run_dir, "train"))
     assert 5 <= saved < 120
     assert checkpoint.committed(run_dir)[0][0] == saved, "a step was lost"
@@ -274,10 +261,10 @@ def test_an_agent_that_dies_takes_nothing_with_it(datasets: Path, two_ranks: lis
     second.kill()
     os.kill(int(worker[0]), signal.SIGKILL)
     second.wait()
-    assert first.wait(60) not in (0, scheduler.REQUEUE)
+    assert first.wait(300) not in (0, scheduler.REQUEUE)
 
     first, second = agents(config_file, tmp_path / "logs")
-    assert (first.wait(120), second.wait(120)) == (0, 0), (tmp_path / "logs.txt").read_text()
+    assert (first.wait(300), second.wait(300)) == (0, 0), (tmp_path / "logs.txt").read_text()
     assert trajectory(run_dir) == two_ranks
     assert len(list((tmp_path / "logs").rglob("stdout.log"))) >= 6, "a log a rank"
 
@@ -294,7 +281,7 @@ def test_usr1_and_ctrl_c_reach_the_ranks_and_the_agents_status_tells(datasets: P
     process = subprocess.Popen(command, env=environment, **pipes)
     wait_for(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == scheduler.REQUEUE, output
     assert "stopped by SIGUSR1 after step" in output
     assert "Traceback" not in output
@@ -303,7 +290,7 @@ def test_usr1_and_ctrl_c_reach_the_ranks_and_the_agents_status_tells(datasets: P
     process = subprocess.Popen(command, env=environment, **pipes)
     wait_for(tmp_path / "run", max(records(tmp_path / "run", "train")) + 5, process)
     process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C comes to the agent alone
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 130, output
     assert "stopped by SIGINT after step" in output
     assert "Traceback" not in output
@@ -312,7 +299,7 @@ def test_usr1_and_ctrl_c_reach_the_ranks_and_the_agents_status_tells(datasets: P
 def test_the_same_wandb_run_after_a_restart_and_no_key_anywhere(datasets: Path, tmp_path: Path) -> None:
     tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2}, optim={"warmup_steps": 1}, logger="wandb")
     config_file = write_config(tmp_path / "c.yaml", tree)
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_X_SERVICE_WAIT": "300"}
     environment |= {"WANDB_CONFIG_DIR": str(tmp_path / "w"), "WANDB_CACHE_DIR": str(tmp_path / "w")}
     said = pretrain("train", "--config", config_file, env=environment)
     number = (tmp_path / "run" / "wandb-id.txt").read_text().strip()
@@ -330,6 +317,7 @@ def test_wandb_without_a_key_is_one_line(datasets: Path, tmp_path: Path) -> None
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", logger="wandb"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    environment |= {"WANDB_X_SERVICE_WAIT": "300"}
     done = pretrain("train", "--config", config_file, check=False, env=environment)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -385,9 +373,7 @@ def test_a_rank_that_is_alone_says_so_in_one_line(
 ) -> None:
     """The other node never came: not an hour of silence, but a line with the address and the numbers."""
     monkeypatch.setattr(ranks, "JOIN_TIMEOUT", timedelta(seconds=2))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     alone = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0}
     for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, str(value))

@@ -3,11 +3,12 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY_MODEL, tiny_config, write_config
 
-from pretrain import config, plan, probe, saver
+from pretrain import config, parallel, plan, probe, saver, trainer
 from pretrain.memory import GIB
 from pretrain.published import PUBLISHED
 from pretrain.sections import CheckpointConfig
@@ -200,8 +201,18 @@ def test_epochs_come_from_the_manifests(datasets: Path, tmp_path: Path, capsys: 
     assert f"epochs         a {found['a']:.2f}, b {found['b']:.2f}" in text
 
 
-def test_probe_measures_real_steps(datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On this CPU, in miniature; and what the plan's time rests on is said."""
+def test_probe_measures_real_steps(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this CPU, in miniature, by a clock that no other work disturbs; and what the plan's time rests on is said."""
+    clock, step = SimpleNamespace(seconds=0.0), probe.optimizer_step
+
+    def timed(run: trainer.Run, *batches: object) -> object:
+        clock.seconds += 0.1 + 0.05 * len(parallel.unwrap(run.model).model.layers)
+        return step(run, *batches)
+
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    monkeypatch.setattr(probe, "optimizer_step", timed)
     name = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
     text = planned(capsys, "--config", name, "--probe")
     last = text.splitlines()[-1]

@@ -1,5 +1,6 @@
 """Faults: broken documents cost themselves and nothing else, kills cost time and nothing else, two runs share no folder."""
 
+import itertools
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import until
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
 from test_sources import line, write_jsonl, write_parquet
 from test_tokenizer import LLAMA_MODEL, library_texts
@@ -293,41 +296,42 @@ def test_kills_at_random_moments_change_nothing(long_files: Path, tmp_path: Path
     run(options(long_files, tmp_path / "undisturbed"))
     command = [sys.executable, "-m", "data_prep", "slimpajama", "--input", str(long_files), "--split", "train"]
     command += ["--tokenizer", str(LLAMA_MODEL), "--out", str(out), "--encoder", "reference", "--workers", "2"]
-    within_a_file = Counter[str]()
-    for victim in ("group", "worker", "command", "worker", "command"):
+    within_a_file, wanted = Counter[str](), {"group": 1, "worker": 2, "command": 2}
+    for victim in itertools.chain(*[wanted] * 10):
+        if within_a_file[victim] == wanted[victim]:
+            continue
         for shard in sorted(out.rglob("shards/**/*.npy"))[FILES // 2 :]:
             shard.unlink()  # so that there is always something to do
         before = set(out.rglob("*.tmp"))
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        deadline = time.monotonic() + 60
-        while not {path for path in out.rglob("shards/**/*.tmp") if path not in before}:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
+        while process.poll() is None and not set(out.rglob("shards/**/*.tmp")) - before:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.2)
+        with suppress(ProcessLookupError):  # all stand still while we look
+            os.killpg(process.pid, signal.SIGSTOP)
         below, workers = descendants(process.pid), workers_of(process.pid)
-        assert workers
-        assert process.poll() is None, process.communicate()
-        if victim == "group":
-            os.killpg(process.pid, signal.SIGKILL)
-        elif victim == "worker":
+        within = process.poll() is None and set(out.rglob("shards/**/*.tmp")) - before
+        if within and victim == "worker":
             os.kill(rng.choice(workers), signal.SIGKILL)
-        else:
+        elif within and victim == "command":
             process.kill()
-        _, said = process.communicate(timeout=60)  # ends only when all below have closed the pipe too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT if within and victim != "group" else signal.SIGKILL)
+        _, said = process.communicate(timeout=300)  # ends only when all below have closed the pipe too
+        if not within:  # it was done, or between two files
+            (out / "manifest.json").unlink(missing_ok=True)
+            continue
+        within_a_file[victim] += 1
         if victim == "worker":
             assert process.returncode == 2
             assert "error: a worker process was killed, perhaps for want of memory: run the same command again" in said
         else:
             assert process.returncode == -signal.SIGKILL
-        while any(map(is_alive, below)):
-            assert time.monotonic() < deadline, f"the {victim} was killed, and what was below it lives on"
-            time.sleep(0.01)
+        until(lambda: not any(map(is_alive, below)))  # noqa: B023  it is called here
         assert not (out / "manifest.json").exists()
-        within_a_file[victim] += bool(set(out.rglob("*.tmp")) - before)
-    assert all(within_a_file[victim] for victim in ("group", "worker", "command")), within_a_file
+    assert within_a_file == wanted
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert_same_bytes(out, tmp_path / "undisturbed", but="units/")  # they say what encoded them
 
@@ -363,7 +367,7 @@ def test_no_worker_outlives_the_lock(long_files: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("data_prep.prepare.prepare_units", watched)
     monkeypatch.setattr("data_prep.workers.ProcessPoolExecutor", Noted)
-    with pytest.raises(ValueError, match="1 of 41 documents are bad"):
+    with pytest.raises(ValueError, match=r"1 of \d+ documents are bad"):
         run(options(tmp_path / "in", out, workers=2, encoder="reference"))
     living, staged = [pid for pid in workers if is_alive(pid)], list(out.rglob("*.tmp"))
     assert (len(workers), living, staged, held) == (2, [], [], [True])

@@ -86,28 +86,30 @@ def test_an_array_makes_the_bytes_of_a_single_run(
 
 def test_a_task_at_work_is_requeued_or_cancelled_and_goes_on(cluster: slurm.Slurm, tmp_path: Path) -> None:
     """On a cluster that requeues only who asks for it. Its log goes on too, and what it had done is not done again."""
-    out, files = tmp_path / "out", 8
+    out, files = tmp_path / "out", 12
     write_long_files(tmp_path / "in", files, 1.0)
     run(options(tmp_path / "in", tmp_path / "undisturbed"))
-    job = submit(cluster, tmp_path / "in", out, tmp_path, array="1-2", encoder="reference")
+    job = submit(cluster, tmp_path / "in", out, tmp_path, "--hold", array="1-2", encoder="reference")
 
     def wait_for_a_record(task: int) -> None:
         records = [out / f"units/train/chunk1/{n}.jsonl.zst.json" for n in range(task - 1, files, 2)]
         cluster.until(lambda: any(path.exists() for path in records), pause_s=0.02)
 
+    cluster.run("scontrol", "release", f"{job}_1")
     wait_for_a_record(1)
     cluster.run("scontrol", "requeue", f"{job}_1")
+    cluster.run("scontrol", "release", f"{job}_2")
     wait_for_a_record(2)
     cluster.run("scancel", f"{job}_2")
-    cluster.until(lambda: (cluster.hurry(f"{job}_1"), cluster.state(job)[f"{job}_1"])[1] == "COMPLETED")
+    cluster.until(lambda: (cluster.hurry(f"{job}_1"), cluster.state(job)[f"{job}_1"])[1] == "COMPLETED", 300)
     assert cluster.wait(job) == {f"{job}_1": "COMPLETED", f"{job}_2": "CANCELLED"}
     again = submit(cluster, tmp_path / "in", out, tmp_path, array="2", export=",TASKS=2", encoder="reference")
     assert cluster.wait(again) == {f"{again}_2": "COMPLETED"}
     for task in (1, 2):
         log = (tmp_path / f"{task}.log").read_text()
         assert log.count("encoding with sentencepiece, as asked") == 2, log
-        (done,) = re.findall(r"(\d) of 4 input files done now", log)
-        assert 1 <= int(done) < 4
+        (done,) = re.findall(r"(\d) of 6 input files done now", log)
+        assert 1 <= int(done) < 6
     assert main(["finish", str(out)]) == 0
     assert_same_bytes(out, tmp_path / "undisturbed", but="units/")  # they say what encoded them
 

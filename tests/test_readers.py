@@ -64,7 +64,7 @@ def test_damage_in_the_middle_costs_what_is_behind_it(tmp_path: Path) -> None:
     assert bad.reason == readers.UNREADABLE
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 def test_a_damaged_file_that_is_replaced_while_it_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a whole and shorter one, before what lies before the damage is read again; once endless."""
     path, opened = tmp_path / "a.zst", []

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ MINIATURE = [
     (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
     (r"^data-prep slimpajama", ""),
     (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", MINIATURE_MODEL),
-    (r"^torchrun .* -m pretrain doctor", "--seconds 0.1"),
+    (r"^torchrun .* -m pretrain doctor", "--seconds 1"),
     (r"^sbatch --nodes=2 launch/slurm.sbatch", f"{MINIATURE_MODEL} {ON_THE_CPU}"),
     (r"^NNODES=2 .* launch/torchrun.sh", f"{MINIATURE_MODEL} {ON_THE_CPU} --run_dir runs/torchrun"),
     (r"^pretrain (export|report)", ""),
@@ -98,15 +97,9 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_on_two_nodes(command: list[str], folder: Path) -> str:
     """The line that a user types on each of two nodes: two torchrun agents on this host, one process each."""
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{processes.free_port()}"
     local = ["env", "NPROC_PER_NODE=1", *(part.replace("node1:29500", address) for part in command)]
     assert address in " ".join(local)
     agents = [
@@ -151,6 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(2400)
 def test_every_command_on_the_page_works(folder: Path) -> None:
     """In the page's order; a job is only submitted there, and waited for at the end."""
     outputs = {}

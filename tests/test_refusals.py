@@ -86,7 +86,10 @@ def test_the_first_rank_speaks_for_all(
 
 
 def test_a_rank_that_waits_for_the_first_leaves_in_silence_when_the_launcher_ends_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pretrain", "bench", "--config", str(tmp_path / "nowhere.yaml")]
+    patient = (
+        "import sys; from pretrain import __main__, cli; cli.PATIENCE_S = 600; sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", patient, "bench", "--config", str(tmp_path / "nowhere.yaml")]
     environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
     waiting = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     status = Path(f"/proc/{waiting.pid}/status")

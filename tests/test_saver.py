@@ -401,7 +401,7 @@ def test_a_save_that_fails_on_one_rank_has_failed_on_all(tmp_path: Path, failing
         state.saver.close()
 
     output = tmp_path / "output.txt"
-    assert finish(fork_ranks(2, output, with_group(2, body)), patience_s=5) == [0, 0], output.read_text()
+    assert finish(fork_ranks(2, output, with_group(2, body))) == [0, 0], output.read_text()
     (problem, lines), other = (json.loads((tmp_path / f"said-{rank}").read_text()) for rank in (0, 1))
     assert "a made-up error" in problem
     assert lines == [f"step 2: NOT saved, training goes on: {problem}"]

@@ -19,7 +19,9 @@ def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The folder of a real verification, on one rank and on two as is the default, with a kill, and what it printed."""
     folder = tmp_path_factory.mktemp("verify")
     config_file = write_config(folder / "c.yaml", tiny_config(datasets, folder / "run"))
-    done = pretrain("verify-resume", "--config", config_file, "--steps", 18, "--kills", 1, "--out", folder / "out")
+    done = pretrain(
+        "verify-resume", "--config", config_file, "--steps", 18, "--kills", 1, "--seed", 32, "--out", folder / "out"
+    )
     return folder, done.stdout
 
 
