@@ -112,6 +112,8 @@ def _documents(
         rows, lengths = found
         return rows, np.cumsum(lengths, dtype=np.int64)
     ends = _places(directory, shard, eos_id) + 1 if eos_id is not None else _places(directory, shard, bos_id)[1:]
+    if eos_id is not None and eos_id == bos_id:  # every other one is a beginning
+        ends = ends[1::2]
     return None, np.append(ends, shard.tokens) if not len(ends) or ends[-1] != shard.tokens else ends
 
 

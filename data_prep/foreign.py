@@ -151,5 +151,6 @@ def _shard(root: Path, stretch: Stretch, scan: Scan, tokenizer: TokenizerInfo, o
             "another tokenizer made them, or they are of another --dtype"
         )
     name = stretch.path.relative_to(root).as_posix()
-    documents = scan.eos if options.append_eos else scan.bos if options.prepend_bos else 0
+    marks = scan.eos if options.append_eos else scan.bos if options.prepend_bos else 0
+    documents = marks // tokenizer.marks_a_document(options.append_eos, options.prepend_bos)
     return Shard(name, stretch.dtype, stretch.offset, stretch.tokens, scan.checksum, name, documents)

@@ -59,6 +59,10 @@ class TokenizerInfo:
             if value is not None and not (type(value) is int and 0 <= value < self.vocab_size):
                 raise ValueError(f"tokenizer {name} {value!r} is not an id in [0, vocab_size {self.vocab_size})")
 
+    def marks_a_document(self, append_eos: bool, prepend_bos: bool) -> int:
+        """How many EOS, or BOS, a document has that has any: two where both are set and one token is both, as GPT-2's is."""
+        return 2 if append_eos and prepend_bos and self.bos_id == self.eos_id else 1
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -82,8 +82,7 @@ def _problems(root: Path, manifest: Manifest, shard: Shard, found: Scan) -> Iter
     if found.smallest < 0 or found.largest >= manifest.tokenizer.vocab_size:
         ids = f"{found.smallest} to {found.largest}"
         yield f"ids from {ids} are not all in a vocabulary of {manifest.tokenizer.vocab_size}"
-    tokenizer, both = manifest.tokenizer, manifest.append_eos and manifest.prepend_bos
-    a_document = 2 if both and tokenizer.bos_id == tokenizer.eos_id else 1  # one token can be both, as GPT-2's is
+    a_document = manifest.tokenizer.marks_a_document(manifest.append_eos, manifest.prepend_bos)
     for wanted, name, count in ((manifest.append_eos, "EOS", found.eos), (manifest.prepend_bos, "BOS", found.bos)):
         if wanted and count != a_document * shard.documents:
             yield f"{count:,} {name} for {shard.documents:,} documents"

@@ -68,13 +68,13 @@ class Timing:
         self.collect_s = 1.0
         """From the first failure to the verdict: the other ranks' follow at once."""
         self.refused_s = 5.0
-        """The same where all that has come is a refusal of what the user asked for: a slow node's is no crash."""
+        """So much longer where all that has come is a refusal of what the user asked for: a slow node's is no crash."""
         self.orphan_s = limit_s
         """For a rank whose torchrun is gone to save and leave."""
         self.silence_s = max(limit_s, 5.0)
         """Without a word a watcher is taken for lost."""
         self.write_s = 10.0
-        """For the report to be written, once the ranks have been told to end."""
+        """For the report to be written, once the ranks have been told to end; a scheduler may leave it less."""
 
 
 class Ticks:
@@ -99,7 +99,7 @@ class Hub(threading.Thread):
         self._peers: dict[int, Lines] = {}
         self._ticks = Ticks(timing.tick_s)
         self._silent_s: dict[int, float] = {}
-        self._lost: dict[int, float] = {}
+        self._lost_s: dict[int, float] = {}
         self._all_may_be_here = time.monotonic() + _START_S
         self._said_alive = 0.0
         self._report: threading.Thread | None = None
@@ -113,8 +113,10 @@ class Hub(threading.Thread):
             self._listen(self._timing.tick_s)
             if any(rank.ended_at_s is not None for rank in self.ranks):
                 self._listen_for(self._timing.collect_s, lambda rank: rank.ended_at_s is not None)
-                if all(rank.refused for rank in self.ranks if rank.ended_at_s is not None):
-                    self._listen_for(self._timing.refused_s, lambda rank: rank.ended_at_s is not None)
+                if not self._crashed():
+                    self._listen_for(
+                        self._timing.refused_s, lambda rank: rank.ended_at_s is not None or self._crashed()
+                    )
             elif not crash.overdue(self.ranks):
                 continue
             if all(rank.refused for rank in self.ranks):  # all found the same, and each has said it
@@ -124,6 +126,10 @@ class Hub(threading.Thread):
         self._tell({"over": True})
         if self._report is not None:
             self._report.join(self._timing.write_s)
+
+    def _crashed(self) -> bool:
+        """Whether a rank has ended by more than a refusal."""
+        return any(rank.ended_at_s is not None and not rank.refused for rank in self.ranks)
 
     def _is_out(self, rank: Rank) -> bool:
         """Whether nothing more is to be heard of it."""
@@ -144,31 +150,35 @@ class Hub(threading.Thread):
                 peer.send(message)
 
     def _listen_for(self, seconds: float, done: Any) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not all(self._is_out(rank) or done(rank) for rank in self.ranks):
-            self._listen(min(self._timing.tick_s, 0.1))
+        while seconds > 0 and not all(self._is_out(rank) or done(rank) for rank in self.ranks):
+            seconds -= self._listen(min(self._timing.tick_s, 0.1))
+        self._listen(0.0)  # what had come while this process could not look
 
-    def _listen(self, seconds: float) -> None:
-        """Take what comes within a tick; tell everybody that the hub is alive; note who is silent or gone."""
+    def _listen(self, seconds: float) -> float:
+        """Take what comes within so many seconds; tell everybody that the hub is alive; note who is silent or gone.
+
+        Returns the seconds that it took, of which a stop of this process does not count.
+        """
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 guest = Lines(self._listener.accept()[0])
                 self._selector.register(guest.socket, selectors.EVENT_READ, guest)
             else:
                 self._take(key.data)
-        now = time.monotonic()
-        passed_s = self._ticks.since_last()
+        now, passed_s = time.monotonic(), self._ticks.since_last()
         for number, peer in self._peers.items():
             rank = self.ranks[number]
             self._silent_s[number] += passed_s
             silent = self._silent_s[number] > self._timing.silence_s
-            lost = peer.lost and now - self._lost.setdefault(number, now) > WORD_S
+            self._lost_s[number] = self._lost_s.get(number, 0.0) + passed_s if peer.lost else 0.0
+            lost = self._lost_s[number] > WORD_S
             if (lost or silent) and not rank.left and rank.ended_at_s is None:
                 what = "nothing is heard of its watcher" if silent else "the connection to its watcher ended"
                 rank.gone, rank.ended_at_s = f"{what}: its host, or all of the job on it, was ended", now
         if now - self._said_alive >= self._timing.tick_s:
             self._said_alive = now
             self._tell({"alive": True})
+        return passed_s
 
     def _take(self, guest: Lines) -> None:
         for message in guest.receive():

@@ -254,7 +254,7 @@ def _say_goodbye(
     """The run is over, for good or ill: all have left, or the page about the failure is written."""
     leaving.set()
     _send(control, {"left": True})
-    if verdict.wait(10):
+    if verdict.wait(15):
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.2)  # longer only after a failure: then it sees to it that this process ends
     control.close()

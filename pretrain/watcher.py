@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
         return 1
     watcher.run()
     if hub is not None:
-        hub.join(15)
+        hub.join(25)
     return 0
 
 

@@ -122,6 +122,7 @@ def _begin_saves(run_dir: Path, number: int) -> list[int]:
 
 def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> str | None:
     """Save steps 1, 2 and 3, with the fault in that of step 2; returns how that went, None: there was no such call."""
+    started = time.monotonic()
     pids = _begin_saves(run_dir, number)
     trace = run_dir / "trace.txt"
     tracer = _trace(pids[victim], run_dir / "checkpoints", injection, trace)
@@ -133,6 +134,7 @@ def _fail_one_call(run_dir: Path, number: int, victim: int, injection: str) -> s
     statuses = finish(pids)
     output = (run_dir / "output.txt").read_text()
     assert statuses == [0] * number, f"{statuses}\n{output[-2000:]}"
+    assert time.monotonic() - started < 60
     if "INJECTED" not in trace.read_text():
         return None
     problem = (run_dir / "said.txt").read_text()
@@ -194,7 +196,9 @@ def full_disk_trials(settings: config.Config, folder: Path, trials: int, seed: i
                     shutil.disk_usage = lambda path: plenty  # type: ignore[assignment]
 
             try:
+                started = time.monotonic()
                 statuses = finish(start_training(ranks, run, before, output))
+                assert time.monotonic() - started < 60
                 places["ended well" if statuses == [0] * ranks else "ended with an error"] += 1
                 said = output.read_text()
                 assert "No space left" in said or "MiB free" in said, said[-2000:]

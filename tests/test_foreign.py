@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_dataset
 from test_tokenizer import LLAMA_MODEL
 
 from data_prep import documents, scan
@@ -93,6 +94,21 @@ def test_documents_are_told_by_their_ends_or_their_beginnings(
                 of_it = [place for file, number, place in expected if (file, number) == found[-1][:2]]
                 assert part.document_tokens == len(of_it)
         assert found == expected
+
+
+def test_a_token_that_begins_documents_and_ends_them_is_two_of_each(tmp_path: Path) -> None:
+    """As GPT-2's; the last document may have been cut by its packer."""
+    tokenizer = write_dataset(tmp_path / "another", 100, 0) / "tokenizer"
+    (tokenizer / "tokenizer_config.json").write_text('{"bos_token": "2", "eos_token": "2"}')
+    told = {"tokenizer": str(tokenizer), "append_eos": True, "prepend_bos": True}
+    litpkds(tmp_path / "0.bin", np.array([2, 7, 8, 2, 2, 9, 2]))
+    litpkds(tmp_path / "1.bin", np.array([2, 7, 2, 2, 9, 9]))
+    manifest = run(options(tmp_path, **told))
+    assert [shard.documents for shard in manifest.shards] == [2, 1]
+    found = [
+        (part.source_file, part.document, part.document_tokens) for part in TokenDataset(tmp_path).documents(0, 13)
+    ]
+    assert found == [("0.bin", 0, 4), ("0.bin", 1, 3), ("1.bin", 0, 3), ("1.bin", 1, 3)]
 
 
 def test_ids_beyond_the_vocabulary_are_found_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

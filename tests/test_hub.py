@@ -37,7 +37,7 @@ def test_a_stranger_on_the_port_does_no_harm() -> None:
                 pass
     with socket.create_connection(("127.0.0.1", port)) as rank:
         rank.sendall(b'{"token": "secret", "rank": 0, "host": "here"}\n{"left": true}\n')
-        hub.join(30)
+        hub.join(300)
     assert not hub.is_alive()
     assert (hub.ranks[0].host, hub.ranks[0].error, hub.ranks[0].left) == ("here", None, True)
 
@@ -58,13 +58,13 @@ def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
         return peer
 
     zero, two = come(0), come(2)
-    until(lambda: hub._listen(0.1) or not hub.ranks[2].unwatched)
+    until(lambda: hub._listen(0.1) < 0 or not hub.ranks[2].unwatched)
     two.close()
     control, theirs = socket.socketpair()
     theirs.close()
     watchdog._obey(control, threading.Event(), threading.Event(), 2, (*address, "secret"))
     assert "rank 2 goes on UNWATCHED: its watcher was killed" in capsys.readouterr().err
-    until(lambda: hub._listen(0.1) or hub.ranks[2].unwatched)
+    until(lambda: hub._listen(0.1) < 0 or hub.ranks[2].unwatched)
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         hub._listen(0.1)
@@ -73,12 +73,12 @@ def test_a_watcher_that_does_not_come_or_is_killed_ends_nothing(
     assert crash.first_cause(hub.ranks).ranks == [hub.ranks[0]], "only of rank 0 anything is known"
 
     come(3).close()
-    until(lambda: hub._listen(0.1) or hub.ranks[3].ended_at_s is not None)
+    until(lambda: hub._listen(0.1) < 0 or hub.ranks[3].ended_at_s is not None)
     assert "the connection to its watcher ended" in str(hub.ranks[3].gone)
     hub.ranks[3].ended_at_s, hub.ranks[3].left = None, True
     hub.start()
     zero.sendall(b'{"left": true}\n')
-    hub.join(30)
+    hub.join(300)
     assert not hub.is_alive()
     assert not (tmp_path / crash.REPORT).exists()
 
@@ -103,7 +103,7 @@ def test_a_job_that_was_suspended_is_not_taken_for_lost(monkeypatch: pytest.Monk
         hub = Hub(listener, 1, "secret", timing, Facts("nowhere", 1, 1))
         peer.connect(listener.getsockname())
         peer.sendall(b'{"token": "secret", "rank": 0, "limit_s": 10}\n')
-        until(lambda: hub._listen(0.1) or not hub.ranks[0].unwatched)
+        until(lambda: hub._listen(0.1) < 0 or not hub.ranks[0].unwatched)
         clock.now += 10_000
         hub._listen(0.0)
         assert hub.ranks[0].ended_at_s is None
@@ -178,13 +178,52 @@ def test_a_refusal_that_comes_late_from_one_node_is_no_crash(tmp_path: Path) -> 
             peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
         refusal = b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n'
         peers[0].sendall(refusal)
-        until(lambda: hub._listen(0.1) or (hub.ranks[0].refused and not hub.ranks[1].unwatched))
+        until(lambda: hub._listen(0.1) < 0 or (hub.ranks[0].refused and not hub.ranks[1].unwatched))
         hub.start()
         late = threading.Timer(0.5, peers[1].sendall, [refusal])
         late.start()
-        hub.join(30)
+        hub.join(300)
         late.join()
     assert not hub.is_alive()
     assert list(tmp_path.iterdir()) == []
     for peer in peers:
         peer.close()
+
+
+def test_a_crash_among_refusals_is_told_at_once(tmp_path: Path) -> None:
+    timing = Timing(100.0)
+    timing.collect_s, timing.refused_s = 0.0, 1000.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hub = Hub(listener, 3, "secret", timing, Facts(str(tmp_path), 1, 1))
+        peers = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        for rank, peer in enumerate(peers):
+            peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
+        until(lambda: hub._listen(0.1) >= 0 and not any(rank.unwatched for rank in hub.ranks))
+        peers[0].sendall(b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n')
+        peers[1].sendall(b'{"gone": "it died without a word", "ago_s": 0.0}\n')
+        hub.start()
+        hub.join(300)
+    assert not hub.is_alive()
+    assert (tmp_path / crash.REPORT).exists()
+    for peer in peers:
+        peer.close()
+
+
+def test_a_report_that_takes_its_time_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow file system; the ranks are told to end meanwhile."""
+    publish = crash.publish
+
+    def slow(*arguments: object) -> None:
+        time.sleep(0.5)
+        publish(*arguments)
+
+    monkeypatch.setattr(crash, "publish", slow)
+    timing = Timing(100.0)
+    timing.collect_s, timing.end_s, timing.write_s = 0.0, 0.0, 300.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hub = Hub(listener, 1, "secret", timing, Facts(str(tmp_path), 1, 1))
+        with socket.create_connection(listener.getsockname()) as peer:
+            peer.sendall(b'{"token": "secret", "rank": 0, "limit_s": 100}\n{"gone": "it died", "ago_s": 0.0}\n')
+            hub.start()
+            hub.join(300)
+    assert "it died" in (tmp_path / crash.REPORT).read_text()

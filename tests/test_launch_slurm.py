@@ -291,6 +291,19 @@ exit 1
 
 
 @pytest.mark.long
+def test_the_warning_that_the_script_asks_for_comes_from_slurm_to_the_ranks(
+    cluster: slurm.Slurm, tmp_path: Path
+) -> None:
+    """Within a minute: the five that the job has are less than the script's 300 s."""
+    stub = """#!/usr/bin/env bash
+echo "start ${SLURM_RESTART_COUNT:-0}"
+[ "${SLURM_RESTART_COUNT:-}" ] || { trap 'echo warned; exit 75' USR1; for ((i = 0; i < 1200; i++)); do sleep 0.1; done; }
+"""
+    lines = run_stub(cluster, tmp_path, True, "--signal=USR1@300", stub=stub)
+    assert lines == ["start 0"] * 2 + ["start 1"] * 2 + ["warned"] * 2
+
+
+@pytest.mark.long
 def test_ranks_that_outlast_the_jobs_time_do_not_end_the_run(cluster: slurm.Slurm, tmp_path: Path) -> None:
     """SLURM kills them, and the script a moment later."""
     stub = """#!/usr/bin/env bash
