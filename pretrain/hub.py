@@ -170,8 +170,9 @@ class Hub(threading.Thread):
             rank = self.ranks[number]
             self._silent_s[number] += passed_s
             silent = self._silent_s[number] > self._timing.silence_s
-            self._lost_s[number] = self._lost_s.get(number, 0.0) + passed_s if peer.lost else 0.0
-            lost = self._lost_s[number] > WORD_S
+            if peer.lost:
+                self._lost_s[number] = self._lost_s[number] + passed_s if number in self._lost_s else 0.0
+            lost = peer.lost and self._lost_s[number] > WORD_S
             if (lost or silent) and not rank.left and rank.ended_at_s is None:
                 what = "nothing is heard of its watcher" if silent else "the connection to its watcher ended"
                 rank.gone, rank.ended_at_s = f"{what}: its host, or all of the job on it, was ended", now
