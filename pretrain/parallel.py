@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -105,6 +106,7 @@ def _join(fabric: Fabric, world_size: int) -> None:
         ValueError: another host's name leads back to this one.
     """
     try:
+        _find_the_store(world_size)
         fabric.launch()
     except RuntimeError as error:
         if not (isinstance(error, dist.DistStoreError | dist.DistNetworkError) or "gloo" in str(error).lower()):
@@ -123,6 +125,26 @@ def _join(fabric: Fabric, world_size: int) -> None:
         ) from error
     if dist.is_initialized():
         ranks.be_patient(None)
+
+
+def _find_the_store(world_size: int) -> None:
+    """Wait until somebody listens where the ranks meet. PyTorch would try up to thrice as long as told, and print its stack.
+
+    Raises dist.DistNetworkError after JOIN_TIMEOUT.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    mine = os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if world_size == 1 or mine or not host or not port:
+        return
+    until = time.monotonic() + ranks.JOIN_TIMEOUT.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise dist.DistNetworkError(f"nobody listens there ({error})") from error
+        time.sleep(0.2)
 
 
 def _compile_deterministically() -> None:
