@@ -144,7 +144,7 @@ def _find_the_store(world_size: int) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise dist.DistNetworkError(f"nobody listens there ({error})") from error
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _compile_deterministically() -> None:
