@@ -28,6 +28,7 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -198,6 +199,11 @@ class TokenDataset:
         self._file = lru_cache(max_open_files)(_OpenFile)  # by its path
         self._opened = False
         """A file, once: what is missing then has gone missing."""
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """Wait no longer for what cannot be read: from now on it fails at once, in every thread."""
+        self._leaving.set()
 
     @cached_property
     def num_tokens(self) -> int:
@@ -315,6 +321,8 @@ class TokenDataset:
                 raise error
             else:
                 why = f"{error.strerror} on {socket.gethostname()}"
+                if self._leaving.is_set():
+                    raise error
                 if time.monotonic() >= until:
                     raise OSError(error.errno, f"{why}, for {RETRY_S:,.0f} s", path) from error
                 if pause_s == FIRST_PAUSE_S:
@@ -322,7 +330,7 @@ class TokenDataset:
                     with suppress(OSError):  # the log may lie on the same file system
                         print(line, file=sys.stderr, flush=True)
                 self._file.cache_clear()  # a handle that is stale is seldom alone
-                time.sleep(pause_s)
+                self._leaving.wait(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             try:
                 return self._read_once(path, into, place)

@@ -38,6 +38,13 @@ class Source:
     validation: TokenDataset | None
 
 
+def leave(sources: list[Source]) -> None:
+    """No more is needed of them: threads that read ahead, and wait for a file system that is away, are not to hold up the end."""
+    for source in sources:
+        for dataset in filter(None, (source.train, source.validation)):
+            dataset.leave()
+
+
 def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
     """Open every source's manifests and check that they fit together and fit the model.
 

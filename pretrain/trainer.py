@@ -66,6 +66,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
+        at_end.callback(data.leave, run.sources)
         at_end.callback(display.close)
         at_end.callback(run.log.close)
         return _train(run, stop or Stop(), display)

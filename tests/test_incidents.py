@@ -1,19 +1,21 @@
 """What happens to runs on real clusters: disks that are full for a while, files that are away, nodes that are taken."""
 
 import errno
+import itertools
 import json
 import os
 import platform
 import resource
 import signal
 import stat
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import records, tiny_config, trajectory, write_config
+from conftest import records, tiny_config, trajectory, until, write_config
 
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, going_on, parallel, preparation, saver, scheduler, train, trainer
@@ -134,6 +136,32 @@ def test_a_signal_while_the_shards_are_read_ends_the_start(
     assert status_of(command(datasets, tmp_path, **short)) == 0
     left = [datasets / name for name in ("a/validation", "b/train", "b/validation")]
     assert checked == [datasets / "a/train", left[0], *left], "what was found good is not read again, and nothing else"
+
+
+def test_a_stop_does_not_wait_for_data_that_is_away(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that will not be trained are read ahead; what comes after the warning of a job's end is the time to requeue it."""
+    read, reads, rate, failed = TokenDataset._read_once, itertools.count(), trainer.learning_rate, threading.Event()
+
+    def away(self: TokenDataset, *arguments: object) -> int:
+        if next(reads) < 16:  # two steps
+            return read(self, *arguments)
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def warned(step: int, *arguments: object) -> float:
+        if step == 2:
+            assert failed.wait(60)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, *arguments)
+
+    monkeypatch.setattr(TokenDataset, "_read_once", away)
+    monkeypatch.setattr(trainer, "learning_rate", warned)
+    words = command(datasets, tmp_path, data={"num_workers": 1}, validation={"every_steps": 0})
+    assert status_of(words) == scheduler.REQUEUE
+    until(lambda: not any(thread.name.startswith("loader") for thread in threading.enumerate()))
+    assert checkpoint.committed(tmp_path / "run")[0][0] == 2
 
 
 def test_a_signal_that_comes_when_all_is_saved_does_not_change_the_status(datasets: Path, tmp_path: Path) -> None:

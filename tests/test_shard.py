@@ -211,7 +211,7 @@ def test_a_file_system_that_fails_over_is_waited_for(
             (tmp_path / "away").rename(tmp_path / "data" / "shards")
 
     monkeypatch.setattr(os, "preadv", fail_over)
-    monkeypatch.setattr("data_prep.shard.time.sleep", pause)
+    monkeypatch.setattr(dataset._leaving, "wait", pause)
     np.testing.assert_array_equal(_read(dataset, 16), expected)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0]
     (line,) = capsys.readouterr().err.splitlines()
