@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from conftest import until
 
 from pretrain import crash, watchdog, watcher
-from pretrain.crash import Facts
+from pretrain.crash import Facts, Rank
 from pretrain.hub import Hub, Timing
 from pretrain.watcher import Watcher
 
@@ -168,45 +170,40 @@ def test_a_hub_that_cannot_be_reached_is_named_and_one_of_a_living_rank_0_is_tol
         watcher._connect("127.0.0.1", port, 0.0, os.getppid())
 
 
-def test_a_refusal_that_comes_late_from_one_node_is_no_crash(tmp_path: Path) -> None:
-    timing = Timing(100.0)
-    timing.collect_s, timing.refused_s = 0.0, 60.0
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        hub = Hub(listener, 2, "secret", timing, Facts(str(tmp_path), 1, 1))
-        peers = [socket.create_connection(listener.getsockname()) for _ in range(2)]
-        for rank, peer in enumerate(peers):
-            peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
-        refusal = b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n'
-        peers[0].sendall(refusal)
-        until(lambda: hub._listen(0.1) < 0 or (hub.ranks[0].refused and not hub.ranks[1].unwatched))
-        hub.start()
-        late = threading.Timer(0.5, peers[1].sendall, [refusal])
-        late.start()
-        hub.join(300)
-        late.join()
-    assert not hub.is_alive()
-    assert list(tmp_path.iterdir()) == []
-    for peer in peers:
-        peer.close()
-
-
-def test_a_crash_among_refusals_is_told_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "reported"),
+    [
+        (b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n', False),
+        (b'{"gone": "it died without a word", "ago_s": 0.0}\n', True),
+    ],
+    ids=["refusal", "death"],
+)
+def test_a_refusal_that_comes_late_from_one_node_is_no_crash_and_a_death_among_refusals_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes, reported: bool
+) -> None:
+    """Rank 0 has refused. While the hub waits for the others' refusals rank 1's comes, or its death, and nothing of rank 2."""
     timing = Timing(100.0)
     timing.collect_s, timing.refused_s = 0.0, 1000.0
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        hub = Hub(listener, 3, "secret", timing, Facts(str(tmp_path), 1, 1))
-        peers = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+    listen_for, count = Hub._listen_for, 3 if reported else 2
+
+    def late(hub: Hub, seconds: float, done: Callable[[Rank], bool]) -> None:
+        if seconds == timing.refused_s:
+            peers[1].sendall(second)
+        listen_for(hub, seconds, done)
+
+    monkeypatch.setattr(Hub, "_listen_for", late)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as connections:
+        hub = Hub(listener, count, "secret", timing, Facts(str(tmp_path), 1, 1))
+        address = listener.getsockname()
+        peers = [connections.enter_context(socket.create_connection(address)) for _ in range(count)]
         for rank, peer in enumerate(peers):
             peer.sendall(b'{"token": "secret", "rank": %d, "limit_s": 100}\n' % rank)
         until(lambda: hub._listen(0.1) >= 0 and not any(rank.unwatched for rank in hub.ranks))
         peers[0].sendall(b'{"error": "ValueError: no such file", "refused": true, "ago_s": 0.0}\n')
-        peers[1].sendall(b'{"gone": "it died without a word", "ago_s": 0.0}\n')
         hub.start()
-        hub.join(300)
-    assert not hub.is_alive()
-    assert (tmp_path / crash.REPORT).exists()
-    for peer in peers:
-        peer.close()
+        hub.join(60)
+        assert not hub.is_alive()
+    assert (tmp_path / crash.REPORT).exists() == reported
 
 
 def test_a_report_that_takes_its_time_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
