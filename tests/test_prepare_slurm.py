@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import slurm
 from test_prepare import assert_same_bytes, corpus, options, undisturbed  # noqa: F401  corpus, undisturbed: fixtures
-from test_prepare_faults import write_long_files
+from test_prepare_kills import write_long_files
 from test_tokenizer import LLAMA_MODEL
 
 from data_prep.__main__ import main
