@@ -119,10 +119,10 @@ def files(folder: Path, name: str, rounds: int) -> dict[str, Any]:
     fabric = Fabric(accelerator="cpu", devices=1)
     state = {"model": model, "optimizer": optimizer, "step": 1}
     theirs, run_dir = folder / f"{name}.ckpt", folder / f"{name}-files"
-    writer = saver.Saver(run_dir, CheckpointConfig(keep_last=1, in_background=False), say=lambda line: None)
+    writer = saver.Saver(run_dir, CheckpointConfig(keep_last=1), say=lambda line: None)
     latest = run_dir / "checkpoints" / "step-00000001"
     ways: dict[str, Callable[[], Any]] = {
-        "save, cria": lambda: writer.save(1, model, optimizer, {"step": 1}),
+        "save, cria": lambda: (writer.save(1, model, optimizer, {"step": 1}), writer.wait()),
         "save, fabric": lambda: fabric.save(theirs, state),
         "save, fabric and sync": lambda: (fabric.save(theirs, state), os.sync()),
         "verify, cria": lambda: _none(checkpoint.verify(latest)),
@@ -137,7 +137,7 @@ def files(folder: Path, name: str, rounds: int) -> dict[str, Any]:
                     subprocess.run(["rm", "-rf", str(old)], check=True)
                 os.sync()
             elif not theirs.exists() or not latest.exists():
-                writer.save(1, model, optimizer, {"step": 1})
+                ways["save, cria"]()
                 fabric.save(theirs, state)
             started = time.perf_counter()
             run()

@@ -106,7 +106,20 @@ def load(path: Path, prog: str = "pretrain train") -> Config:
 
 def write(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML, at once or not at all."""
-    write_atomically(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
+    write_atomically(path, as_yaml(config))
+
+
+def as_yaml(config: Config) -> bytes:
+    """The resolved configuration, as `write` writes it."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's keys as a command line has them, "model.ops.rope" -> "auto"; tree: as `dataclasses.asdict` gives it."""
+    keys: dict[str, Any] = {}
+    for name, value in tree.items():
+        keys |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
 
 
 def check(config: Config) -> None:
@@ -155,6 +168,12 @@ def check(config: Config) -> None:
             f"data.seq_len {config.data.seq_len} tokens is longer than model.max_position_embeddings "
             f"{config.model.max_position_embeddings}; set the latter to at least {config.data.seq_len}"
         )
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if keep > 0 and (every == 0 or keep % every):
+        below = keep // every * every if every else 0
+        nearest = " or ".join(str(near) for near in (below, below + every) if near)
+        nearest = f"nearest: {nearest}" if every else "set that"
+        problems.append(f"checkpoint.keep_every {keep} is not a multiple of checkpoint.every_steps {every}; {nearest}")
     if not problems:
         problems = _check_batch(config.train, world_size=1)
     if problems:
@@ -206,9 +225,14 @@ def _check_data(data: DataConfig) -> list[str]:
     problems = [
         f"data.sources has {name!r} twice; names must differ" for name in sorted(set(names)) if names.count(name) > 1
     ]
+    in_a_stage = {name for stage in data.stages for name in stage.weights}
     for source in data.sources:
-        if source.weight is not None and not (isfinite(source.weight) and source.weight > 0):
-            problems.append(f"data.sources: weight of {source.name} is {source.weight}; it must be a number above 0")
+        if source.weight is not None and not (isfinite(source.weight) and source.weight >= 0):
+            problems.append(
+                f"data.sources: weight of {source.name} is {source.weight}; it must be a number of at least 0"
+            )
+        if source.weight == 0 and source.name not in in_a_stage:
+            problems.append(f"data.sources: weight of {source.name} is 0, and no stage has it: it would never be seen")
         if not source.name or set(source.name) & set("/ \t\n"):
             problems.append(f"data.sources: {source.name!r} cannot be a name; use letters without spaces or slashes")
     weighted = [source.name for source in data.sources if source.weight is not None]
@@ -216,6 +240,8 @@ def _check_data(data: DataConfig) -> list[str]:
         problems.append(
             f"data.sources: {', '.join(weighted)} have a weight and the others none; give all of them one, or none"
         )
+    if weighted and not any(source.weight for source in data.sources):
+        problems.append("data.sources: all weights are 0; give one of them at least a share to begin with")
     return problems + _check_stages(data.stages, names)
 
 
@@ -241,7 +267,7 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     for name in ("max_lr", "min_lr", "weight_decay"):
         if not (isfinite(getattr(optim, name)) and getattr(optim, name) >= 0):
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number of at least 0")
-    if not 0 <= optim.min_lr <= optim.max_lr:
+    if optim.min_lr > optim.max_lr:
         problems.append(f"optim.min_lr {optim.min_lr} must lie between 0 and optim.max_lr {optim.max_lr}")
     if not 0 <= optim.warmup_steps <= train.max_steps:
         problems.append(

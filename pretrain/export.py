@@ -61,9 +61,9 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
     model = config.load(run_dir / "config.yaml", "pretrain export").model
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     state = checkpoint.read_state(source)
-    taken, made_by = state["step"], state.get("data", {}).get("tokenizer")
+    taken, made_by = state["step"], str(state["data"].get("tokenizer"))
     found = folder_fingerprint(run_dir / "tokenizer")
-    if made_by not in (None, found):  # checkpoints of earlier versions do not hold it
+    if made_by != found:
         raise ValueError(
             f"{run_dir / 'tokenizer'} is not the tokenizer of the run: its fingerprint is {found[:19]} and the checkpoint's "
             f"{made_by[:19]}; copy the tokenizer that lies beside the shards there"
@@ -82,14 +82,14 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
 
 
 def _checkpoint_of(run_dir: Path, step: int) -> Path:
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if not folder.is_dir():
-        kept = [path.name.removeprefix("step-").lstrip("0") for path in sorted(folder.parent.glob("step-*"))]
-        raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it keeps: {', '.join(kept) or 'none'}")
-    problem = checkpoint.verify(folder)
+    kept = dict(reversed(checkpoint.committed(run_dir)))  # of two of one step, as a kill can leave them, the newer
+    if step not in kept:
+        there = ", ".join(map(str, kept)) or "none"
+        raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it keeps: {there}")
+    problem = checkpoint.verify(kept[step])
     if problem is not None:
-        raise ValueError(f"checkpoint {folder} is corrupt ({problem}); take another with --step")
-    return folder
+        raise ValueError(f"checkpoint {kept[step]} is corrupt ({problem}); take another with --step")
+    return kept[step]
 
 
 @torch.inference_mode()

@@ -2,26 +2,31 @@
 
 Config, sources, mixture ─> facts ──────────┐ the same run?
 run folder ─> newest whole checkpoint ─> choose ─> folder, the same on all ranks, or None
+back.json ─> --resume of an earlier start that has saved nothing yet
 --init_from ─> the same shape, the same tokens? ─> weights into the model, sharded as it is
 """
 
+import json
+import os
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from data_prep.shard import TOKENIZER_DIR
-from pretrain import checkpoint, config, data, hf, scheduler
+from data_prep.shard import TOKENIZER_DIR, write_atomically
+from pretrain import checkpoint, config, data, hf, ranks, scheduler
 from pretrain.model import fill
-from pretrain.reading import read_tokenizer
-from pretrain.versions import RUN_PACKAGES, versions
+from pretrain.reading import json_mapping, read_tokenizer
+from pretrain.saver import BACK
+from pretrain.versions import run_versions
 
 
 def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, dict[str, Any]]:
     """What must be the same when a run goes on: the model's shape, and what the order of the data depends on.
 
-    Kept in each checkpoint's state.json.
+    Kept in each checkpoint's state.json, with what is validated on, which may be another.
     """
     return {
         "model": settings.model.shape(),
@@ -33,15 +38,13 @@ def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mix
             "manifests": [source.train.manifest.fingerprint for source in sources],
             "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
         },
+        "validation": {s.name: s.validation.manifest.fingerprint for s in sources if s.validation is not None},
     }
 
 
 def _tokenizer(sources: list[data.Source]) -> str:
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
-
-_SINCE = ("tokenizer",)
-"""Facts that checkpoints of earlier versions do not hold."""
 
 _CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
@@ -62,36 +65,78 @@ def choose(
 
     Raises:
         ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`.
+        OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
     found = checkpoint.find(run_dir, warn=say, needed=settings.resume is None)
-    if settings.resume is not None and not _went_back(found, settings.resume):
-        found = Path(settings.resume)
-        problem = checkpoint.verify_together(found)
-        if problem is not None:
-            raise ValueError(f"--resume {found} is not a whole checkpoint: {problem}")
+    back = _going_back(run_dir, settings.resume, found, say)
+    found = back or found
     if found is None:
+        if ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
+            raise FileNotFoundError(
+                f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one with "
+                "--resume, or begin anew in another run_dir"
+            )
+        say(f"a new run begins in {run_dir.resolve()}")
         return None
     before = checkpoint.read_state(found)
-    others = _other_versions(before.get("versions", {}))
-    if others:
-        say(f"{found.name} was written with other versions: {others}; figures may differ in their last digits")
+    _say_differences(found, before, now, say)
     if before["step"] > settings.train.max_steps:
         raise ValueError(
             f"{found} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {before['step']}, or "
             "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
         )
     _check_same_run(found, before, now, settings, sources, say)
+    if back is not None:
+        note = json.dumps({"resume": os.path.abspath(back)}).encode() + b"\n"
+        ranks.on_rank_0(lambda: write_atomically(run_dir / BACK, note))
     return found
 
 
-def _went_back(found: Path | None, resume: str) -> bool:
-    """Whether the scheduler repeats a command with --resume that has saved since: the run goes on from there, not back again."""
-    return found is not None and scheduler.repeated() and checkpoint.read_state(found).get("resume") == resume
+def _going_back(run_dir: Path, resume: str | None, newest: Path | None, say: Any) -> Path | None:
+    """The checkpoint that the run is sent back to, whole, or None: it goes on from the newest.
+
+    What lies after it is no part of the run any more, but stays the newest until the run has saved: so back.json remembers.
+    A scheduler that repeats a command with --resume goes on from what has been saved since, and not back once more.
+    """
+    begun = ranks.on_rank_0(lambda: _read_back(run_dir))
+    if resume is None and begun is not None:
+        say(
+            f"an earlier start was sent back to {begun} and has saved nothing since: this one begins there. To go on from "
+            f"{newest} instead, name it with --resume"
+        )
+    back = resume or begun
+    if newest is not None and begun is None and scheduler.repeated():
+        back = None if checkpoint.read_state(newest)["config"]["resume"] == resume else back
+    if back is None:
+        return None
+    if not ranks.on_rank_0(lambda: os.path.exists(back)):  # its file system is away, and may come back
+        by = "--resume" if resume else f"{run_dir / BACK} (delete it to go on from the newest):"
+        raise FileNotFoundError(f"{by} {back} is not there: name the folder of a checkpoint")
+    problem = checkpoint.verify_together(Path(back))
+    if problem is not None:
+        raise ValueError(f"--resume {back} is not a whole checkpoint: {problem}")
+    return Path(back)
 
 
-def _other_versions(then: dict[str, str]) -> str:
-    now = versions(*RUN_PACKAGES)
-    return "; ".join(f"{name} {was}, now {now[name]}" for name, was in then.items() if now.get(name, was) != was)
+def _read_back(run_dir: Path) -> str | None:
+    with suppress(FileNotFoundError, ValueError):
+        return str(json_mapping((run_dir / BACK).read_bytes())["resume"])
+    return None
+
+
+def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Any) -> None:
+    """What may change figures and is no reason not to go on."""
+    versions = {name: (was, run_versions().get(name, was)) for name, was in before["versions"].items()}
+    if others := "; ".join(f"{name} {was}, now {now}" for name, (was, now) in versions.items() if was != now):
+        say(f"{found.name} was written with other versions: {others}; figures may differ in their last digits")
+    if before["world_size"] != ranks.world_size():
+        say(
+            f"{found.name} was trained on {before['world_size']} ranks, now {ranks.world_size()}: sums are rounded in another "
+            "order, and figures may differ in their last digits"
+        )
+    for name, was in before["validation"].items():
+        if now["validation"].get(name, was) != was:
+            say(f"the validation data of {name} is another than at {found.name}: its losses begin anew")
 
 
 def _check_same_run(
@@ -102,11 +147,11 @@ def _check_same_run(
     sources: list[data.Source],
     say: Any,
 ) -> None:
+    step = before["step"]
+    before, now = ({"model": facts["model"], "data": _begun(facts["data"], step)} for facts in (before, now))
     for part, facts_now in now.items():
         for key, value in facts_now.items():
-            was = before[part].get(key, value if key in _SINCE else None)
-            if key == "mixture":  # stages that have not begun may change
-                was, value = ([stage for stage in stages if stage[0] <= before["step"]] for stages in (was, value))
+            was = before[part].get(key)
             if was == value:
                 continue
             change = f"{found} was trained {_difference(part, key, was, value, sources)}"
@@ -120,8 +165,19 @@ def _check_same_run(
             say(f"allowed: {change}; {_CONSEQUENCES[key]}")
 
 
+def _begun(facts: dict[str, Any], step: int) -> dict[str, Any]:
+    """What the first `step` steps hang on: later stages may change, and sources be added at the end that come in with them."""
+    stages = [stage for stage in facts["mixture"] if stage[0] <= step]
+    sources = len(facts["manifests"])
+    while all(Fraction(stage[sources]) == 0 for stage in stages):  # stage[0] is its first step
+        sources -= 1
+    return {**facts, "manifests": facts["manifests"][:sources], "mixture": [stage[: sources + 1] for stage in stages]}
+
+
 def _difference(part: str, key: str, was: Any, now: Any, sources: list[data.Source]) -> str:
     """What was, and what the configuration says: "with data seed = 1 and the configuration says 2"."""
+    if key == "manifests" and sorted(was) == sorted(now):
+        return "with its sources in another order"
     if key == "manifests" and len(was) == len(now):
         changed = [f"{s.name} ({s.train.directory})" for s, a, b in zip(sources, was, now) if a != b]
         return f"on other shards of {' and '.join(changed)} than are there now"
@@ -157,8 +213,7 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
             raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
         state = checkpoint.read_state(source)
         _check_shape(source, state["model"], settings.model)
-        ours = _tokenizer(sources)
-        _check_tokens(source, state["data"].get("tokenizer", ours) == ours, settings.data.allow_change, say)
+        _check_tokens(source, state["data"].get("tokenizer") == _tokenizer(sources), settings.data.allow_change, say)
         checkpoint.load_into(source, model)
         return
     weights = hf.Weights(source)

@@ -54,8 +54,16 @@ class Lock:
         self.ours[self._folder] = self.mark
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock.
+
+        Nobody's name stays in it: to who has had the folder before, where locks do not reach, a start that was refused is no
+        reason to stop.
+        """
         self.ours.pop(self._folder, None)
+        with suppress(OSError):
+            self._file.seek(0)
+            if self._file.read() == self.mark:
+                self._file.truncate(0)
         self._file.close()
 
 

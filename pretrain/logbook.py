@@ -11,7 +11,7 @@ from pretrain import backends, metrics, pace, parallel, ranks, validation
 from pretrain.model import num_parameters
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
-from pretrain.versions import RUN_PACKAGES, versions
+from pretrain.versions import run_versions
 from pretrain.watchdog import at
 
 
@@ -31,7 +31,7 @@ def log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "tokens_per_step": tokens_per_step,
-        "versions": versions(*RUN_PACKAGES),
+        "versions": run_versions(),
         "sources": validation.describe_sources(
             run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
         )

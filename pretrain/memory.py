@@ -8,7 +8,6 @@ What is not computed but assumed is a constant here, with its reason. D, F, V, L
 number in the compute, the residual stream too.
 """
 
-import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
 
 from pretrain import ops
@@ -280,8 +279,7 @@ def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
     saves = -(-max_steps // config.every_steps) if config.every_steps else 1
     if config.keep_last == 0:
         return saves + 1
-    every = math.lcm(config.keep_every, config.every_steps or max_steps)
-    kept = config.keep_last + (max_steps // every if config.keep_every else 0)
+    kept = config.keep_last + (max_steps // config.keep_every if config.keep_every else 0)
     between = min(2, config.keep_last) if config.every_steps else 0
     return kept + between + 1
 

@@ -1,35 +1,31 @@
 """How a run begins, or goes on: everything that can be wrong is found here, before the first step.
 
-Config ─> manifests opened, mixture ─> ranks join ─> run folder locked ─> shards verified ─> newest whole checkpoint? same run?
-─> model on its devices, optimizer ─> checkpoint, or --init_from, or the first weights ─> Run
+Config ─> manifests opened, mixture ─> ranks join, all alike? ─> run folder locked ─> shards verified ─> newest whole checkpoint?
+same run? ─> model on its devices, optimizer ─> checkpoint, or --init_from, or the first weights ─> Run
 """
 
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, replace
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
-from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, saver, scheduler
-from pretrain.lock import Lock
+from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, run_folder, saver, scheduler
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
-from pretrain.optim import learning_rate, make_optimizer
-from pretrain.reading import json_mapping, yaml_mapping
+from pretrain.optim import make_optimizer
+from pretrain.reading import json_mapping
 from pretrain.run import Begun, Run
-from pretrain.sections import OptimConfig
 from pretrain.sharding import Sharding
+from pretrain.versions import RUN_PACKAGES, source_hash, versions
 from pretrain.watchdog import Watchdog, alive, at
-
-_SHARED_S = 60.0
-"""How long a file of rank 0's may stay unseen by another rank, before run_dir is taken for two different folders (seconds)."""
 
 
 def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: bool = True) -> Run:
@@ -48,10 +44,11 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
     fabric, sharding = parallel.launch(
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
     )
+    _check_alike(settings, sources)
     accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
-        on_failure.enter_context(_enter(Path(settings.run_dir)))
+        on_failure.enter_context(run_folder.enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
         run = _build(settings, fabric, sharding, sources, mixture, accumulate, saves)
@@ -74,13 +71,15 @@ def _build(
     facts = going_on.facts(settings, sources, mixture)
     at("choosing a checkpoint")
     found = going_on.choose(run_dir, settings, facts, sources, say=fabric.print)
+    before = None if found is None else checkpoint.read_state(found)
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
-    done = 0 if found is None else checkpoint.read_state(found)["step"]
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
-    will_save = saves and done < settings.train.max_steps
-    _fill_folder(settings, run_dir, sources, operations, fabric, done, will_save)
+    tokenizer = sources[0].train.directory / TOKENIZER_DIR
+    ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say=fabric.print))
+    if saves and (before is None or before["step"] < settings.train.max_steps):
+        ranks.on_rank_0(lambda: _make_room(run_dir / "checkpoints", settings, say=fabric.print))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step = 0
@@ -92,7 +91,7 @@ def _build(
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
         step = state["step"]
         skipped_steps += step - state["updates"]
-        skipped_in_a_row += state.get("skipped_in_a_row", 0)
+        skipped_in_a_row += state["skipped_in_a_row"]
         tokens = state["tokens_per_source"]
         if settings.init_from is not None:
             fabric.print(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
@@ -131,117 +130,34 @@ def _eos_id(sources: list[data.Source]) -> int:
     return manifest.tokenizer.eos_id
 
 
-@contextmanager
-def _enter(run_dir: Path) -> Iterator[None]:
-    """Make the run's folder and lock it, so that no other job writes into it; where that fails, all ranks fail alike."""
-    with ExitStack() as until_the_end:
-
-        def lock() -> str:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held = until_the_end.enter_context(closing(Lock(run_dir)))
-            scheduler.note_start(run_dir, checkpoint.updates(run_dir))
-            return held.mark
-
-        try:
-            mark = ranks.on_rank_0(lock)
-            elsewhere = f"{run_dir} is not the same folder on this rank as on rank 0; it must be shared"
-            if problem := ranks.first_problem(None if _sees(run_dir, mark) else elsewhere):
-                raise OSError(problem)
-        except OSError as error:
-            raise OSError(f"run_dir: {error}") from None
-        yield
+def _make_room(checkpoints: Path, settings: config.Config, say: Callable[[str], None]) -> None:
+    saver.clear(checkpoints, say)  # what a killed save left takes room, too
+    saver.check_room(checkpoints, checkpoint_bytes(settings.model))
 
 
-def _sees(run_dir: Path, mark: str) -> bool:
-    """Whether this rank reads rank 0's `mark` in the lock. An NFS client may for `_SHARED_S` remember that there was no file."""
-    until = time.monotonic() + _SHARED_S
-    while True:
-        with suppress(OSError):
-            for folder in (run_dir.parent, run_dir):
-                os.listdir(folder)  # asks the server
-            if (run_dir / ".lock").read_text() == mark:
-                return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.5)
+def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
+    """Raise ValueError on all ranks where one was started with another configuration, data or code than rank 0.
 
-
-def _fill_folder(
-    settings: config.Config,
-    run_dir: Path,
-    sources: list[data.Source],
-    operations: list[dict[str, Any]],
-    fabric: Fabric,
-    step: int,
-    will_save: bool,
-) -> None:
-    """Have rank 0 put into the run's folder what an export and a person need besides the weights, and see that there is room.
-
-    step: after which the run goes on. will_save: there must be room for a checkpoint.
-
-    Raises:
-        OSError: it could not, or the disk has no room for a checkpoint; on all ranks.
+    They would train together all the same, each with its own learning rate, say, and nobody could tell.
     """
-
-    def fill() -> None:
-        for torn in (*run_dir.glob("*.tmp"), *run_dir.glob("tokenizer/*.tmp")):  # a killed start's
-            torn.unlink()
-        _keep_config(settings, run_dir, step, say=fabric.print)
-        _keep_tokenizer(sources[0].train.directory / TOKENIZER_DIR, run_dir / "tokenizer")
-        write_atomically(run_dir / "operations.json", json.dumps(operations, indent=1).encode() + b"\n")
-        saver.clear(run_dir / "checkpoints", say=fabric.print)  # what a killed save left takes room, too
-        if will_save:
-            saver.check_room(run_dir / "checkpoints", checkpoint_bytes(settings.model))
-
-    ranks.on_rank_0(fill)
-
-
-def _keep_tokenizer(source: Path, target: Path) -> None:
-    """Copy what is not there yet. The data may be read-only, and the copy is not to be."""
-    target.mkdir(exist_ok=True)
-    for file in (entry for entry in source.iterdir() if entry.is_file()):
-        content = file.read_bytes()
-        copy = target / file.name
-        if not copy.exists() or copy.read_bytes() != content:
-            write_atomically(copy, content)
-
-
-def _keep_config(settings: config.Config, run_dir: Path, step: int, say: Any) -> None:
-    """Write config.yaml; where the run goes on, after `step`, with another one, say what changed and keep the one before."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        before, now = _read_config(path, say), asdict(settings)
-        changes = [f"seed: {before['seed']} -> {now['seed']}"] if before.get("seed", now["seed"]) != now["seed"] else []
-        changes += [
-            f"{section}.{key}: {before[section].get(key)} -> {value}"
-            for section in ("model", "data", "train", "optim", "validation", "parallel")
-            for key, value in now[section].items()
-            if isinstance(before.get(section), dict) and before[section].get(key) != value
-        ]
-        if changes:
-            kept = checkpoint.set_aside(path, "before")
-            say(f"the configuration changed ({'; '.join(changes)}); the one before is kept as {kept.name}")
-            if step:
-                _say_learning_rate(settings, before, step + 1, say)
-    config.write(replace(settings, resume=None), path)  # a run started from this file goes on, and not back once more
-
-
-def _say_learning_rate(settings: config.Config, before: dict[str, Any], step: int, say: Any) -> None:
-    """Name a jump in the schedule that another max_steps, warm-up or rate makes at the next step."""
-    with suppress(KeyError, TypeError, ZeroDivisionError):  # of an earlier version of Cria, with other keys
-        was = learning_rate(step, OptimConfig(**before["optim"]), before["train"]["max_steps"])
-        now = learning_rate(step, settings.optim, settings.train.max_steps)
-        if was != now:
-            say(f"the learning rate of step {step:,} is {now:.3g} by the new schedule and was {was:.3g} by the old one")
-
-
-def _read_config(path: Path, say: Any) -> dict[str, Any]:
-    """What the run's own config.yaml says; one that nobody can read is kept under another name."""
-    try:
-        return yaml_mapping(path.read_bytes())
-    except ValueError:
-        say(f"{path} could not be read; it is kept as {checkpoint.set_aside(path, 'before').name}")
-        return {}
+    mine = config.flat(asdict(settings))
+    for path in ("run_dir", "data.sources"):  # which nodes may have in different places
+        del mine[path]
+    mine["data.sources"] = [(entry.name, entry.weight) for entry in settings.data.sources]
+    for source in sources:
+        mine[f"the shards of {source.name}"] = source.train.manifest.fingerprint
+        mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint
+    mine |= {name: was for name, was in versions(*RUN_PACKAGES).items() if name != "python"}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        mine["the code of Cria"] = source_hash()
+    (first_host, first), *others = ranks.gather((socket.gethostname(), mine))
+    for number, (host, theirs) in enumerate(others, start=1):
+        unlike = [key for key in theirs if theirs[key] != first.get(key)]
+        if unlike:
+            raise ValueError(
+                f"rank {number} on {host} has {unlike[0]} = {theirs[unlike[0]]}, and rank 0 on {first_host} "
+                f"{first.get(unlike[0])}: give all ranks the same configuration, data and code"
+            )
 
 
 def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Stop | None) -> None:
@@ -259,7 +175,7 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
         for part in range(parts):
             at("checking the shards")
             share = (ranks.rank() * parts + part, ranks.world_size() * parts)
-            problem = ranks.first_problem(dataset.check(share, alive))
+            problem = ranks.first_problem(ranks.everywhere(partial(dataset.check, share, alive)))
             if problem is not None:
                 raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
             if ranks.all_reduce_max(torch.tensor(stop.signalled if stop else 0)):
@@ -267,5 +183,6 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
                     print("stopped by a signal while the shards were read, before the first step", flush=True)
                 raise SystemExit(scheduler.LATER)
         known[key] = signature
-        if ranks.rank() == 0:  # at once: what is found good is not read again, though the next one is damaged
-            write_atomically(record, json.dumps(known, indent=1).encode() + b"\n")
+        content = json.dumps(known, indent=1).encode() + b"\n"
+        # at once: what is found good is not read again, though the next one is damaged
+        ranks.on_rank_0(partial(write_atomically, record, content))

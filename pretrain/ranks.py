@@ -80,6 +80,23 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return cast(T, found)
 
 
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work`, which all ranks do, returns on this one.
+
+    Raises:
+        OSError: on all ranks, where `work` raises one on any.
+    """
+    found, problem = None, None
+    try:
+        found = work()
+    except OSError as error:
+        problem = str(error)
+    problem = first_problem(problem)
+    if problem is not None:
+        raise OSError(problem)
+    return cast(T, found)
+
+
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, in the order of the ranks; values must be picklable."""
     if not dist.is_initialized():

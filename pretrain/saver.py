@@ -30,7 +30,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
-from pretrain import checkpoint, lock, ranks
+from pretrain import checkpoint, lock, ranks, scheduler
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
@@ -41,6 +41,8 @@ _SYNCED = 2**28
 """So many bytes (256 MiB) are synced at a time: the disk's pace is seen, not that of the host's memory."""
 _AGAIN_S = 300.0
 """So long after a save that failed it is tried again (seconds)."""
+BACK = "back.json"
+"""In a run's folder: the checkpoint that the run was sent back to, until it has saved since."""
 _REMEMBERED = 8
 """So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
@@ -74,8 +76,7 @@ class Saver:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
 
-        Returns when the copy is taken, or with `checkpoint.in_background` off when it is committed. Waits for an earlier
-        save that is still being written.
+        Returns when the copy is taken. Waits for an earlier save that is still being written.
         """
         self.wait()
         self._saved = time.perf_counter()
@@ -84,10 +85,9 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        state = {**state, "updates": updates}
+        keep = self._config.keep_last == 0 or _is_milestone(step, self._config)
+        state = {**state, "updates": updates, "keep": keep}
         self._pending = self._thread.submit(self._write, step, tensors, state)
-        if not self._config.in_background:
-            self.wait()
 
     @property
     def longest_s(self) -> float:
@@ -98,7 +98,7 @@ class Saver:
         """What the newest checkpoint knows of the saves up to its own."""
         with suppress(OSError, ValueError):  # it was verified a moment ago; a figure is not worth a run
             for _, folder in checkpoint.committed(self._folder.parent)[:1]:
-                return tuple(checkpoint.read_state(folder).get("last_saves_s", ()))
+                return tuple(checkpoint.read_state(folder)["last_saves_s"])
         return ()
 
     def overdue(self) -> bool:
@@ -163,16 +163,25 @@ class Saver:
             self._saved = time.perf_counter()
             return str(failure)
         if ranks.rank() == 0:
-            try:
-                prune(self._folder.parent, self._config)
-            except OSError as error:
-                self._say(f"step {step}: older checkpoints could not be deleted: {error}")
+            self._tidy(step)
         size = sum(entry["bytes"] for entry in entries.values())
         self._saved = time.perf_counter()
         took = self._saved - started
         self._took_s = self._took_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
+
+    def _tidy(self, step: int) -> None:
+        """After a commit: what it has made needless goes."""
+        run_dir = self._folder.parent
+        try:
+            (run_dir / BACK).unlink(missing_ok=True)
+            scheduler.note_saved(run_dir)
+            deleted = prune(run_dir, self._config)
+            if len(deleted) > 1:  # one for another is what was asked for
+                self._say(f"step {step}: older checkpoints were deleted: {', '.join(deleted)}")
+        except OSError as error:
+            self._say(f"step {step}: older checkpoints could not be deleted: {error}")
 
     def _all_ranks(self, stage: Callable[[], T]) -> list[T]:
         """Run a stage on every rank and return all results; where it fails on one, all raise _Failed alike.
@@ -199,6 +208,8 @@ class Saver:
         """Begin an empty folder, if what will be written (bytes) fits the disk."""
         self._check_lock()
         if not self._folder.exists():
+            if not self._folder.parent.exists():
+                self._say(f"{self._folder.parent} is gone, moved or deleted: a new one is made for the checkpoints")
             self._folder.mkdir(parents=True)
             sync(self._folder.parent)
         clear(self._folder, self._say)
@@ -325,25 +336,38 @@ class _Failed(Exception):
     """A stage failed on some rank; raised on all of them."""
 
 
-def prune(run_dir: Path, config: CheckpointConfig) -> None:
+def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
     """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
 
     Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
-    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted; `keep_last` 0
-    deletes none.
+    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted, nor is one that was to
+    be kept for good when it was saved; `keep_last` 0 deletes none. Returns the names of those that are gone.
     """
     if config.keep_last == 0:
-        return
+        return []
     there = checkpoint.committed(run_dir)
     regular = [folder for step, folder in there if config.every_steps == 0 or step % config.every_steps == 0]
-    milestones = [folder for step, folder in there if config.keep_every and step % config.keep_every == 0]
-    kept = {*regular[: config.keep_last], *milestones, *(folder for _, folder in there[: min(2, config.keep_last)])}
-    for _, folder in there:
-        if folder in kept:
+    kept = {*regular[: config.keep_last], *(folder for _, folder in there[: min(2, config.keep_last)])}
+    gone = []
+    for step, folder in there:
+        if folder in kept or _is_milestone(step, config) or _was_to_be_kept(folder):
             continue
         doomed = folder.with_name(f".deleting-{folder.name}")
         os.rename(folder, doomed)  # half a folder must never look like a checkpoint
         shutil.rmtree(doomed)
+        gone.append(folder.name)
+    return gone
+
+
+def _is_milestone(step: int, config: CheckpointConfig) -> bool:
+    return config.keep_every > 0 and step % config.keep_every == 0
+
+
+def _was_to_be_kept(folder: Path) -> bool:
+    """With another configuration than today's: what is kept for good then stays."""
+    with suppress(ValueError, FileNotFoundError):  # nobody can take it
+        return bool(checkpoint.read_state(folder).get("keep"))
+    return False
 
 
 def _describe_error(error: BaseException) -> str:

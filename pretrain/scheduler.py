@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_prep.shard import write_atomically
+from pretrain.reading import json_mapping
 
 REQUEUE = 75
 """Exit status of a run that was stopped, has saved, and is to be started again (EX_TEMPFAIL of sysexits.h)."""
@@ -40,6 +41,15 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals after which a run saves and is to be started again; the last is what a lost terminal sends."""
 
 
+_PATIENCE = """
+Ctrl-C: the step is finished and saved; once more leaves at once, and what was trained since the last save is lost
+"""
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 class Stop:
     """Notes what asks this process to stop. Made first of all, so that nothing is lost while the run starts."""
 
@@ -48,7 +58,8 @@ class Stop:
         """What the ranks agreed on: a signal's number, OUT_OF_TIME, ORPHANED or TAKEN; 0 while they go on."""
         self.save_now = False
         """Whether the ranks agreed to save after this step, whatever its number."""
-        self._signal = 0
+        self.signalled = 0
+        """The number of the signal that this rank got, or 0."""
         self._started = time.time()
         self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
         self._asked_before = time.monotonic()
@@ -63,7 +74,7 @@ class Stop:
                 signal.signal(number, self._received)
 
     def listen_to_ctrl_c(self) -> None:
-        """From now on SIGINT too stops the run after its step; a second one interrupts at once."""
+        """From now on SIGINT too stops the run after its step; a second one ends the process at once."""
         signal.signal(signal.SIGINT, self._received)
 
     def over(self) -> None:
@@ -72,14 +83,12 @@ class Stop:
             signal.signal(number, signal.SIG_IGN)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        self.signalled = number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    @property
-    def signalled(self) -> int:
-        """The number of the signal that this rank got, or 0."""
-        return self._signal
+            signal.signal(signal.SIGINT, _leave_at_once)
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # nobody reads it any more
+                    os.write(2, _PATIENCE.encode())  # print may be what was interrupted
 
     def asked(self, save_s: float, max_hours: float, margin_s: float) -> int:
         """Why this rank would stop now, or 0. Called between steps; the ranks take the largest answer.
@@ -92,8 +101,8 @@ class Stop:
         if self._intervals > 0:  # a step, and what lay between two steps: a validation, say
             self._longest_s = max(self._longest_s, now - self._asked_before)
         self._asked_before = now
-        if self._signal:
-            return self._signal
+        if self.signalled:
+            return self.signalled
         if self._parent is not None and os.getppid() != self._parent:
             return ORPHANED
         left_s = self.left_s(max_hours)
@@ -109,7 +118,9 @@ class Stop:
 
     def left_s(self, max_hours: float) -> float | None:
         """Seconds until the job ends: by the scheduler's word, or `max_hours` after the start; None: unknown."""
-        ends = [float(os.environ["SLURM_JOB_END_TIME"])] if os.environ.get("SLURM_JOB_END_TIME") else []
+        ends = []
+        with suppress(ValueError):  # not known: "", or "Unknown"
+            ends.append(float(os.environ.get("SLURM_JOB_END_TIME", "")))
         ends += [self._started + 3600 * max_hours] if max_hours else []
         return min(ends) - time.time() if ends else None
 
@@ -184,6 +195,11 @@ def note_training() -> None:
             Path(marker).touch()
 
 
+def has_trained() -> bool:
+    """Whether this job has trained before, as far as launch/slurm.sbatch can tell: then the run's folder must be there."""
+    return bool(os.environ.get("CRIA_TRAINED"))
+
+
 def failures() -> int:
     """How often this job has failed so far: as launch/slurm.sbatch counts, or every restart where nobody tells them apart.
 
@@ -206,9 +222,7 @@ def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
     """
     if not failures():
         return
-    seen = {"updates": 0, "restart": 0}
-    with suppress(OSError, ValueError):  # what a lost node left torn says nothing
-        seen |= json.loads((run_dir / RECORD).read_bytes())
+    seen = _recorded(run_dir)
     # Another newest one is progress, an earlier one too: the run was sent back, and went on from there.
     in_vain = failures() - seen["restart"] if updates == seen["updates"] else 0
     if in_vain > limit:
@@ -229,6 +243,27 @@ def note_start(run_dir: Path, updates: int) -> None:
         _record(run_dir, updates)
 
 
+def note_saved(run_dir: Path) -> None:
+    """The run has a checkpoint: where there is none any more, it was lost. Called by who holds the run's lock."""
+    seen = _recorded(run_dir)
+    if not seen["saved"]:
+        write_atomically(run_dir / RECORD, json.dumps({**seen, "saved": 1}).encode() + b"\n")
+
+
+def has_saved(run_dir: Path) -> bool:
+    """Whether the run has ever had a checkpoint."""
+    return bool(_recorded(run_dir)["saved"])
+
+
 def _record(run_dir: Path, updates: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / RECORD, json.dumps({"updates": updates, "restart": failures()}).encode() + b"\n")
+    record = {**_recorded(run_dir), "updates": updates, "restart": failures()}
+    write_atomically(run_dir / RECORD, json.dumps(record).encode() + b"\n")
+
+
+def _recorded(run_dir: Path) -> dict[str, int]:
+    """What restarts.json says."""
+    seen = {"updates": 0, "restart": 0, "saved": 0}
+    with suppress(OSError, ValueError):  # what a lost node left torn says nothing
+        seen |= json_mapping((run_dir / RECORD).read_bytes())
+    return seen

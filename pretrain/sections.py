@@ -87,8 +87,8 @@ class SourceConfig:
     train: str
     """Folder with the manifest of the training split (path)."""
     weight: float | None = None
-    """This source's share of every step (sequences), relative to the other sources' weights: 7 and 3 is 7:3. none (then for all
-    sources): by size, so that every sequence is drawn equally often."""
+    """This source's share of every step (sequences), relative to the other sources' weights: 7 and 3 is 7:3. 0: it comes in
+    with a stage. none (then for all sources): by size, so that every sequence is drawn equally often."""
     validation: str | None = None
     """Folder with the manifest of the validation split (path); none: this source is not validated."""
 
@@ -112,7 +112,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """The mixture, a list of: name (what the source is called in metrics and pictures); train and validation (folders that
     data-prep wrote, paths; without validation it is not validated); weight (its share of every step, relative to the others':
-    7 and 3 is 7:3; without weights every sequence is drawn equally often)."""
+    7 and 3 is 7:3; 0, it comes in with a stage; without weights every sequence is drawn equally often)."""
     stages: list[StageConfig] = field(default_factory=list)
     """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
     verify: Literal["full", "sizes"] = "full"
@@ -204,9 +204,8 @@ class CheckpointConfig:
     """How many checkpoints of multiples of `every_steps` to keep, the newest ones. One saved between them, by the clock or a
     signal, is kept while it is one of the two newest. 0: keep all."""
     keep_every: int = 0
-    """Keep the checkpoints of every so many steps for good (steps); 0: none."""
-    in_background: bool = True
-    """Training goes on while a checkpoint is written; it waits only for a copy in the host's memory."""
+    """Keep the checkpoints of every so many steps for good (steps, a multiple of `every_steps`), whatever is set here later;
+    0: none."""
 
 
 @dataclass(frozen=True)

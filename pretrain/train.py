@@ -1,5 +1,6 @@
 """`pretrain train`: read the configuration, then train."""
 
+import argparse
 import resource
 from pathlib import Path
 
@@ -18,10 +19,11 @@ def main(argv: list[str]) -> int:
     _open_many_files()
     try:
         settings = config.parse(argv)
+        run_dir = Path(settings.run_dir)
+        _refuse_another_folder(argv, run_dir)
         with importing():  # not before: torch and lightning take seconds, and a typing error should not
             from pretrain import checkpoint, parallel, preparation, ranks, trainer
 
-        run_dir = Path(settings.run_dir)
         scheduler.check_restarts(run_dir, checkpoint.updates(run_dir), settings.train.max_restarts)
         run = preparation.prepare(settings, stop)
     except ValueError as error:
@@ -34,6 +36,21 @@ def main(argv: list[str]) -> int:
     ranks.barrier()  # a launcher gives the others seconds from the first that leaves; rank 0 has logs to finish
     parallel.leave()
     return status
+
+
+def _refuse_another_folder(argv: list[str], run_dir: Path) -> None:
+    """Raise ValueError for a run's own config.yaml where the run's folder was moved or copied: it names the folder before."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--config", type=Path, action="append", default=[])
+    options.add_argument("--run_dir")
+    given, _ = options.parse_known_args(argv)
+    for file in given.config if given.run_dir is None else ():
+        its_own = file.name == "config.yaml" and (file.parent / "metrics.jsonl").exists()
+        if its_own and file.parent.resolve() != run_dir.resolve():
+            raise ValueError(
+                f"{file} lies in a run's folder and says run_dir {run_dir}, which is another one: was it moved or copied? Say "
+                f"which is meant: --run_dir {file.parent}, or --run_dir {run_dir}"
+            )
 
 
 def _open_many_files() -> None:

@@ -9,6 +9,7 @@ finish the step they are in, save, and leave. Started again with the same config
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
 from pretrain.scheduler import TAKEN, Stop
 from pretrain.sharding import before_micro_step
-from pretrain.versions import RUN_PACKAGES, versions
+from pretrain.versions import run_versions
 from pretrain.watchdog import alive, at, first_step_done
 
 
@@ -219,9 +220,10 @@ def _save(run: Run, saver: Saver) -> None:
         **run.facts,
         "tokens_per_source": run.tokens_per_source(),
         "skipped_in_a_row": int(run.skipped_in_a_row),
-        "resume": run.config.resume,
         "world_size": run.fabric.world_size,
-        "versions": versions(*RUN_PACKAGES),
+        "operations": [asdict(choice) for choice in parallel.unwrap(run.model).operations.choices],
+        "config": asdict(run.config),
+        "versions": run_versions(),
     }
     saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
     run.clock.go_on()

@@ -1,5 +1,7 @@
 """The versions that measured figures and a run's exact bits depend on."""
 
+import hashlib
+import os
 import platform
 import subprocess
 from functools import cache
@@ -23,6 +25,12 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def run_versions() -> dict[str, str]:
+    """What a run's log and its checkpoints name, which rank 0 writes: there it asks git for the commit, too."""
+    found = versions(*RUN_PACKAGES)
+    return {**found, "cria": own_version()} if os.environ.get("RANK", "0") == "0" else found
+
+
 @cache
 def own_version() -> str:
     """Cria's version and, in a checkout, the commit: what figures are of. A `-dirty` one had changes."""
@@ -38,3 +46,12 @@ def own_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return pretrain.__version__
     return f"{pretrain.__version__}+g{commit.strip()}{'-dirty' if changes else ''}"
+
+
+def source_hash() -> str:
+    """The first twelve digits of a sha256 of both packages' files: two checkouts that differ are told apart."""
+    digest = hashlib.sha256()
+    for package in ("pretrain", "data_prep"):
+        for path in sorted((Path(__file__).parent.parent / package).glob("*.py")):
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

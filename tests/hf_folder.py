@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
+from data_prep.shard import folder_fingerprint
 from pretrain import config, saver
 from pretrain.model import Llama
 from pretrain.sections import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig
@@ -87,12 +88,14 @@ def write_run(run_dir: Path, model_config: ModelConfig, steps: tuple[int, ...] =
     run_dir.mkdir(parents=True)
     data = DataConfig(seq_len=32, sources=[SourceConfig(name="prose", train="data/prose")])
     config.write(Config(run_dir=str(run_dir), model=model_config, data=data), run_dir / "config.yaml")
-    write_tokenizer(run_dir / "tokenizer")
+    tokenizer = folder_fingerprint(write_tokenizer(run_dir / "tokenizer"))
     saved = {}
     for step in steps:
         model = make_model(model_config, seed=step)
         writer = saver.Saver(run_dir, CheckpointConfig(keep_last=0), say=lambda line: None)
-        writer.save(step, model, torch.optim.AdamW(model.parameters()), {"step": step})
+        writer.save(
+            step, model, torch.optim.AdamW(model.parameters()), {"step": step, "data": {"tokenizer": tokenizer}}
+        )
         writer.close()
         saved[step] = model
     return saved

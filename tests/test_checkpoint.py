@@ -64,7 +64,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_what_is_saved_is_what_is_loaded(run_dir: Path) -> None:
     model, optimizer = make_state(99)
     state = checkpoint.load(run_dir / "checkpoints" / "step-00000010", model, optimizer)
-    assert state == {"step": 10, "note": "kept", "updates": 1, "last_saves_s": state["last_saves_s"]}
+    assert state == {"step": 10, "note": "kept", "updates": 1, "keep": True, "last_saves_s": state["last_saves_s"]}
     expected = snapshot(*make_state(10))
     loaded = snapshot(model, optimizer)
     assert loaded.keys() == expected.keys()
@@ -140,15 +140,42 @@ def test_the_newest_is_the_largest_number(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, pytest.fail).name == "step-100000000"
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, *make_state(1))
-    saver.prune(tmp_path, CheckpointConfig(keep_last=0))
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    saver.prune(tmp_path, CheckpointConfig(keep_last=1, keep_every=2))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    saver.prune(tmp_path, CheckpointConfig(keep_last=1))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004"]
+def test_pruning_keeps_the_newest_and_what_was_to_be_kept(tmp_path: Path) -> None:
+    def there() -> list[int]:
+        return sorted(step for step, _ in checkpoint.committed(tmp_path))
+
+    def save_many(last: int, settings: CheckpointConfig) -> None:
+        writer = saver.Saver(tmp_path, settings, say=lambda line: None)
+        first = max([0, *there()]) + 1
+        for step in range(first, last + 1):
+            writer.save(step, *make_state(1), {"step": step})
+        writer.close()
+
+    save_many(4, CheckpointConfig(every_steps=1, keep_last=9))
+    assert saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=0)) == []
+    assert saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1, keep_every=2)) == [
+        "step-00000003",
+        "step-00000001",
+    ]
+    saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1))
+    assert there() == [4], "2 was none to be kept when it was saved"
+    save_many(8, CheckpointConfig(every_steps=1, keep_last=1, keep_every=3))
+    assert there() == [6, 8]
+    save_many(9, CheckpointConfig(every_steps=1, keep_last=0))
+    save_many(11, CheckpointConfig(every_steps=1, keep_last=1, keep_every=5))
+    assert there() == [6, 9, 10, 11], "what was saved to be kept, or while all were, stays"
+    save_many(13, CheckpointConfig(every_steps=1, keep_last=1))
+    assert there() == [6, 9, 10, 13]
+
+
+def test_a_file_of_somebody_elses_in_a_checkpoint_is_no_damage(run_dir: Path) -> None:
+    """NFS makes .nfs files of its own accord; nothing reads them."""
+    folder = checkpoint.latest(run_dir, pytest.fail)
+    (folder / "NOTES.txt").write_text("the good one")
+    (folder / "tensors" / ".nfs0001").touch()
+    assert checkpoint.verify(folder) is None
+    (folder / "state.json").rename(folder / "state.json~")
+    assert checkpoint.verify(folder) == "state.json is missing"
 
 
 def test_a_step_saved_again_replaces_and_keeps_the_old_one(run_dir: Path) -> None:

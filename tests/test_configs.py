@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pretrain import config, plan
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import num_parameters
 from pretrain.optim import learning_rate
-from pretrain.sections import OpsConfig
+from pretrain.sections import CheckpointConfig, Config, DataConfig, OpsConfig, SourceConfig, StageConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -172,3 +173,39 @@ def test_a_shipped_configuration_can_be_planned(path: Path, capsys: pytest.Captu
     assert "as configured" in text
     assert "cannot run" not in text
     assert text.splitlines()[-1].startswith("fits: micro-batch")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [
+        (
+            {"every_steps": 1000, "keep_every": 1500},
+            "is not a multiple of checkpoint.every_steps 1000; nearest: 1000 or 2000",
+        ),
+        ({"every_steps": 1000, "keep_every": 10}, "is not a multiple of checkpoint.every_steps 1000; nearest: 1000$"),
+        ({"every_steps": 0, "keep_every": 10}, "is not a multiple of checkpoint.every_steps 0; set that$"),
+    ],
+)
+def test_what_would_never_be_kept_is_refused(checkpoint: dict[str, int], said: str) -> None:
+    settings = Config(data=DataConfig(sources=[SourceConfig("a", "x")]), checkpoint=CheckpointConfig(**checkpoint))
+    with pytest.raises(ValueError, match=said):
+        config.check(settings)
+
+
+@pytest.mark.parametrize(
+    ("weights", "stage", "said"),
+    [
+        ((1, 0), None, "weight of b is 0, and no stage has it"),
+        ((0, 0), {"a": 1, "b": 1}, "all weights are 0"),
+        ((1, -1), {"a": 1, "b": 1}, "weight of b is -1; it must be a number of at least 0"),
+        ((1, 0), {"a": 1, "b": 1}, None),
+    ],
+)
+def test_a_source_of_weight_0_comes_in_with_a_stage(
+    weights: tuple[float, float], stage: dict[str, float] | None, said: str | None
+) -> None:
+    sources = [SourceConfig(name, "x", weight) for name, weight in zip("ab", weights)]
+    stages = [StageConfig(5, stage)] if stage else []
+    settings = Config(data=DataConfig(sources=sources, stages=stages))
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        config.check(settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import pretrain, records, tiny_config, write_config, write_dataset
 
-from pretrain import checkpoint
+from pretrain import checkpoint, going_on, scheduler, trainer
 from pretrain.__main__ import main
 
 HALF = {"train": {"max_steps": 10}}
@@ -42,6 +42,133 @@ def test_a_scheduler_that_repeats_the_command_does_not_go_back_again(
     assert "resumed after step 14" in capsys.readouterr().out, "the run's own configuration goes on"
 
 
+def crash(monkeypatch: pytest.MonkeyPatch, datasets: Path, run_dir: Path, *words: str, **sections: Any) -> None:
+    """A start that dies in its first step, and has saved nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "optimizer_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(datasets, run_dir, *words, **sections)
+
+
+def test_a_start_that_was_sent_back_and_saved_nothing_does_not_fall_to_the_branch_it_left(
+    datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, back = tmp_path / "run", ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    assert train(datasets, run_dir, *back, optim={"max_lr": 0.03}, train={"max_steps": 12}) == 0
+    crash(monkeypatch, datasets, run_dir, *back, train={"max_steps": 12})
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setenv("CRIA_RESTARTS", "1")
+        crash(patch, datasets, run_dir, *back, train={"max_steps": 12})
+    assert "resumed after step 5" in capsys.readouterr().out, "step 12 is the first job's, which had the same --resume"
+    assert train(datasets, run_dir, train={"max_steps": 7}) == 0, "by hand, without --resume"
+    said = capsys.readouterr().out
+    assert "an earlier start was sent back" in said
+    assert "resumed after step 5" in said
+    assert train(datasets, run_dir, train={"max_steps": 9}) == 0
+    assert "resumed after step 7" in capsys.readouterr().out, "it has saved since"
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    crash(monkeypatch, datasets, run_dir, **HALF)
+    assert f"a new run begins in {run_dir}" in capsys.readouterr().out
+    assert train(datasets, run_dir, **HALF) == 0, "there was none to be lost"
+    (run_dir / "checkpoints").rename(run_dir / "archive")
+    for restarts, status in (("1", scheduler.LATER), ("0", 2)):
+        monkeypatch.setenv("CRIA_RESTARTS", restarts)
+        with pytest.raises(SystemExit) as end:
+            train(datasets, run_dir)
+        assert end.value.code == status
+        assert "has had checkpoints and there is none now: bring" in capsys.readouterr().err
+    (run_dir / "archive").rename(run_dir / "checkpoints")
+    assert train(datasets, run_dir) == 0
+    run_dir.rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("CRIA_RESTARTS", "1")
+    monkeypatch.setenv("CRIA_TRAINED", "1")
+    with pytest.raises(SystemExit) as end:
+        train(datasets, run_dir)
+    assert end.value.code == scheduler.LATER
+    assert "is not there, and this job has trained in it" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_a_copied_folders_own_configuration_does_not_act_on_the_original(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    config = ["train", "--config", str(tmp_path / "copy" / "config.yaml"), "--train.max_steps", "12"]
+    with pytest.raises(SystemExit):
+        main(config)
+    assert f"says run_dir {tmp_path / 'run'}, which is another one: was it moved or copied?" in capsys.readouterr().err
+    assert main([*config, f"--run_dir={tmp_path / 'copy'}"]) == 0
+    assert [state(tmp_path / name)["step"] for name in ("run", "copy")] == [10, 12]
+
+
+def test_what_has_changed_is_told_by_what_was_trained(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the start before, which may have trained nothing."""
+    run_dir, hot = tmp_path / "run", {"optim": {"max_lr": 0.03}, "checkpoint": {"keep_last": 3}}
+    assert train(datasets, run_dir, **HALF) == 0
+    for _ in range(2):
+        capsys.readouterr()
+        crash(monkeypatch, datasets, run_dir, **hot)
+        said = capsys.readouterr().out
+        assert "optim.max_lr: 0.003 -> 0.03" in said
+        assert "checkpoint.keep_last: " in said
+    shutil.rmtree(datasets_of := tmp_path / "data", ignore_errors=True)
+    shutil.copytree(datasets, datasets_of)
+    shutil.rmtree(datasets_of / "a" / "validation")
+    write_dataset(datasets_of / "a" / "validation", 4_000, 78)
+    config = write_config(tmp_path / "two.yaml", tiny_config(datasets_of, run_dir))
+    pretrain("train", "--config", config, "--train.max_steps", "12", ranks=2)
+    assert state(run_dir)["world_size"] == 2
+    changed = checkpoint.latest(run_dir, pytest.fail) / "state.json"
+    before = json.loads(changed.read_text())
+    assert before["validation"].keys() == {"a", "b"}
+    capsys.readouterr()
+    going_on._say_differences(changed.parent, before, {"validation": {"a": "another", "c": "new"}}, print)
+    said = capsys.readouterr().out
+    assert "was trained on 2 ranks, now 1" in said
+    assert "the validation data of a is another" in said
+    assert "validation data of b" not in said
+
+
+def test_a_source_comes_in_with_a_later_stage(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A last phase of better data, which nobody had when the run began."""
+    write_dataset(tmp_path / "c" / "train", 9_000, 79)
+    assert train(datasets, tmp_path / "run", **HALF) == 0
+    assert train(datasets, tmp_path / "straight") == 0
+
+    def with_c(first_step: int, at: int = 2) -> dict[str, Any]:
+        both = tiny_config(datasets, tmp_path)["data"]
+        both["sources"].insert(at, {"name": "c", "train": str(tmp_path / "c" / "train"), "weight": 0})
+        return {**both, "stages": [{"first_step": first_step, "weights": {"a": 6, "b": 1, "c": 1}}]}
+
+    def train_with(data: dict[str, Any]) -> int:
+        tree = tiny_config(datasets, tmp_path / "run", data=data)
+        return main(["train", "--config", str(write_config(tmp_path / "c.yaml", tree))])
+
+    for refused in (with_c(10), with_c(11, at=0)):
+        with pytest.raises(SystemExit):
+            train_with(refused)
+        assert "2 sources and the configuration says 3 sources" in capsys.readouterr().err
+    assert train_with(with_c(11)) == 0
+    assert state(tmp_path / "run")["tokens_per_source"] == {
+        "a": (56 + 60) * 32,
+        "b": (24 + 10) * 32,
+        "c": 10 * 32,
+    }
+    ours, theirs = (records(tmp_path / name, "train") for name in ("run", "straight"))
+    assert [ours[step]["data_hash"] == theirs[step]["data_hash"] for step in (10, 11)] == [True, False]
+
+
 def test_another_mixture_is_refused_allowed_and_counted(
     datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,10 +195,10 @@ def test_another_mixture_is_refused_allowed_and_counted(
     assert (tmp_path / "run" / "before-config.yaml.1").is_file(), "the configuration of the first half is kept"
 
 
-def test_a_checkpoint_that_does_not_name_its_tokenizer_is_taken(
+def test_a_checkpoint_that_does_not_name_its_tokenizer_is_refused(
     datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of an earlier version; to go on from, and to begin with."""
+    """Whole by its checksums, but nobody can tell what its ids mean."""
     assert train(datasets, tmp_path / "run", **HALF) == 0
     folder = checkpoint.latest(tmp_path / "run", pytest.fail)
     said, manifest = state(tmp_path / "run"), json.loads((folder / "manifest.json").read_text())
@@ -79,9 +206,12 @@ def test_a_checkpoint_that_does_not_name_its_tokenizer_is_taken(
     (folder / "state.json").write_text(json.dumps(said))
     manifest["files"]["state.json"] = checkpoint.describe(folder / "state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert train(datasets, tmp_path / "other", "--init_from", str(folder), **HALF) == 0
-    assert train(datasets, tmp_path / "run", train={"max_steps": 12}) == 0
-    assert "resumed after step 10" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train(datasets, tmp_path / "other", "--init_from", str(folder), **HALF)
+    assert "was trained with another tokenizer than the shards are of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(datasets, tmp_path / "run", train={"max_steps": 12})
+    assert "was trained with tokenizer None" in capsys.readouterr().err
 
 
 def test_other_shards_are_named_refused_and_allowed(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_config, trajectory, write_config
 
-from pretrain import checkpoint, config, going_on, parallel, preparation, saver, scheduler, train, trainer
+from pretrain import checkpoint, config, going_on, parallel, preparation, run_folder, saver, scheduler, train, trainer
 from pretrain.__main__ import main
 from pretrain.sections import CheckpointConfig, ParallelConfig
 
@@ -79,7 +79,7 @@ def test_a_folder_that_an_earlier_start_still_holds_is_waited_for(
 ) -> None:
     words = command(datasets, tmp_path)
     (tmp_path / "run").mkdir()
-    held = preparation.Lock(tmp_path / "run")
+    held = run_folder.Lock(tmp_path / "run")
     assert status_of(words) == 2, "another job's: refused"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert status_of(words) == scheduler.LATER
@@ -90,10 +90,10 @@ def test_a_start_that_failed_holds_the_folder_no_longer(tmp_path: Path, monkeypa
     """As in a notebook, where the process lives on."""
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "note_start", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(OSError, match=r"run_dir: .*No space left on device"), preparation._enter(tmp_path):
+        with pytest.raises(OSError, match=r"run_dir: .*No space left on device"), run_folder.enter(tmp_path):
             pytest.fail("entered")
-    with preparation._enter(tmp_path), pytest.raises(BlockingIOError):
-        preparation.Lock(tmp_path)
+    with run_folder.enter(tmp_path), pytest.raises(BlockingIOError):
+        run_folder.Lock(tmp_path)
 
 
 def test_a_save_that_failed_is_tried_again_soon_and_one_is_due_by_the_clock(
@@ -134,7 +134,9 @@ def test_by_the_clock_saves_change_nothing_in_the_run(
     assert main(command(datasets, tmp_path / "straight", checkpoint={"every_steps": 0})) == 0
     assert [step for step, _ in checkpoint.committed(tmp_path / "straight" / "run")] == [20]
     (tmp_path / "often").mkdir()
-    often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100, "in_background": False}
+    save = saver.Saver.save
+    monkeypatch.setattr(saver.Saver, "save", lambda self, *all_of: (save(self, *all_of), self.wait()))
+    often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100}
     assert main(command(datasets, tmp_path / "often", checkpoint=often)) == 0
     assert len(checkpoint.committed(tmp_path / "often" / "run")) == 20
     assert trajectory(tmp_path / "often" / "run") == trajectory(tmp_path / "straight" / "run")
@@ -212,11 +214,12 @@ def test_a_damaged_copy_of_the_configuration_is_kept_and_replaced(
     copy = tmp_path / "run" / "config.yaml"
     good = copy.read_text()
     copy.write_text(content)
-    (tmp_path / "run" / "config.yaml.host-0a1b.tmp").write_text("a start was killed here")
+    (tmp_path / "run" / "config.yaml.host-0a1b2c3d.tmp").write_text("a start was killed here")
+    (tmp_path / "run" / "thesis.tmp").write_text("not ours")
     assert main(words) == 0
-    assert "could not be read; it is kept as before-config.yaml.1" in capsys.readouterr().out
     assert copy.read_text() == good
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert (tmp_path / "run" / "before-config.yaml.1").read_text() == content
+    assert [path.name for path in (tmp_path / "run").glob("*.tmp")] == ["thesis.tmp"]
 
 
 def test_other_versions_than_the_checkpoints_are_said(
@@ -225,7 +228,7 @@ def test_other_versions_than_the_checkpoints_are_said(
     words = command(datasets, tmp_path, train={"max_steps": 1}, optim={"warmup_steps": 1})
     assert main(words) == 0
     assert "other versions" not in capsys.readouterr().out
-    monkeypatch.setattr(going_on, "versions", lambda *packages: {"torch": "9.9", "python": "3.99"})
+    monkeypatch.setattr(going_on, "run_versions", lambda: {"torch": "9.9", "python": "3.99"})
     assert main(words) == 0
     said = capsys.readouterr().out
     assert f"step-00000001 was written with other versions: python {platform.python_version()}, now 3.99; torch" in said

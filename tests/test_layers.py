@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
+    {"reading"},
     {
         "bench_profile",
         "bench_timing",
@@ -23,7 +24,6 @@ LAYERS = [
         "processes",
         "progress",
         "ranks",
-        "reading",
         "scheduler",
         "sections",
         "streams",
@@ -37,7 +37,7 @@ LAYERS = [
     {"float8", "memory"},
     {"parallel", "hf", "saver", "speed"},
     {"validation", "published"},
-    {"going_on"},
+    {"going_on", "run_folder"},
     {"run"},
     {"logbook"},
     {"trainer", "preparation"},

@@ -18,7 +18,7 @@ from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
 from torch.distributed.checkpoint import filesystem
 
 from pretrain import checkpoint, saver
-from pretrain.lock import Lock
+from pretrain.lock import Lock, Taken, check
 from pretrain.sections import CheckpointConfig
 
 
@@ -238,6 +238,28 @@ def test_a_second_job_that_no_lock_held_back_loses_nothing_of_the_first(tmp_path
     writer.save(15, model, optimizer, {"step": 15})
     writer.close()
     held.close()
+
+
+def test_a_start_that_was_refused_where_locks_do_not_reach_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another host, that is; a file system that locks within a host only lets both in."""
+    held = Lock(tmp_path)
+    mine = Lock.ours[tmp_path.resolve()]
+    monkeypatch.setattr("fcntl.flock", lambda *arguments: None)
+    other = Lock(tmp_path)
+    Lock.ours[tmp_path.resolve()] = mine
+    with pytest.raises(Taken):
+        check(tmp_path)
+    other.close()
+    Lock.ours[tmp_path.resolve()] = mine
+    check(tmp_path)
+    Lock(tmp_path)  # a third, which goes on
+    Lock.ours[tmp_path.resolve()] = mine
+    with pytest.raises(Taken):
+        check(tmp_path)
+    held.close()
+    assert (tmp_path / ".lock").read_text(), "the third's name stays"
 
 
 def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

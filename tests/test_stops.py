@@ -29,7 +29,7 @@ def test_preemptions_are_nobodys_failure(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="3 restarts have saved nothing"):
         scheduler.check_restarts(tmp_path, 0, limit=3)
     scheduler.check_restarts(tmp_path, 10, limit=3)
-    assert json.loads((tmp_path / scheduler.RECORD).read_text()) == {"updates": 10, "restart": 4}
+    assert json.loads((tmp_path / scheduler.RECORD).read_text()) == {"updates": 10, "restart": 4, "saved": 0}
 
 
 def test_a_signal_while_the_shards_are_read_ends_the_start(

@@ -223,7 +223,7 @@ def test_the_users_errors_leave_no_page(datasets: Path, tmp_path: Path) -> None:
     tree = tiny_config(datasets, tmp_path / "run", resume=str(tmp_path / "nowhere"))
     done = pretrain("train", "--config", write_config(tmp_path / "c.yaml", tree), ranks=2, check=False)
     assert done.returncode == 2
-    assert "is not a whole checkpoint" in done.stderr
+    assert f"--resume {tmp_path / 'nowhere'} is not there" in done.stderr
     assert not (tmp_path / "run" / crash.REPORT).exists()
 
 

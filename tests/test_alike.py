@@ -1,0 +1,104 @@
+"""Ranks that were not started alike are refused, and what fails at one rank's start ends all of them in one line."""
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fault_runs
+import pytest
+from conftest import write_dataset
+from forks import finish, start_training
+
+from data_prep.shard import TokenDataset
+from pretrain import config, preparation
+
+Outcome = Callable[[Callable[[int, config.Config], None]], str]
+
+
+@pytest.fixture
+def outcome(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """What two ranks say, who must be refused alike, when a function was called in each with its rank and the settings."""
+    return lambda before: _refused(tmp_path, before, capfd)
+
+
+def _refused(folder: Path, before: Callable[[int, config.Config], None], capfd: pytest.CaptureFixture[str]) -> str:
+    settings = fault_runs.at(fault_runs.make_settings(fault_runs.make_data(folder / "data"), folder), folder / "run")
+    statuses = finish(start_training(2, settings, lambda rank: before(rank, settings)))
+    said = Path(settings.run_dir, "output.txt").read_text() + capfd.readouterr().err
+    assert statuses == [2, 2], said
+    assert "Traceback" not in said
+    assert not list(Path(settings.run_dir).glob("crash-report*"))
+    return said
+
+
+def other_rate(settings: config.Config) -> config.Config:
+    return replace(settings, optim=replace(settings.optim, max_lr=0.123))
+
+
+def other_micro_batch(settings: config.Config) -> config.Config:
+    """Which would have the ranks wait for each other for ever."""
+    return replace(settings, train=replace(settings.train, micro_batch_size=settings.train.micro_batch_size // 2))
+
+
+def other_shards(settings: config.Config) -> config.Config:
+    folder = write_dataset(Path(settings.run_dir).parent / "local", 4_000, 77)
+    first, *others = settings.data.sources
+    return replace(settings, data=replace(settings.data, sources=[replace(first, train=str(folder)), *others]))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_rate, "optim.max_lr = 0.123, and rank 0 on"),
+        (other_micro_batch, "train.micro_batch_size = 1, and rank 0 on"),
+        (other_shards, "the shards of "),
+    ],
+)
+def test_ranks_that_were_started_unlike_do_not_train(
+    tmp_path: Path, outcome: Outcome, change: Callable[[config.Config], config.Config], named: str
+) -> None:
+    def unlike(rank: int, settings: config.Config) -> None:
+        if rank == 1:
+            config.parse = lambda argv: change(settings)  # type: ignore[assignment]
+
+    said = outcome(unlike)
+    assert f"error: rank 1 on {socket.gethostname()} has {named}" in said
+    assert "give all ranks the same configuration, data and code" in said
+    assert not (tmp_path / "run" / "config.yaml").exists(), "before anything was written"
+
+
+def test_other_code_on_a_node_is_named(outcome: Outcome) -> None:
+    def stale(rank: int, settings: config.Config) -> None:
+        if rank == 1:
+            os.environ["LOCAL_RANK"] = "0"  # of another node
+            preparation.source_hash = lambda: "0123456789ab"
+
+    assert "has the code of Cria = 0123456789ab, and rank 0 on" in outcome(stale)
+
+
+def test_a_shard_that_one_rank_cannot_read_at_the_start_ends_all_alike(outcome: Outcome) -> None:
+    def cannot_read(rank: int, settings: config.Config) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "part-0.npy")
+
+        if rank == 1:
+            TokenDataset.check = fail  # type: ignore[method-assign]
+
+    assert "error: rank 1: [Errno 5] Input/output error: 'part-0.npy'" in outcome(cannot_read)
+
+
+def test_no_room_for_the_record_of_what_was_read_ends_all_alike(outcome: Outcome) -> None:
+    def full(rank: int, settings: config.Config) -> None:
+        write = preparation.write_atomically
+
+        def fail(path: Path, content: bytes) -> None:
+            if path.name == "verified.json":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            write(path, content)
+
+        preparation.write_atomically = fail
+
+    assert "No space left on device" in outcome(full)
