@@ -9,6 +9,8 @@ documentation, and measurements of this model (compiled PyTorch is faster than h
 
 import importlib.util
 import logging
+import re
+import socket
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -284,10 +286,16 @@ def sdpa_order(s: Situation, cudnn_version: int) -> tuple[SDPBackend, ...]:
     return (cudnn, flash, efficient) if best else (flash, efficient)
 
 
+_NOT_MADE_FOR_IT = re.compile(
+    r"no kernel image|PTX|invalid (device function|argument|configuration)|too many resources|supported"
+)
+"""What CUDA says of a kernel that is not for this GPU; all else it says is of the GPU."""
+
+
 def _refusal(
     attention: Callable[..., torch.Tensor], make_mask: Callable[..., Any], s: Situation, shape: ModelConfig
 ) -> str | None:
-    """Try it forward and backward on the current GPU; what it says where it does not work."""
+    """Try it forward and backward on the current GPU; what it says where it does not work. Raises OSError where the GPU fails."""
     T = 128
     q, k, v = (
         torch.randn(1, heads, T, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True)
@@ -300,6 +308,13 @@ def _refusal(
             attention(q, k, v, causal=True, mask=mask).sum().backward()
             torch.cuda.synchronize()  # a kernel's failure is heard of late
     except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) and not _NOT_MADE_FOR_IT.search(
+            str(error)
+        ):
+            raise OSError(
+                f"a GPU of {socket.gethostname()} fails at its first work ({str(error).splitlines()[0]}): see nvidia-smi there, "
+                "and leave the host out with sbatch --exclude"
+            ) from error
         first, *more = str(error).strip().splitlines() or [repr(error)]
         if "No available kernel" in first:
             more = _reasons(str(line.message) for line in said)

@@ -16,7 +16,7 @@ from pretrain.chips import DATASHEETS
 
 EVERYWHERE = "all hosts"
 """Stands for the host where what is found is nobody's in particular."""
-_RANK_OF = {"ok": 0, "warn": 1, "bad": 2}
+_SEVERITY = {"ok": 0, "warn": 1, "bad": 2}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Measured:
     """The chip's name; "cpu"."""
     memory_bytes: int = 0
     """Of the device."""
+    device_problem: str | None = None
+    """Why the device could not be measured."""
+    compile_problem: str | None = None
+    """Why nothing can be compiled here, where the run compiles."""
     product_flops: float | None = None
     """A large matrix product, bf16 on a GPU (FLOP/s)."""
     memory_bytes_per_s: float | None = None
@@ -92,8 +96,14 @@ class Finding:
 
 def judge(measured: list[Measured], links: list[Link], needs: Needs) -> list[Finding]:
     """All findings: those of hosts in the order of the checks, then those of nobody in particular."""
-    findings = [*_versions(measured), *_devices(measured), *_links(measured, links, needs), *_shards(measured, needs)]
-    findings += [*_folder(measured), *_clocks(measured), *_saving(measured, needs), _space(needs)]
+    findings = [*_versions(measured), *_devices(measured), *_compilers(measured), *_links(measured, links, needs)]
+    findings += [
+        *_shards(measured, needs),
+        *_folder(measured),
+        *_clocks(measured),
+        *_saving(measured, needs),
+        _space(needs),
+    ]
     return sorted(findings, key=lambda finding: finding.host == EVERYWHERE)
 
 
@@ -110,7 +120,7 @@ def _by_host(measured: list[Measured], check: str, one: Callable[[Measured], Fin
     for rank in measured:
         finding = one(rank)
         before = result.get(rank.host)
-        if before is None or _RANK_OF[finding.status] > _RANK_OF[before.status]:
+        if before is None or _SEVERITY[finding.status] > _SEVERITY[before.status]:
             several = finding.status != "ok" and sum(m.host == rank.host for m in measured) > 1
             found = f"rank {rank.rank}: {finding.found}" if several else finding.found
             result[rank.host] = Finding(rank.host, check, finding.status, found, finding.wanted)
@@ -131,6 +141,13 @@ def _versions(measured: list[Measured]) -> list[Finding]:
     return _by_host(measured, "versions", one)
 
 
+def _compilers(measured: list[Measured]) -> list[Finding]:
+    bad = [
+        Finding(rank.host, "torch.compile", "bad", rank.compile_problem) for rank in measured if rank.compile_problem
+    ]
+    return bad or [Finding(EVERYWHERE, "torch.compile", "ok", "compiles, or is not asked to")]
+
+
 def _devices(measured: list[Measured]) -> list[Finding]:
     """GPUs alike, healthy, and as fast as the table and each other; nothing on a CPU."""
     if all(rank.device == "cpu" for rank in measured):
@@ -138,6 +155,8 @@ def _devices(measured: list[Measured]) -> list[Finding]:
     usual = Counter((rank.device, rank.memory_bytes >> 30) for rank in measured).most_common(1)[0][0]
 
     def alike(rank: Measured) -> Finding:
+        if rank.device_problem:
+            return Finding(rank.host, "GPU", "bad", rank.device_problem)
         status = "ok" if (rank.device, rank.memory_bytes >> 30) == usual else "bad"
         found = f"{rank.device}, {rank.memory_bytes / 2**30:.1f} GiB"
         return Finding(rank.host, "GPU", status, found, "" if status == "ok" else f"{usual[0]}, {usual[1]} GiB")

@@ -21,6 +21,11 @@ _CONSEQUENCE = re.compile(
     r"Broken pipe|gloo|NCCL|ProcessGroup|[Tt]imed out waiting"
 )
 """What a collective says when another rank is gone (class name and message of the exception)."""
+_OUT_OF_MEMORY = re.compile(r"[Oo]ut ?[Oo]f ?[Mm]emory")
+_OWN = re.compile(
+    rf"unhandled cuda error|UnhandledCudaError|Cuda failure|CUDA error|ncclInvalid|{_OUT_OF_MEMORY.pattern}"
+)
+"""What a collective says when it is this rank's GPU that failed, or its own arguments."""
 
 
 @dataclass
@@ -95,7 +100,7 @@ def _behind(ranks: list[Rank]) -> list[Rank]:
 
 def is_consequence(rank: Rank) -> bool:
     """Whether its exception is that of a collective that lost another rank."""
-    return rank.error is not None and _CONSEQUENCE.search(rank.error) is not None
+    return rank.error is not None and bool(_CONSEQUENCE.search(rank.error)) and not _OWN.search(rank.error)
 
 
 def was_aborted(rank: Rank) -> bool:
@@ -115,10 +120,14 @@ def first_cause(ranks: list[Rank]) -> Cause:
     if own:
         rank = own[0]
         if rank.error is not None:
-            return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", _ADVICE["failed"])
+            advice = _ADVICE["memory" if _OUT_OF_MEMORY.search(rank.error) else "failed"]
+            return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", advice)
         advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
         return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice)
-    return _name_hanging([rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)])
+    going_on = [rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)]
+    if ended and all(rank.age_s < rank.limit_s for rank in _behind(going_on)):
+        return Cause("failed", ended[:1], f"{ended[0].name} lost another rank first: {ended[0].error}", _ADVICE["link"])
+    return _name_hanging(going_on)
 
 
 def _name_hanging(ranks: list[Rank]) -> Cause:
@@ -166,6 +175,10 @@ _COLLECTIVE = re.compile(
 
 _ADVICE = {
     "failed": "Mend what the exception names; the same command then goes on from the newest checkpoint.",
+    "memory": (
+        "A smaller train.micro_batch_size takes less, and so do parallel.recompute mlp and parallel.activation_checkpointing; "
+        "pretrain plan says what fits. The same command goes on from the newest checkpoint."
+    ),
     "died": (
         "A process that goes without a word was killed: look on its host for the out-of-memory killer (dmesg), for what the "
         "scheduler did (sacct, scancel), and for a crash in C code below. The same command goes on from the newest checkpoint."

@@ -13,9 +13,7 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import checkup, config, data, metrics, parallel, ranks
+from pretrain import checkup, config, data, devices, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
 from pretrain.memory import BF16, FP32, checkpoint_bytes, checkpoints_kept
@@ -68,19 +66,16 @@ def examine(
     mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
     mine["device"] = parallel.device_name(device)
     mine["clock_skew_s"] = _clock_skew()
-    if device.type == "cuda":
-        mine["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-        mine["memory_bytes_per_s"] = _copy_speed(device, seconds)
-    flops = _product_speed(device, seconds)
-    mine["product_flops"] = flops
-    mine["health"] = _health(device) if device.type == "cuda" else {}  # after the work: a hot chip slows down now
+    mine |= devices.look(settings, device, seconds)
     mine |= _look_at_shards(settings, seconds)
     ranks.barrier()
     mine["folder_problem"], mine["write_bytes_per_s"], free = _look_at_folder(settings, seconds)
     measured = ranks.gather(Measured(**mine))
     free = max(ranks.gather(free))  # by any rank that could ask
-    needs = _needs(settings, sharding, accumulate, [rank.product_flops or 0.0 for rank in measured], free)
-    return measured, _measure_links([rank.host for rank in measured], device, seconds), needs
+    needs = _needs(settings, sharding, accumulate, [rank.product_flops or float("nan") for rank in measured], free)
+    broken = any(rank.device_problem for rank in measured)  # it would have the others wait for ever
+    links = [] if broken else _measure_links([rank.host for rank in measured], device, seconds)
+    return measured, links, needs
 
 
 def show(findings: list[Finding], world_size: int) -> None:
@@ -114,83 +109,9 @@ def _versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = devices.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["driver"] = driver.splitlines()[0] if driver else "unknown"
     return found
-
-
-def _output(*command: str) -> str:
-    """What a program says; nothing where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _times(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds that `work` takes: the median over about `seconds`, after a first time that is not counted."""
-    taken: list[float] = []
-    work()
-    until = time.perf_counter() + seconds
-    while not taken or time.perf_counter() < until:
-        _finish(device)
-        began = time.perf_counter()
-        work()
-        _finish(device)
-        taken.append(time.perf_counter() - began)
-    return float(np.median(taken))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _product_speed(device: torch.device, seconds: float) -> float:
-    """FLOP/s of a square matrix product: 8192, bf16, on a GPU; 512, fp32, on a CPU."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))  # zeros would run faster
-    return 2 * n**3 / _times(lambda: a @ b, device, seconds)
-
-
-def _copy_speed(device: torch.device, seconds: float) -> float:
-    """Bytes/s of copying 1 GiB within the device's memory, read and written."""
-    source = torch.randn(2**28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _times(lambda: target.copy_(source), device, seconds)
-
-
-_COMPLAINTS = {
-    "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
-    "clocks_throttle_reasons.hw_slowdown": "throttled by hardware",
-    "clocks_throttle_reasons.hw_thermal_slowdown": "throttled: too hot",
-    "clocks_throttle_reasons.hw_power_brake_slowdown": "throttled: power brake",
-    "clocks_throttle_reasons.sw_thermal_slowdown": "throttled: warm",
-}
-_ROWS = {
-    "remapped_rows.pending": "memory rows to be remapped at the next reset",
-    "remapped_rows.failure": "memory rows that could not be remapped",
-}
-
-
-def _health(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi has to complain about this rank's GPU, or that it was asked and did not answer."""
-    chip = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    found: dict[str, str] = {}
-    for query, names in (("--query-gpu", _COMPLAINTS), ("--query-remapped-rows", _ROWS)):
-        answer = _output("nvidia-smi", f"--id={chip}", f"{query}={','.join(names)}", "--format=csv,noheader,nounits")
-        if answer:
-            found |= complaints(dict(zip(names.values(), answer.split(","))))
-        else:
-            found["nvidia-smi"] = "did not answer"
-    return found
-
-
-def complaints(answers: dict[str, str]) -> dict[str, str]:
-    """Those of nvidia-smi's answers that are neither zero, nor "no", nor not known to this chip."""
-    fine = ("0", "no", "not active", "n/a", "not supported", "")
-    return {name: value.strip() for name, value in answers.items() if value.strip().strip("[]").lower() not in fine}
 
 
 def _clock_skew() -> float:
@@ -324,11 +245,11 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     tensor = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
     times = 20 if device.type == "cuda" else max(2, int(5 * seconds))  # the same number on all members
     dist.all_reduce(tensor, group=group)
-    _finish(device)
+    devices.finish(device)
     began = time.perf_counter()
     for _ in range(times):
         dist.all_reduce(tensor, group=group)
-    _finish(device)
+    devices.finish(device)
     return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
 
 

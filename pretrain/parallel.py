@@ -10,9 +10,7 @@ an fp32 residual stream, and fp32 gathers.)
 
 import logging
 import os
-import re
 import socket
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +21,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from pretrain import backends, float8, ops, ranks, sharding
+from pretrain import backends, float8, joining, ops, ranks, sharding
 from pretrain.model import Layer, Llama, num_parameters
 from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
@@ -77,7 +76,7 @@ def launch(
             process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
             timeout=ranks.JOIN_TIMEOUT,
         )
-        _alone_is_a_world_of_one()
+        joining.alone_is_a_world_of_one()
     else:
         strategy = SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
     warnings.filterwarnings("ignore", "The `srun` command is available")  # a start without it is meant
@@ -90,78 +89,32 @@ def launch(
         num_nodes=world_size // local_world_size,
         precision="32-true",  # the model's own business
         loggers=loggers,
+        plugins=[LightningEnvironment()] if chosen.strategy == "single" else None,  # not SLURM's, of all its tasks
     )
-    _join(fabric, world_size)
+    joining.join(fabric, world_size)
     if fabric.device.type == "cuda":  # the ranks must choose alike, so by the smallest device
         memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
         chosen = sharding.choose(config, parameters, world_size, local_world_size, memory)
     return fabric, chosen
 
 
-def _join(fabric: Fabric, world_size: int) -> None:
-    """Meet the other ranks.
-
-    Raises:
-        TimeoutError: not all have come.
-        ValueError: another host's name leads back to this one.
-    """
-    try:
-        _find_the_store(world_size)
-        fabric.launch()
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistStoreError | dist.DistNetworkError) or "gloo" in str(error).lower()):
-            raise
-        words = str(error).splitlines()[0]
-        if itself := re.search(r"remote=\[?(127\.[\d.]+|::1)\b", str(error)):
-            raise ValueError(
-                f"another rank's host gives its own name the address {itself[1]}, which leads others to themselves, so that "
-                "gloo finds no rank there: set GLOO_SOCKET_IFNAME to the network between the nodes in launch/env.sh "
-                f"(ip -brief address names them), or mend /etc/hosts ({words})"
-            ) from error
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise TimeoutError(
-            f"{world_size} ranks were to meet at {where} within {ranks.JOIN_TIMEOUT.total_seconds() / 60:g} minutes, and did "
-            f"not: {words}. See in the missing ranks' logs why they ended, or whether they reach that address (launch/env.sh)"
-        ) from error
-    if dist.is_initialized():
-        ranks.be_patient(None)
-
-
-def _find_the_store(world_size: int) -> None:
-    """Wait until somebody listens where the ranks meet. PyTorch would try up to thrice as long as told, and print its stack.
-
-    Raises dist.DistNetworkError after JOIN_TIMEOUT.
-    """
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    mine = os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if world_size == 1 or mine or not host or not port:
-        return
-    until = time.monotonic() + ranks.JOIN_TIMEOUT.total_seconds()
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise dist.DistNetworkError(f"nobody listens there ({error})") from error
-        time.sleep(0.5)
-
-
 def _compile_deterministically() -> None:
-    """Have torch.compile choose kernels by rules and never by timing them, where it knows how."""
+    """Have torch.compile choose kernels by rules and never by timing them."""
     from torch._inductor import config as inductor  # takes its time
 
-    if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True
+    inductor.deterministic = True
 
 
 def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if config.accelerator != "cpu" and gpus == 0 and given != "0":
+    if config.accelerator != "cpu" and gpus < min(int(given), local_world_size):
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        each = f"; where SLURM shows each task one GPU (CUDA_VISIBLE_DEVICES {shown}), give srun --gpu-bind=none"
         raise OSError(
-            f"SLURM gave this job {given} GPUs on {socket.gethostname()}, and PyTorch finds none there: see nvidia-smi on that "
-            "host, and leave it out with sbatch --exclude; or set --parallel.accelerator cpu"
+            f"SLURM gave this job {given} GPUs on {socket.gethostname()}, and PyTorch finds {gpus or 'none'} there: see "
+            f"nvidia-smi on that host, and leave it out with sbatch --exclude{each if gpus == 1 else ''}; or set "
+            "--parallel.accelerator cpu"
         )
     accelerator = config.accelerator if config.accelerator != "auto" else ("cuda" if gpus else "cpu")
     if accelerator == "cuda" and gpus < local_world_size:
@@ -171,13 +124,6 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
             f"{start}set --parallel.accelerator cpu"
         )
     return accelerator
-
-
-def _alone_is_a_world_of_one() -> None:
-    """FSDP2 wants a process group even for one rank; torchrun sets these variables, a plain start does not."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, LOCAL_WORLD_SIZE="1", GROUP_RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
 def build(

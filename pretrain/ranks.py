@@ -34,9 +34,8 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait for all ranks; on the CPU, whatever becomes of the devices."""
+    all_reduce_max(torch.zeros(()))
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

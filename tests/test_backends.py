@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_what_was_compiled_for_another_pytorch_is_refused(compiled_for_another: 
     ("error", "expected"),
     [
         (
-            RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA"),
+            torch.AcceleratorError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA"),
             "CUDA error: no .*",
         ),
         (NotImplementedError(XFORMERS_SAYS), "requires device with capability > .*; max\\(.*\\) > 256"),
@@ -171,6 +172,31 @@ def test_an_attention_that_fails_on_this_gpu_is_refused_before_the_first_step(
     monkeypatch.setitem(backends._MADE, ("attention", "flash_attn"), {"attention": fails, "document_mask": fails})
     with pytest.raises(ValueError, match=f"model.ops.attention is flash_attn: {expected}; use torch$"):
         backends.choose(ModelConfig(ops=OpsConfig(attention="flash_attn")), on(A100))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+    ],
+)
+def test_a_gpu_that_fails_is_no_lack_of_a_kernel(
+    versions: dict, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A restart may get another host; a refusal would be for good."""
+
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        raise error
+
+    randn = torch.randn
+    monkeypatch.setattr(backends.torch, "randn", lambda *shape, **_: randn(*shape, requires_grad=True))
+    monkeypatch.setattr(backends.ops, "attention", fails)
+    said = (
+        f"a GPU of {socket.gethostname()} fails at its first work .{str(error).splitlines()[0]}.: see nvidia-smi there"
+    )
+    with pytest.raises(OSError, match=said):
+        backends.choose(ModelConfig(ops=OpsConfig(attention="torch")), on(A100))
 
 
 def test_what_can_be_had_is_taken_as_asked(versions: dict) -> None:

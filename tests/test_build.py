@@ -1,5 +1,8 @@
 """What `parallel.build` builds computes alike on one device and under FSDP2: precision, compilation, float8."""
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -7,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, write_config, write_dataset
+import torch.distributed as dist
+from conftest import TINY_MODEL, tiny_config, write_config, write_dataset
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from pretrain import config, float8, parallel, preparation, trainer
+from pretrain import config, float8, joining, parallel, preparation, scheduler, trainer
 from pretrain.model import Llama
 from pretrain.sections import ModelConfig, ParallelConfig
 
@@ -220,6 +224,10 @@ def test_float8_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 GLOO = "Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: Connection refused, remote=[{}]:57229"
+NCCL = """NCCL error in: ProcessGroupNCCL.cpp:99, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+socketStartConnect: Connect to 10.0.0.7<50001> failed : No route to host"""
 
 
 @pytest.mark.parametrize(
@@ -228,6 +236,11 @@ GLOO = "Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_
         (GLOO.format("127.0.1.1"), ValueError, "gives its own name the address 127.0.1.1, .* set GLOO_SOCKET_IFNAME"),
         (GLOO.format("10.0.0.127"), TimeoutError, r"2 ranks were to meet .* did not: Gloo connectFullMesh failed"),
         ("CUDA error: out of memory", RuntimeError, "CUDA error: out of memory"),
+        (
+            NCCL,
+            OSError,
+            r"NCCL could not connect the ranks \(socketStartConnect: .* No route to host\): set NCCL_SOCKET_IFNAME",
+        ),
     ],
 )
 def test_ranks_that_do_not_meet_say_why(words: str, raised: type[Exception], said: str) -> None:
@@ -235,8 +248,37 @@ def test_ranks_that_do_not_meet_say_why(words: str, raised: type[Exception], sai
 
     class Fabric:
         def launch(self) -> None:
-            raise RuntimeError(words)
+            raise (dist.DistBackendError if words is NCCL else RuntimeError)(words)
 
     with pytest.raises(raised, match=said) as found:
-        parallel._join(Fabric(), 2)  # type: ignore[arg-type]
+        joining.join(Fabric(), 2)  # type: ignore[arg-type]
     assert type(found.value) is raised
+
+
+def test_an_nccl_that_does_not_come_back_ends_the_start() -> None:
+    """No signal is heard meanwhile, nor does a clock of its own end it."""
+    stuck = """
+import datetime, threading
+from pretrain import joining, ranks
+ranks.JOIN_TIMEOUT = datetime.timedelta(seconds=0.2)
+joining._NO_ANSWER_S = 0.2
+class Fabric:
+    launch = threading.Event().wait
+joining.join(Fabric(), 1)
+"""
+    done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=300)
+    assert done.returncode == scheduler.LATER
+    assert re.match(r"pretrain: error: rank 0 on .*: the ranks were to be connected and nothing came back", done.stderr)
+    assert "set NCCL_SOCKET_IFNAME and NCCL_IB_HCA in launch/env.sh" in done.stderr
+
+
+def test_one_process_of_a_larger_allocation_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In salloc's shell SLURM's variables speak of all tasks."""
+    for name, value in {"JOB_ID": "5", "NTASKS": "4", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    settings = ParallelConfig(accelerator="cpu", precision="fp32", compile=False)
+    with pytest.raises(ValueError, match="or set WORLD_SIZE=1 for one process alone"):
+        parallel.launch(settings, ModelConfig(**TINY_MODEL), [])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    fabric, sharding = parallel.launch(settings, ModelConfig(**TINY_MODEL), [])
+    assert (fabric.world_size, sharding.strategy) == (1, "single")

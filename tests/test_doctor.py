@@ -4,16 +4,21 @@ import dataclasses
 import errno
 import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import pretrain, tiny_config, write_config
+from torch._inductor import config as inductor
 
-from pretrain import checkup, config, doctor
+from pretrain import checkup, config, devices, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
 from pretrain.chips import DATASHEETS
+from pretrain.sections import ParallelConfig
 from pretrain.sharding import Sharding
 
 GOOD = Measured(
@@ -60,6 +65,7 @@ def test_a_healthy_cluster_has_a_line_for_each_host_and_check_and_nothing_else()
         ({"versions": {"torch": "2.13.0"}}, "versions", "bad"),
         ({"device": "NVIDIA A100-PCIE-40GB"}, "GPU", "bad"),
         ({"memory_bytes": 39 << 30}, "GPU", "bad"),
+        ({"device_problem": "CUDA error: uncorrectable ECC error encountered"}, "GPU", "bad"),
         ({"health": {"uncorrected ECC errors": "3"}}, "GPU health", "bad"),
         ({"health": {"throttled: too hot": "Active"}}, "GPU health", "warn"),
         ({"health": {"nvidia-smi": "did not answer"}}, "GPU health", "warn"),
@@ -162,7 +168,7 @@ def test_what_is_nobodys_excludes_nobody() -> None:
 
 def test_what_nvidia_smi_says() -> None:
     answers = {"ecc": " 0", "rows": " No", "hot": " Active", "old": " [N/A]", "pending": " Yes", "fine": " Not Active"}
-    assert doctor.complaints(answers) == {"hot": "Active", "pending": "Yes"}
+    assert devices.complaints(answers) == {"hot": "Active", "pending": "Yes"}
 
 
 @pytest.mark.parametrize("answer", ["", "0, Not Active, Not Active, Not Active, Not Active"])
@@ -170,8 +176,50 @@ def test_a_gpu_of_which_nvidia_smi_says_nothing_is_not_taken_for_healthy(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
-    monkeypatch.setattr(doctor, "_output", lambda *command: answer)
-    assert doctor._health(torch.device("cuda")) == ({} if answer else {"nvidia-smi": "did not answer"})
+    monkeypatch.setattr(devices, "output", lambda *command: answer)
+    assert devices._health(torch.device("cuda")) == ({} if answer else {"nvidia-smi": "did not answer"})
+
+
+def test_a_host_where_nothing_compiles_is_named() -> None:
+    missing = "No working C++ compiler found; install a C compiler"
+    assert troubles(checkup.judge(cluster(compile_problem=missing), [], NEEDS)) == [("node2", "torch.compile", "bad")]
+
+
+def test_a_device_that_fails_is_a_finding_and_does_not_end_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(devices, "_product_speed", fails)
+    settings = config.Config(parallel=ParallelConfig(compile=True))
+    found = devices.look(settings, torch.device("cpu"), 0.01)
+    assert found == {"device_problem": "CUDA error: unspecified launch failure", "health": {}}
+
+
+def test_a_device_that_does_not_come_back_ends_doctor_by_its_hosts_name() -> None:
+    stuck = """
+import threading, torch
+from pretrain import config, devices
+devices._SILENT_S = 0.1
+devices._product_speed = lambda *_: threading.Event().wait()
+devices.look(config.Config(), torch.device("cpu"), 0.01)
+"""
+    done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    said = (
+        f"pretrain doctor: bad: {socket.gethostname()}: the device of rank 0 does not come back from its first work\n"
+    )
+    assert done.stderr == said
+
+
+def test_compiling_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices._compile_problem(torch.device("cpu")) is None
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    problem = devices._compile_problem(torch.device("cpu"))
+    assert problem is not None
+    assert re.search(
+        r"no-such-compiler.*; install a C compiler and Python's headers, or set parallel.compile false", problem
+    )
 
 
 def test_doctor_refuses_what_train_refuses(datasets: Path, tmp_path: Path) -> None:

@@ -242,6 +242,17 @@ def test_a_node_without_the_gpus_it_should_have_is_named(monkeypatch: pytest.Mon
     assert parallel._choose_accelerator(ParallelConfig(accelerator="cpu"), 1) == "cpu"
     with pytest.raises(OSError, match=f"8 GPUs on {parallel.socket.gethostname()}, and PyTorch finds none there"):
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 7) == "cuda"
+    with pytest.raises(
+        OSError, match=f"8 GPUs on {parallel.socket.gethostname()}, and PyTorch finds 7 there: see"
+    ) as found:
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
+    assert "--gpu-bind" not in str(found.value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(OSError, match=r"each task one GPU \(CUDA_VISIBLE_DEVICES 0\), give srun --gpu-bind=none"):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
 
 
 def test_as_many_files_as_the_system_lets_us() -> None:

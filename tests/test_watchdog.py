@@ -65,6 +65,8 @@ def test_a_rank_that_waits_for_one_that_goes_on_does_not_hang() -> None:
 
 
 ABORTED = f"Fatal Python error: Aborted\n\n{IN_A_COLLECTIVE}"
+OWN_GPU = "DistBackendError: NCCL error in: NCCLUtils.cpp:1, unhandled cuda error, ncclUnhandledCudaError: Call to CUDA failed."
+NO_MEMORY = f"{OWN_GPU} Last error: Cuda failure 2 'out of memory'"
 RESET = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Connection reset by peer"
 
 
@@ -91,6 +93,12 @@ RESET = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Conn
         ),
         ([waiting(0, gone="x", stacks=ABORTED, ended_at_s=2.0), waiting(1, gone="it died", ended_at_s=1.0)], "died", 1),
         ([waiting(0, gone="it died", stacks=ABORTED, ended_at_s=2.0)], "died", 0),
+        # NCCL is the first to say that this rank's own GPU failed; the others go on for a moment.
+        ([waiting(0, age_s=1.0), waiting(1, error=OWN_GPU, ended_at_s=1.0)], "failed", 1),
+        ([waiting(n, error=NO_MEMORY, ended_at_s=2.0 - n) for n in (0, 1)], "failed", 1),
+        ([waiting(0, error=RESET, ended_at_s=1.0), waiting(1, error=OWN_GPU, ended_at_s=1.1)], "failed", 1),
+        # The first that lost another one, while nobody is anywhere for too long.
+        ([waiting(0, error=RESET, ended_at_s=1.0), *(waiting(n, age_s=1.0) for n in range(1, 16))], "failed", 0),
         # A collective gave up on a rank that says nothing: that one hangs.
         ([waiting(0, error="DistBackendError: NCCL timeout", ended_at_s=1.0), waiting(1)], "hangs", 1),
     ],
@@ -98,6 +106,7 @@ RESET = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [::1]:1: Conn
 def test_the_cause_is_the_first_that_is_no_consequence(ranks: list[Rank], kind: str, named: int) -> None:
     cause = crash.first_cause(ranks)
     assert (cause.kind, [rank.number for rank in cause.ranks]) == (kind, [named])
+    assert ("micro_batch_size takes less" in cause.advice) == ("out of memory" in cause.line)
 
 
 def test_the_page_is_one_page_for_128_ranks(tmp_path: Path) -> None:
