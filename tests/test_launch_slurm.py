@@ -211,9 +211,11 @@ def test_another_command_runs_once_whatever_becomes_of_it(cluster: slurm.Slurm, 
     """And --config=FILE is the file as it was at first, as --config FILE is."""
     stub = '#!/bin/sh\necho "$@: $(cat "$5")"\n[ "$SLURM_RESTART_COUNT" ] || exit 1\n'
     (tmp_path / "a b.yaml").write_text("as submitted\n")
-    lines = run_stub(cluster, tmp_path, True, stub=stub, first="export COMMAND=doctor\n", config=("--config=a b.yaml",))
+    first = "export COMMAND=doctor SRUN_OPTIONS='--label --comment=mine'\n"
+    lines = run_stub(cluster, tmp_path, True, stub=stub, first=first, config=("--config=a b.yaml",))
     (kept,) = (path.relative_to(tmp_path) for path in tmp_path.glob("logs/*/config-*.yaml"))
-    assert lines == [f"-m pretrain doctor --config {kept} --run_dir runs/%a: as submitted"] * 2, "two ranks, once"
+    said = [f"{rank}: -m pretrain doctor --config {kept} --run_dir runs/%a: as submitted" for rank in (0, 1)]
+    assert lines == said, "two ranks, once, and srun was given --label"
 
 
 def test_torchrun_has_one_agent_a_node(cluster: slurm.Slurm, tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_only_failures_are_counted_and_the_configuration_stays_that_of_the_first
 ) -> None:
     """No nodes, a crash, a file system that is away, a stop, two in vain, the end; and somebody writes his next configuration."""
     stub = """#!/usr/bin/env bash
-echo "$CRIA_FAILURES failures, $(cat "$5")"
+echo "$CRIA_FAILURES failures, trained ${CRIA_TRAINED:-0}, $(cat "$5")"
 echo "for the next run" >"a b.yaml"
 case ${SLURM_RESTART_COUNT:-0} in
 0 | 4) exit 1 ;;
@@ -267,7 +269,7 @@ esac
 """
     (tmp_path / "a b.yaml").write_text("as submitted\n")
     lines = run_stub(cluster, tmp_path, True, stub=stub)
-    assert lines == ["0 failures, as submitted"] * 4 + ["1 failures, as submitted"] * 10
+    assert lines == ["0 failures, trained 0, as submitted"] * 4 + ["1 failures, trained 1, as submitted"] * 10
     (log,) = tmp_path.glob("pretrain-*.log")
     assert log.read_text().count("it starts in 60 s") == 1, "after the second start that came to nothing"
 
