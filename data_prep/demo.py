@@ -172,7 +172,8 @@ def _write_slimpajama(root: Path, texts: list[Text]) -> None:
     shuffled = sorted(texts, key=lambda text: (_share(text.key, f"shuffle {text.kind}"), text.key))
     held_out = [text for text in shuffled if _share(text.key, f"validation {text.kind}") < VALIDATION_SHARE]
     validation = held_out or shuffled[:1]  # a miniature still has a validation set
-    train = [text for text in shuffled if text not in set(validation)]
+    elsewhere = set(validation)
+    train = [text for text in shuffled if text not in elsewhere]
     for n in range(TRAIN_FILES):
         _write_jsonl(root / "train" / "chunk1" / f"example_train_{n}.jsonl.zst", train[n::TRAIN_FILES])
     _write_jsonl(root / "validation" / "chunk1" / "example_holdout_0.jsonl.zst", validation)

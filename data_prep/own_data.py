@@ -93,11 +93,10 @@ class TextFiles(Source):
         """See Source."""
         folder = os.path.dirname(unit) or "all"
         validation = self.split == "validation"
-        # In a line of JSON the text is looked for, whatever value that has; a row of parquet has the text itself.
-        searched = dict | list if unit.endswith(".parquet") else dict | list | int | float | bool | None
+        in_json = not unit.endswith(".parquet")  # of which a record is the column's value
         for row, record in self._records(unit, position):
             subset, text = folder, record
-            if isinstance(record, searched):
+            if in_json and not isinstance(record, str | Bad):  # a line of a text file is the text itself
                 text = _value(record, self.text_key)
                 if self.subset_key:
                     found = _value(record, self.subset_key)

@@ -265,12 +265,15 @@ class TokenDataset:
             start, number = until, number + 1
 
     def signature(self) -> str:
-        """Changes when a shard's file is written: sizes and modification times, without reading a token."""
+        """Changes when a shard's file is written or replaced: sizes and times, without reading a token.
+
+        The time of the last change of the file's entry, too, which no copy can set: rsync keeps the other one.
+        """
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
         for shard, facts in zip(self._shards, lstat_all(self._paths)):
             if isinstance(facts, OSError):
                 raise facts
-            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
+            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}\n".encode())
         return digest.hexdigest()
 
     def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:

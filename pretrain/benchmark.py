@@ -197,7 +197,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
     if args.grad_accum_steps is not None:
         sequences = settings.train.micro_batch_size * world_size * args.grad_accum_steps
         settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
-    config.grad_accum_steps(settings.train, world_size)
+    accumulated = config.grad_accum_steps(settings.train, world_size)
     subject = bench_result.subject(settings, world_size, args.data)
     so_far.check_comparable("step", subject)
     trace = args.out.with_name(f"{args.out.name}.trace.json")
@@ -218,7 +218,6 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         return None
     if args.row is not None:
         args.row.write_text(json.dumps(row))
-    accumulated = settings.train.global_batch_size // settings.train.micro_batch_size // world_size
     title = (
         f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
         f"{accumulated} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"

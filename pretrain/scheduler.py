@@ -124,37 +124,31 @@ class Stop:
         ends += [self._started + 3600 * max_hours] if max_hours else []
         return min(ends) - time.time() if ends else None
 
-    def job_too_short(self, save_s: float, margin_s: float) -> str | None:
-        """A line, once, where more would have to be kept free than half of what was left when training began."""
-        needed_s = self.needed_s(save_s, margin_s)
-        if "job" in self._warned or self._at_first_s is None or needed_s <= self._at_first_s / 2:
-            return None
-        self._warned.add("job")
-        return (
-            f"the job had {self._at_first_s:.0f} s left when training began; a step, {SAVES:.0f} saves and the margin take "
-            f"{needed_s:.0f} s, and no more than half is kept free: give it more time (sbatch --time)"
-        )
+    def warnings(self, save_s: float, margin_s: float) -> list[str]:
+        """Lines, each once: where the job's time, the scheduler's warning or its patience is too short to save in.
 
-    def warning_too_short(self, save_s: float) -> str | None:
-        """A line, once, where the scheduler's warning (sbatch --signal=...@SECONDS) leaves less time than a save takes."""
+        save_s: the longest of the last saves, 0 before the first (seconds); margin_s: see `train.stop_margin_s`.
+        """
+        needed_s, said = self.needed_s(save_s, margin_s), {}
+        if self._at_first_s is not None and needed_s > self._at_first_s / 2:
+            said["job"] = (
+                f"the job had {self._at_first_s:.0f} s left when training began; a step, {SAVES:.0f} saves and the margin take "
+                f"{needed_s:.0f} s, and no more than half is kept free: give it more time (sbatch --time)"
+            )
         warning_s, needed_s = float(os.environ.get("CRIA_WARNING_S") or "inf"), self.needed_s(save_s, 0)
-        if "warning" in self._warned or not save_s or warning_s >= needed_s:
-            return None
-        self._warned.add("warning")
-        return (
-            f"sbatch's --signal warns {warning_s:.0f} s before the end, and a step and {SAVES:.0f} saves take {needed_s:.0f} s: "
-            f"give --signal=USR1@{60 * (int(needed_s) // 60 + 2)}"
-        )
-
-    def kill_wait_too_short(self, save_s: float) -> str | None:
-        """A line, once, where SLURM's usual KillWait leaves no time for a save, 5 s being for the step and the exit."""
-        if "KillWait" in self._warned or "SLURM_JOB_ID" not in os.environ or save_s <= KILL_WAIT_S - 5:
-            return None
-        self._warned.add("KillWait")
-        return (
-            f"a save takes {save_s:.0f} s, and SLURM kills {KILL_WAIT_S} s (KillWait's default) after the SIGTERM of scancel or "
-            "a preemption: stop the run by scancel --signal=USR1, and have the partition's GraceTime longer than that"
-        )
+        if save_s and warning_s < needed_s:
+            said["warning"] = (
+                f"sbatch's --signal warns {warning_s:.0f} s before the end, and a step and {SAVES:.0f} saves take {needed_s:.0f} "
+                f"s: give --signal=USR1@{60 * (int(needed_s) // 60 + 2)}"
+            )
+        if "SLURM_JOB_ID" in os.environ and save_s > KILL_WAIT_S - 5:  # for the step and the exit
+            said["KillWait"] = (
+                f"a save takes {save_s:.0f} s, and SLURM kills {KILL_WAIT_S} s (KillWait's default) after the SIGTERM of scancel "
+                "or a preemption: stop the run by scancel --signal=USR1, and have the partition's GraceTime longer than that"
+            )
+        new = [line for name, line in said.items() if name not in self._warned]
+        self._warned |= said.keys()
+        return new
 
     @property
     def why(self) -> str:

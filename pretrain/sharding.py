@@ -29,8 +29,8 @@ SPARE = 1 / 6
 """What a rank may hold beyond its shard to save communication (share of the device's memory)."""
 HOME = 1 / 2
 """What weights, gradients and AdamW's state may take (share of the device's memory); the rest is the activations'."""
-GATHERED_BYTES, SUM_BYTES = 2, 4
-"""Whole parameters in bf16, and the whole sum of gradients in fp32 (bytes a parameter)."""
+SUM_BYTES = 4
+"""The whole sum of gradients, in fp32 (bytes a parameter)."""
 STATE_BYTES = 16
 """Weight, gradient and AdamW's two moments, fp32 each (bytes a parameter)."""
 
@@ -59,6 +59,11 @@ class Sharding:
             f"strategy {self.strategy} ({self.why}): {places}; parameters are gathered for a {_spell(self.gather)}, "
             f"gradients reduced once a {_spell(self.reduce)}{across}"
         )
+
+
+def gathered_bytes(config: ParallelConfig) -> int:
+    """Of whole parameters, in the type that is computed in (bytes a parameter)."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def _spell(period: str) -> str:
@@ -93,14 +98,14 @@ def choose(config: ParallelConfig, parameters: int, world_size: int, node_size: 
         )
     replicas = world_size // shard_size
     spare = None if memory is None or config.cpu_offload else SPARE * memory
-    gather, reduce = config.gather, config.reduce
+    gather, reduce, gathered = config.gather, config.reduce, gathered_bytes(config) * parameters
     if gather == "auto":
-        kept = strategy == "hybrid" and spare is not None and GATHERED_BYTES * parameters <= spare
+        kept = strategy == "hybrid" and spare is not None and gathered <= spare
         gather = "step" if kept or strategy == "shard_grad_op" else "layer"
     if reduce == "auto":
         held = SUM_BYTES * parameters
         if strategy == "hybrid":
-            held += GATHERED_BYTES * parameters if gather == "step" else 0
+            held += gathered if gather == "step" else 0
             reduce = "step" if spare is not None and held <= spare else "micro_step"
         else:
             reduce = "step" if memory is None or held <= SPARE * memory else "micro_step"
@@ -121,7 +126,7 @@ def _choose_strategy(
                 f"{_gib(memory)} a rank"
             )
         return "hybrid", f"auto: {world_size} ranks in groups of {shard_size}; only gradients leave a group"
-    kept = (GATHERED_BYTES + SUM_BYTES) * parameters
+    kept = (gathered_bytes(config) + SUM_BYTES) * parameters
     if memory is None or config.cpu_offload:
         return "full_shard", f"auto: {world_size} ranks on one node"
     if kept <= SPARE * memory:

@@ -147,13 +147,8 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     settings = run.config.train
     mine = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
     mine = TAKEN if saver.taken else mine
-    for line in (
-        stop.job_too_short(saver.longest_s, settings.stop_margin_s),
-        stop.warning_too_short(saver.longest_s),
-        stop.kill_wait_too_short(saver.longest_s),
-    ):
-        if line is not None:
-            display.say(line)
+    for line in stop.warnings(saver.longest_s, settings.stop_margin_s):
+        display.say(line)
     agreed = ranks.all_reduce_max(torch.tensor([mine, saver.overdue()]))  # on the CPU: the GPU's queue goes on
     stop.reason, stop.save_now = int(agreed[0]), bool(agreed[1])
     return stop.reason != 0

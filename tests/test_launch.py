@@ -72,13 +72,12 @@ def test_a_job_gets_on_even_after_a_save_that_took_longer_than_it_has(
     begun = time.time()
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(begun + 1000))
     monkeypatch.setattr(time, "time", lambda: begun)
-    assert stop.job_too_short(save_s=1e6, margin_s=60) is None, "nothing is known yet"
+    assert stop.warnings(save_s=1e6, margin_s=60) == [], "nothing is known yet"
     assert stop.asked(save_s=3000, max_hours=0, margin_s=60) == 0
-    line = stop.job_too_short(save_s=3000, margin_s=60)
-    assert line is not None
+    (line,) = stop.warnings(save_s=3000, margin_s=60)
     assert "had 1000 s left" in line
     assert "take 6060 s" in line
-    assert stop.job_too_short(save_s=3000, margin_s=60) is None, "said once"
+    assert stop.warnings(save_s=3000, margin_s=60) == [], "said once"
     monkeypatch.setattr(time, "time", lambda: begun + 499)
     assert stop.asked(save_s=3000, max_hours=0, margin_s=60) == 0
     monkeypatch.setattr(time, "time", lambda: begun + 501)
@@ -88,28 +87,26 @@ def test_a_job_gets_on_even_after_a_save_that_took_longer_than_it_has(
 
 def test_a_warning_shorter_than_a_save_is_named_once(stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRIA_WARNING_S", "300")
-    assert stop.warning_too_short(save_s=0) is None, "nothing was measured yet"
-    assert stop.warning_too_short(save_s=149) is None
-    line = stop.warning_too_short(save_s=200)
-    assert line is not None
+    assert stop.warnings(save_s=0, margin_s=60) == [], "nothing was measured yet"
+    assert stop.warnings(save_s=149, margin_s=60) == []
+    (line,) = stop.warnings(save_s=200, margin_s=60)
     assert "warns 300 s before the end" in line
     assert "take 400 s" in line
     assert "--signal=USR1@480" in line
-    assert stop.warning_too_short(save_s=200) is None
+    assert stop.warnings(save_s=200, margin_s=60) == []
 
 
 def test_a_save_longer_than_the_grace_of_slurm_is_named_once(
     stop: scheduler.Stop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert stop.kill_wait_too_short(save_s=26) is None, "nobody sends SIGKILL"
+    assert stop.warnings(save_s=26, margin_s=60) == [], "nobody sends SIGKILL"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert stop.kill_wait_too_short(save_s=25) is None
-    line = stop.kill_wait_too_short(save_s=26)
-    assert line is not None
+    assert stop.warnings(save_s=25, margin_s=60) == []
+    (line,) = stop.warnings(save_s=26, margin_s=60)
     assert "a save takes 26 s" in line
     assert "scancel --signal=USR1" in line
-    assert stop.kill_wait_too_short(save_s=26) is None
+    assert stop.warnings(save_s=26, margin_s=60) == []
 
 
 def test_ctrl_c_alone_is_not_started_again(stop: scheduler.Stop) -> None:

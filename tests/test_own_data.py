@@ -57,6 +57,9 @@ def test_units_subsets_and_bad_lines(tmp_path: Path) -> None:
     ]
     assert found[2].bad == Bad("missing field", "the line has no 'text'")
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x/d.parquet")
+    pq.write_table(pa.table({"text": [{"text": "a"}, {"other": "b"}]}), tmp_path / "e.parquet")
+    structs = list(TextFiles([f"{tmp_path}/*.parquet"]).documents("e.parquet"))
+    assert [found.bad and found.bad.reason for found in structs] == ["not text"] * 2, "whatever the struct holds"
     _, null = TextFiles([f"{tmp_path}/x/*.parquet"]).documents("d.parquet")
     assert null.bad == Bad("not text", "the document is NoneType, not text")
     kinds = TextFiles([f"{tmp_path}/x/**/*.jsonl"], subset_key="meta.kind").documents("c.jsonl")

@@ -304,6 +304,8 @@ TINYLLAMA, SEVEN_B, A100 = 1_100_048_384, 6_738_415_616, 40 * 2**30
         ({}, TINYLLAMA, 1, 1, A100, ("single", 1, 1, "step", "step")),
         ({"cpu_offload": True}, SEVEN_B, 1, 1, A100, ("full_shard", 1, 1, "layer", "micro_step")),
         ({}, TINYLLAMA, 8, 8, A100, ("shard_grad_op", 8, 1, "step", "step")),
+        ({"precision": "fp32"}, TINYLLAMA, 8, 8, A100, ("full_shard", 8, 1, "layer", "step")),
+        ({"precision": "fp32"}, TINYLLAMA, 16, 8, A100, ("hybrid", 8, 2, "step", "micro_step")),
         ({}, SEVEN_B, 8, 8, A100, ("full_shard", 8, 1, "layer", "micro_step")),
         ({}, TINYLLAMA, 8, 8, None, ("full_shard", 8, 1, "layer", "step")),
         ({}, TINYLLAMA, 16, 8, A100, ("hybrid", 8, 2, "step", "step")),

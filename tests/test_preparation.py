@@ -1,5 +1,6 @@
 """How a run begins: every shard is read by one rank, a stage that has begun does not change, and who saves needs room."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_a_damaged_record_of_what_was_read_has_all_read_again(
             record.write_text(written)
         preparation._verify_shards(record, sources, stop=None)
     assert read == [1], "once, and what was found good then counts"
+
+
+def test_shards_that_were_replaced_are_read_again_whatever_times_the_copy_has(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "a", 600, 0)
+    dataset = shard.TokenDataset(folder)
+    before, path = dataset.signature(), folder / dataset.manifest.shards[0].path
+    assert dataset.signature() == before
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert dataset.signature() != before
 
 
 def test_a_folder_in_the_place_of_a_file_is_one_line(datasets: Path, tmp_path: Path) -> None:
