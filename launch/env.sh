@@ -8,6 +8,9 @@
 # Which InfiniBand cards carry the data, where a node also has others, such as one for storage. See `ibstat -l`.
 # export NCCL_IB_HCA=${NCCL_IB_HCA:-mlx5_0,mlx5_1}
 
+# Under torchrun on several nodes: the name or address at which the others reach this one, where its full name leads elsewhere.
+# export LOCAL_ADDR=${LOCAL_ADDR:-$(hostname)}
+
 # The environment with Cria in it, where a job does not inherit it from the shell that submitted it.
 # source /path/to/cria/.venv/bin/activate
 

@@ -21,6 +21,7 @@ if [ "${NNODES:-1}" = 1 ]; then
   where=(--standalone)
 else
   where=(--rdzv-backend=c10d --rdzv-endpoint="${HEAD:?the first node, HOST:PORT}" --rdzv-id="${RUN_ID:-cria}")
+  [ -z "${LOCAL_ADDR:-}" ] || where+=(--local-addr="$LOCAL_ADDR")
 fi
 exec python "$launch/agent.py" --nnodes="${NNODES:-1}" --nproc-per-node="$ranks" "${where[@]}" \
   --log-dir="${LOGS:-logs/torchrun}" --tee=3 --local-ranks-filter=0 -m pretrain "${COMMAND:-train}" "$@"

@@ -100,13 +100,18 @@ def run(command: list[str], folder: Path) -> str:
 def run_on_two_nodes(command: list[str], folder: Path) -> str:
     """The line that a user types on each of two nodes: two torchrun agents on this host, one process each."""
     address = f"localhost:{processes.free_port()}"
-    local = ["env", "NPROC_PER_NODE=1", *(part.replace("node1:29500", address) for part in command)]
+    local = ["NPROC_PER_NODE=1", *(part.replace("node1:29500", address) for part in command)]
     assert address in " ".join(local)
     agents = [
         subprocess.Popen(
-            local, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["env", *more, *local],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        for _ in range(2)
+        for more in ([], ["LOCAL_ADDR=127.0.0.1"])  # as launch/env.sh may say
     ]
     outputs = [agent.communicate(timeout=600)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
