@@ -35,7 +35,7 @@ from data_prep.shard import Manifest, ShardWriter
 from data_prep.tokenizer import load
 from pretrain import checkpoint, config, saver
 from pretrain.bench_result import machine
-from pretrain.model import Llama, num_parameters
+from pretrain.model import Llama, count
 from pretrain.optim import clip_gradients, make_optimizer, step_if_usable
 from pretrain.sections import CheckpointConfig, ModelConfig
 
@@ -100,7 +100,7 @@ def stall(folder: Path, name: str, saves: int) -> dict[str, Any]:
     typical = statistics.median(stalls)
     slower = (sum(beside) - len(beside) * statistics.median(plain)) / len(stalls)  # hashing and syncing take a core
     return {
-        "parameters": num_parameters(shape)[0],
+        "parameters": count(shape).total,
         "step_s": statistics.median(plain),
         "step_s_while_a_save_is_written": statistics.median(beside),
         "stall_s": stalls,

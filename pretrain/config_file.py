@@ -4,14 +4,12 @@ YAML itself lets the later of two equal keys win without a word, and an alias st
 """
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEEPEST = 100
 """Collections within each other; a configuration has five, and what reads a tree calls itself at each."""
 
@@ -53,49 +51,30 @@ def read(text: str) -> Any:
         ValueError: a key that stands twice, an alias, or more than a hundred collections within each other.
         yaml.YAMLError: no YAML; to jsonargparse a value is then a plain string.
     """
-    _refuse(text)
+    yaml.compose(text, Loader=_Composer)
     return jsonargparse.get_loader("yaml")(text)
 
 
-@dataclass
-class _Open:
-    """A mapping or a list that is being walked through."""
+class _Composer(yaml.SafeLoader):
+    """PyYAML's own, but what it would pass over in silence is refused, before anything is built of it."""
 
-    name: str
-    is_mapping: bool
-    lines: dict[str, int] = field(default_factory=dict)
-    """Of a mapping: key -> where it stands (line)."""
-    key: str | None = None
-    """Of a mapping: the key whose value comes next; None: a key comes next."""
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Any node."""
+        line = self.peek_event().start_mark.line + 1
+        if len(self.states) > _DEEPEST:
+            raise ValueError(f"line {line}: more than {_DEEPEST} lists and sections lie within each other")
+        if self.check_event(yaml.AliasEvent) and parent is not None:  # alone, *x is a word of the command line
+            raise ValueError(f"line {line}: *{self.peek_event().anchor} is an alias; write out what it stands for")
+        return super().compose_node(parent, index)
 
-
-def _refuse(text: str) -> None:
-    """Walk through the parser's events, before anything is built of them."""
-    open_: list[_Open] = []
-    for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.CollectionEndEvent):
-            open_.pop()
-        elif isinstance(event, yaml.NodeEvent):
-            line = event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent) and open_:  # alone, *x is a word of the command line
-                raise ValueError(f"line {line}: *{event.anchor} is an alias; write out what it stands for")
-            name = _enter(open_[-1], str(getattr(event, "value", line)), line) if open_ else ""
-            if isinstance(event, yaml.CollectionStartEvent):
-                open_.append(_Open(name, isinstance(event, yaml.MappingStartEvent)))
-                if len(open_) > _DEEPEST:
-                    raise ValueError(f"line {line}: more than {_DEEPEST} lists and sections lie within each other")
-
-
-def _enter(inside: _Open, value: str, line: int) -> str:
-    """Count a node in the collection that it lies in; returns the node's name, e.g. optim.max_lr."""
-    if not inside.is_mapping:
-        return inside.name
-    if inside.key is not None:
-        name, inside.key = inside.key, None
-        return name
-    name = f"{inside.name}.{value}" if inside.name else value
-    if value in inside.lines:
-        where = f"lines {inside.lines[value]} and {line}" if line > inside.lines[value] else f"in line {line}"
-        raise ValueError(f"{name} stands twice, {where}; leave one of them")
-    inside.lines[value], inside.key = line, name
-    return name
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A mapping, whose keys must differ."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                where = f"lines {lines[name]} and {line}" if line > lines[name] else f"in line {line}"
+                raise ValueError(f"{name} stands twice, {where}; leave one of them")
+            lines[name] = line
+        return node

@@ -28,7 +28,7 @@ from pretrain import checkup, config, data, devices, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
 from pretrain.memory import BF16, FP32, checkpoint_bytes, checkpoints_kept
-from pretrain.model import num_parameters
+from pretrain.model import count
 from pretrain.sharding import Sharding
 from pretrain.versions import RUN_PACKAGES, own_version, versions
 
@@ -255,9 +255,9 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
 
 def _needs(settings: config.Config, sharding: Sharding, accumulate: int, flops: list[float], free_bytes: int) -> Needs:
     """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
-    parameters, in_products = num_parameters(settings.model)
+    sizes = count(settings.model)
     T, G = settings.data.seq_len, settings.train.global_batch_size
-    per_token = metrics.flops_per_token(settings.model, T, parameters, in_products)["m1"]
+    per_token = metrics.flops_per_token(settings.model, T, sizes.total, sizes.in_products)["m1"]
     step_s = G * T * per_token / (0.5 * min(flops) * len(flops))
     saves = settings.checkpoint
     by_steps_s = saves.every_steps * step_s if saves.every_steps else None
@@ -268,7 +268,7 @@ def _needs(settings: config.Config, sharding: Sharding, accumulate: int, flops: 
         free_bytes=free_bytes,
         save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
-        send_bytes_per_s=_sent_across(settings, sharding, parameters, accumulate) / step_s,
+        send_bytes_per_s=_sent_across(settings, sharding, sizes.total, accumulate) / step_s,
     )
 
 

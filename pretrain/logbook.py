@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from pretrain import backends, metrics, pace, parallel, ranks, validation
-from pretrain.model import num_parameters
+from pretrain.model import count
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.versions import run_versions
@@ -18,7 +18,7 @@ from pretrain.watchdog import at
 def log_start(run: Run, display: Display) -> None:
     """Say what is about to run, before the first step."""
     settings = run.config
-    parameters, _ = num_parameters(settings.model)
+    parameters = count(settings.model).total
     tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
     device = parallel.device_name(run.fabric.device)
     operations = parallel.unwrap(run.model).operations.choices

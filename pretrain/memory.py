@@ -11,6 +11,7 @@ number in the compute, the residual stream too.
 from dataclasses import KW_ONLY, dataclass, fields, replace
 
 from pretrain import ops
+from pretrain.model import count
 from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding
 
@@ -95,30 +96,6 @@ class Layout:
     def compute_bytes(self) -> int:
         """Bytes of a number in products and attention, c."""
         return FP32 if self.precision == "fp32" else BF16
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters."""
-
-    layer: int
-    """Of one layer."""
-    layer_in_products: int
-    """Of one layer's matrices."""
-    root: int
-    """Of all that stands outside of the layers."""
-    total: int
-    in_products: int
-    """In matrix products: all but the input embedding and the norms."""
-
-
-def count(model: ModelConfig) -> Counts:
-    """Parameters by arithmetic: q and o D^2 each, k and v D D_kv each, gate, up and down D F each, two norms D."""
-    D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers
-    matrices = 2 * D * D + 2 * D * model.num_key_value_heads * model.head_dim + 3 * D * F
-    root = V * D * (1 if model.tie_word_embeddings else 2) + D
-    layer = matrices + 2 * D
-    return Counts(layer, matrices, root, L * layer + root, L * matrices + V * D)
 
 
 def layer_keeps(model: ModelConfig, layout: Layout) -> dict[str, float]:

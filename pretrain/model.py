@@ -9,6 +9,7 @@ an export differ by nothing but the container. A model is built on the meta devi
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -239,11 +240,26 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     parameter.copy_(whole)
 
 
-def num_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the model, and those of them that stand in matrix products (all but the input embedding and norms)."""
-    with torch.device("meta"):
-        model = Llama(config)
-    total = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
-    tied = model.model.embed_tokens.weight.numel() if config.tie_word_embeddings else 0
-    return total, matrices + tied
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters."""
+
+    layer: int
+    """Of one layer."""
+    layer_in_products: int
+    """Of one layer's matrices."""
+    root: int
+    """Of all that stands outside of the layers."""
+    total: int
+    """Of the model."""
+    in_products: int
+    """In matrix products: all but the input embedding and the norms."""
+
+
+def count(model: ModelConfig) -> Counts:
+    """Parameters by arithmetic: q and o D^2 each, k and v D D_kv each, gate, up and down D F each, two norms D."""
+    D, F, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, model.num_hidden_layers
+    matrices = 2 * D * D + 2 * D * model.num_key_value_heads * model.head_dim + 3 * D * F
+    root = V * D * (1 if model.tie_word_embeddings else 2) + D
+    layer = matrices + 2 * D
+    return Counts(layer, matrices, root, L * layer + root, L * matrices + V * D)

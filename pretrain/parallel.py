@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import backends, float8, joining, ops, ranks, sharding
-from pretrain.model import Layer, Llama, num_parameters
+from pretrain.model import Layer, Llama, count
 from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding, agree_on_weights
@@ -60,7 +60,7 @@ def launch(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = _choose_accelerator(config, local_world_size)
-    parameters, _ = num_parameters(model)
+    parameters = count(model).total
     # Only whether anything is sharded, before the ranks have joined and know their GPUs' memory.
     chosen = sharding.choose(config, parameters, world_size, local_world_size, memory=None)
     if chosen.strategy != "single":

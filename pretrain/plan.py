@@ -16,7 +16,8 @@ from rich.table import Table
 from pretrain import config, data, published, sharding, speed
 from pretrain.cli import Parser, fail
 from pretrain.history import short
-from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept, count, memory
+from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept, memory
+from pretrain.model import count
 from pretrain.speed import CHIPS, Chip, Rates, Step
 
 ROOM = 0.05

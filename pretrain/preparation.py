@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
 from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, run_folder, saver, scheduler
 from pretrain.memory import checkpoint_bytes
-from pretrain.model import num_parameters
+from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.reading import json_mapping
 from pretrain.run import Begun, Run
@@ -67,7 +67,7 @@ def _build(
     saves: bool,
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
-    run_dir = Path(settings.run_dir)
+    run_dir, sizes = Path(settings.run_dir), count(settings.model)
     facts = going_on.facts(settings, sources, mixture)
     at("choosing a checkpoint")
     found = going_on.choose(run_dir, settings, facts, sources, say=fabric.print)
@@ -108,7 +108,7 @@ def _build(
         mixture=mixture,
         grad_accum_steps=accumulate,
         facts=facts,
-        flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, *num_parameters(settings.model)),
+        flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, sizes.total, sizes.in_products),
         log=log,
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),

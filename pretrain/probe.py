@@ -19,7 +19,8 @@ import torch
 from lightning.fabric import Fabric
 
 from pretrain import config, data, metrics, parallel, sharding
-from pretrain.memory import Layout, count, layer_keeps
+from pretrain.memory import Layout, layer_keeps
+from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.run import Run
 from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds

@@ -10,7 +10,8 @@ published runs (`published.py` has them, and the error of each); a probe correct
 from dataclasses import dataclass, fields, replace
 
 from pretrain import chips
-from pretrain.memory import FP32, Layout, count, tokens_at_a_time
+from pretrain.memory import FP32, Layout, tokens_at_a_time
+from pretrain.model import count
 from pretrain.sections import ModelConfig
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from pretrain import config, plan
 from pretrain.memory import checkpoint_bytes
-from pretrain.model import num_parameters
+from pretrain.model import count
 from pretrain.optim import learning_rate
 from pretrain.sections import CheckpointConfig, Config, DataConfig, OpsConfig, SourceConfig, StageConfig
 
@@ -52,7 +52,7 @@ def test_a_shipped_configuration_loads_and_says_all_that_matters(path: Path) -> 
     for section in ("model", "data", "train", "optim", "validation", "checkpoint", "parallel"):
         expected = {f.name for f in dataclasses.fields(getattr(settings, section))} - NOT_OF_THE_RECIPE
         assert set(written[section]) == expected, f"{path.name}: {section}"
-    total, _ = num_parameters(settings.model)
+    total = count(settings.model).total
     assert total > 1_000_000
 
 
@@ -102,7 +102,7 @@ def test_tinyllama_is_the_whole_recipe() -> None:
     m, o, t = settings.model, settings.optim, settings.train
     assert (m.num_hidden_layers, m.hidden_size, m.num_attention_heads, m.num_key_value_heads) == (22, 2048, 32, 4)
     assert (m.intermediate_size, m.vocab_size, settings.data.seq_len) == (5632, 32000, 2048)
-    assert num_parameters(m)[0] == 1_100_048_384
+    assert count(m).total == 1_100_048_384
     assert t.global_batch_size * settings.data.seq_len == 2_097_152
     assert 3e12 <= t.max_steps * t.global_batch_size * settings.data.seq_len < 3e12 + 2_097_152
     assert (o.beta1, o.beta2, o.weight_decay, o.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
@@ -122,7 +122,7 @@ def test_a_preset_is_what_its_name_says(name: str) -> None:
     settings = config.load(ROOT / "configs" / f"{name}.yaml")
     m, o, t = settings.model, settings.optim, settings.train
     parameters, tokens, max_lr = PRESETS[name]
-    assert num_parameters(m)[0] == parameters
+    assert count(m).total == parameters
     a_step = t.global_batch_size * settings.data.seq_len
     assert tokens <= t.max_steps * a_step < tokens + a_step
     assert learning_rate(o.warmup_steps, o, t.max_steps) == pytest.approx(max_lr)

@@ -11,8 +11,8 @@ from conftest import tiny_config, write_config
 from torch import Tensor
 
 from pretrain import bench_step, config, parallel, plan, preparation, published, speed
-from pretrain.memory import GIB, Layout, count, kept_bytes, layer_keeps, loss_keeps, memory
-from pretrain.model import Llama, num_parameters
+from pretrain.memory import GIB, Layout, kept_bytes, layer_keeps, loss_keeps, memory
+from pretrain.model import Llama, count
 from pretrain.published import PUBLISHED
 from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.speed import CHIPS
@@ -27,7 +27,17 @@ SHAPES = [
 
 @pytest.mark.parametrize("model", [*SHAPES, TINYLLAMA.model], ids=lambda model: str(model.hidden_size))
 def test_parameters_by_arithmetic_are_the_model_s(model: ModelConfig) -> None:
-    assert (count(model).total, count(model).in_products) == num_parameters(model)
+    with torch.device("meta"):
+        llama = Llama(model)
+    sizes = {name: parameter.numel() for name, parameter in llama.named_parameters()}
+    in_layer = {name: size for name, size in sizes.items() if name.startswith("model.layers.0.")}
+    products = {name: size for name, size in sizes.items() if "norm" not in name and "embed_tokens" not in name}
+    head = 0 if "lm_head.weight" in sizes else sizes["model.embed_tokens.weight"]
+    found = count(model)
+    assert (found.total, found.layer) == (sum(sizes.values()), sum(in_layer.values()))
+    assert found.root == found.total - model.num_hidden_layers * found.layer
+    assert found.in_products == sum(products.values()) + head
+    assert found.layer_in_products == sum(size for name, size in in_layer.items() if name in products)
 
 
 def saved_bytes(model: ModelConfig, B: int, layout: Layout) -> int:

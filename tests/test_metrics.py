@@ -22,7 +22,7 @@ from conftest import records, tiny_config, write_config
 from wandb.errors import AuthenticationError, CommError, UsageError
 
 from pretrain import config, data, history, logbook, metrics, preparation, saver, trainer, validation
-from pretrain.model import num_parameters
+from pretrain.model import count
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +77,8 @@ def test_the_flops_of_a_token_are_tinyllamas_by_both_conventions() -> None:
     attention = 22 * 2048 * 2048
     expected = {"m1": 6 * whole + 12 * attention, "m3": 6 * products + 6 * attention}
     assert expected == {"m1": 7_707_586_560, "m3": 6_760_169_472}
-    sizes = num_parameters(settings.model)
-    assert metrics.flops_per_token(settings.model, settings.data.seq_len, *sizes) == expected
+    sizes = count(settings.model)
+    assert metrics.flops_per_token(settings.model, settings.data.seq_len, sizes.total, sizes.in_products) == expected
 
 
 def make_log(run_dir: Path, *loggers: object) -> metrics.MetricsLog:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from pretrain.model import KVCache, Llama, num_parameters
+from pretrain.model import KVCache, Llama, count
 from pretrain.ops import IGNORE_INDEX
 from pretrain.sections import ModelConfig
 
@@ -103,9 +103,9 @@ def test_within_documents_each_is_computed_as_if_alone() -> None:
 
 
 def test_tinyllama_has_its_parameters() -> None:
-    total, in_products = num_parameters(ModelConfig())
-    assert total == 1_100_048_384
-    assert in_products == 1_034_420_224
+    sizes = count(ModelConfig())
+    assert sizes.total == 1_100_048_384
+    assert sizes.in_products == 1_034_420_224
 
 
 def test_tied_embeddings_are_counted_once_and_stand_in_a_product() -> None:
@@ -113,10 +113,9 @@ def test_tied_embeddings_are_counted_once_and_stand_in_a_product() -> None:
         vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     config = ModelConfig(**{**vars(config), "num_key_value_heads": 2})
-    total, in_products = num_parameters(config)
-    tied_total, tied_in_products = num_parameters(ModelConfig(**{**vars(config), "tie_word_embeddings": True}))
-    assert total - tied_total == 100 * 8
-    assert in_products == tied_in_products
+    sizes, tied = count(config), count(ModelConfig(**{**vars(config), "tie_word_embeddings": True}))
+    assert sizes.total - tied.total == 100 * 8
+    assert sizes.in_products == tied.in_products
 
 
 def test_initialisation_is_tinyllamas() -> None:
