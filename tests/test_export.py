@@ -48,6 +48,17 @@ def test_check_refuses_what_transformers_computes_otherwise(
         export.compare_with_transformers(tmp_path / "out")
 
 
+def test_a_step_that_a_kill_left_under_its_old_name_is_exported(tmp_path: Path) -> None:
+    """Between the two renames of a commit there is nothing else of that step."""
+    write_run(tmp_path / "run", TINY, steps=(9, 10))
+    folders = tmp_path / "run" / "checkpoints"
+    (folders / "step-00000010").rename(folders / "step-00000010.old")
+    found = export.export(tmp_path / "run", tmp_path / "out", 10, torch.float32, check=False)
+    assert found["step"] == 10
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 8; it keeps: 9, 10$"):
+        export.export(tmp_path / "run", tmp_path / "out", 8, torch.float32, check=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

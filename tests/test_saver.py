@@ -262,6 +262,20 @@ def test_a_start_that_was_refused_where_locks_do_not_reach_ends_nobody(
     assert (tmp_path / ".lock").read_text(), "the third's name stays"
 
 
+def test_a_run_folder_that_is_moved_while_it_trains_loses_nothing_and_is_named(tmp_path: Path) -> None:
+    model, optimizer = make_state(3)
+    folder, said = tmp_path / "run", []
+    folder.mkdir()
+    writer = saver.Saver(folder, CheckpointConfig(), said.append)
+    writer.save(5, model, optimizer, {"step": 5})
+    assert writer.wait() is None
+    folder.rename(tmp_path / "moved")
+    writer.save(10, model, optimizer, {"step": 10})
+    writer.close()
+    assert f"{folder} is gone, moved or deleted: a new one is made for the checkpoints" in said
+    assert [checkpoint.committed(tmp_path / name)[0][0] for name in ("moved", "run")] == [5, 10]
+
+
 def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
