@@ -119,7 +119,7 @@ def _going_back(run_dir: Path, resume: str | None, newest: Path | None, say: Any
 
 
 def _read_back(run_dir: Path) -> str | None:
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(FileNotFoundError, ValueError, KeyError):
         return str(json_mapping((run_dir / BACK).read_bytes())["resume"])
     return None
 

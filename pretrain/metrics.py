@@ -276,10 +276,19 @@ def make_loggers(config: Config) -> list[Logger]:
     if config.logger == "wandb":
         from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
 
-        kept = run_dir / WANDB_ID
-        number = (kept.read_text().strip() if kept.exists() else "") or secrets.token_hex(4)
+        number = _kept_id(run_dir) or secrets.token_hex(4)
         return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
     return []
+
+
+def _kept_id(run_dir: Path) -> str:
+    """The W&B run's id; none, "", where the folder is a copy of one that is still where its id was kept."""
+    kept = run_dir / WANDB_ID
+    number, _, place = (kept.read_text().strip() if kept.exists() else "").partition("\n")
+    original = Path(place) / WANDB_ID
+    if place and original.exists() and not original.samefile(kept) and original.read_text().startswith(number):
+        return ""
+    return number
 
 
 def _start_wandb(run_dir: Path, loggers: list[Logger]) -> None:
@@ -308,7 +317,7 @@ def _start_wandb(run_dir: Path, loggers: list[Logger]) -> None:
                 f"logger is wandb, and W&B did not start: {error} Set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` it "
                 "later, or take --logger tensorboard"
             ) from error
-        write_atomically(run_dir / WANDB_ID, f"{wandb_logger.version}\n".encode())
+        write_atomically(run_dir / WANDB_ID, f"{wandb_logger.version}\n{run_dir.resolve()}\n".encode())
 
 
 def _go_offline(error: Exception) -> None:

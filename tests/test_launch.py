@@ -299,7 +299,7 @@ def test_the_same_wandb_run_after_a_restart_and_no_key_anywhere(datasets: Path, 
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_X_SERVICE_WAIT": "300"}
     environment |= {"WANDB_CONFIG_DIR": str(tmp_path / "w"), "WANDB_CACHE_DIR": str(tmp_path / "w")}
     said = pretrain("train", "--config", config_file, env=environment)
-    number = (tmp_path / "run" / "wandb-id.txt").read_text().strip()
+    number = (tmp_path / "run" / "wandb-id.txt").read_text().splitlines()[0]
     again = pretrain("train", "--config", config_file, "--train.max_steps", 3, env=environment)
     folders = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{number}"))
     assert len(folders) == 2, "two parts of one run"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -230,6 +231,21 @@ def test_a_wandb_id_that_a_full_disk_cut_is_made_anew(datasets: Path, tmp_path: 
         (tmp_path / "run" / metrics.WANDB_ID).write_text(kept)
         (logger,) = metrics.make_loggers(settings)
         assert re.fullmatch(kept.strip() or "[0-9a-f]{8}", str(logger.version))
+
+
+def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    original, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    original.mkdir()
+    (original / metrics.WANDB_ID).write_text(f"abc\n{original}\n")
+    assert metrics._kept_id(original) == "abc"
+    shutil.copytree(original, elsewhere)
+    assert metrics._kept_id(elsewhere) == ""
+    assert metrics._kept_id(original) == "abc"
+    shutil.rmtree(original)
+    assert metrics._kept_id(elsewhere) == "abc", "as if it had been moved"
+    (tmp_path / "link").symlink_to(elsewhere)
+    (elsewhere / metrics.WANDB_ID).write_text(f"abc\n{tmp_path / 'link'}\n")
+    assert metrics._kept_id(elsewhere) == "abc", "the same folder by another name"
 
 
 TO_NOBODY = (
