@@ -265,7 +265,7 @@ def test_a_wandb_that_cannot_be_reached_is_waited_for_offline(
     make_log(tmp_path, logger).write("train", 1, {"loss": 1.0})
     assert len(logger.calls) == len(torn_down) == 1
     assert os.environ["WANDB_MODE"] == "offline"
-    assert (tmp_path / metrics.WANDB_ID).read_text() == "abc\n"
+    assert (tmp_path / metrics.WANDB_ID).read_text() == f"abc\n{tmp_path}\n"
     (line,) = capsys.readouterr().out.splitlines()
     assert "goes on offline, and `wandb sync` uploads it later" in line
     assert str(error) in line
