@@ -264,16 +264,17 @@ class TokenDataset:
             yield number, start - first, until - first
             start, number = until, number + 1
 
-    def signature(self) -> str:
-        """Changes when a shard's file is written or replaced: sizes and times, without reading a token.
+    def signature(self, of_these_files: bool = False) -> str:
+        """Changes when a shard's file is written: sizes and modification times, without reading a token.
 
-        The time of the last change of the file's entry, too, which no copy can set: rsync keeps the other one.
+        of_these_files: a copy's is another one, though it was made with the times of the original.
         """
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
         for shard, facts in zip(self._shards, lstat_all(self._paths)):
             if isinstance(facts, OSError):
                 raise facts
-            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}\n".encode())
+            changed_ns = facts.st_ctime_ns if of_these_files else 0  # of its entry, which nobody can set
+            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{changed_ns}\n".encode())
         return digest.hexdigest()
 
     def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:

@@ -125,7 +125,7 @@ def first_cause(ranks: list[Rank]) -> Cause:
         advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
         return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice)
     going_on = [rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)]
-    if ended and all(rank.age_s < rank.limit_s for rank in _behind(going_on)):
+    if ended and all(not 0 < rank.limit_s < rank.age_s for rank in _behind(going_on)):
         return Cause("failed", ended[:1], f"{ended[0].name} lost another rank first: {ended[0].error}", _ADVICE["link"])
     return _name_hanging(going_on)
 

@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer
 
 from data_prep.shard import folder_fingerprint
-from pretrain import checkpoint, config, hf
+from pretrain import checkpoint, hf
 from pretrain.cli import Parser, fail
 from pretrain.folder import staged
+from pretrain.sections import ModelConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -58,9 +59,9 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
         raise FileNotFoundError(
             f"{run_dir} has no config.yaml; name the folder of a run (run_dir in its configuration)"
         )
-    model = config.load(run_dir / "config.yaml", "pretrain export").model
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     state = checkpoint.read_state(source)
+    model = ModelConfig(**state["model"])
     taken, made_by = state["step"], str(state["data"].get("tokenizer"))
     found = folder_fingerprint(run_dir / "tokenizer")
     if made_by != found:

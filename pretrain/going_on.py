@@ -6,20 +6,18 @@ back.json ─> --resume of an earlier start that has saved nothing yet
 --init_from ─> the same shape, the same tokens? ─> weights into the model, sharded as it is
 """
 
-import json
 import os
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from data_prep.shard import TOKENIZER_DIR, write_atomically
-from pretrain import checkpoint, config, data, hf, ranks, scheduler
+from data_prep.shard import TOKENIZER_DIR
+from pretrain import back, checkpoint, config, data, hf, ranks, scheduler
+from pretrain.back import Back
 from pretrain.model import fill
-from pretrain.reading import json_mapping, read_tokenizer
-from pretrain.saver import BACK
+from pretrain.reading import read_tokenizer
 from pretrain.versions import run_versions
 
 
@@ -67,9 +65,12 @@ def choose(
         ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`.
         OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
-    found = checkpoint.find(run_dir, warn=say, needed=settings.resume is None)
-    back = _going_back(run_dir, settings.resume, found, say)
-    found = back or found
+    begun = ranks.on_rank_0(lambda: back.read(run_dir))
+    newest = checkpoint.find(run_dir, warn=say, needed=settings.resume is None and begun is None)
+    sent_back = _going_back(settings.resume, begun, newest, say)
+    if begun is not None and sent_back is None:
+        ranks.on_rank_0(lambda: back.forget(run_dir))
+    found = sent_back or newest
     if found is None:
         if ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
             raise FileNotFoundError(
@@ -86,42 +87,41 @@ def choose(
             "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
         )
     _check_same_run(found, before, now, settings, sources, say)
-    if back is not None:
-        note = json.dumps({"resume": os.path.abspath(back)}).encode() + b"\n"
-        ranks.on_rank_0(lambda: write_atomically(run_dir / BACK, note))
+    if sent_back is not None:
+        note = Back(os.path.abspath(sent_back), before["step"])
+        ranks.on_rank_0(lambda: back.write(run_dir, note))
     return found
 
 
-def _going_back(run_dir: Path, resume: str | None, newest: Path | None, say: Any) -> Path | None:
+def _going_back(resume: str | None, begun: Back | None, newest: Path | None, say: Any) -> Path | None:
     """The checkpoint that the run is sent back to, whole, or None: it goes on from the newest.
 
-    What lies after it is no part of the run any more, but stays the newest until the run has saved: so back.json remembers.
-    A scheduler that repeats a command with --resume goes on from what has been saved since, and not back once more.
+    What lies after it is no part of the run any more, but stays the newest until the run has saved: `begun`, of an earlier
+    start, is in back.json until then. A scheduler that repeats a command with --resume goes on from what the job has saved since.
     """
-    begun = ranks.on_rank_0(lambda: _read_back(run_dir))
+    last = None if newest is None else checkpoint.read_state(newest)
+    if begun is not None and last is not None and last["back"] == begun.start:
+        begun = None  # it has saved, and was killed before it could say so
+    if last is not None and resume is not None and begun is None:
+        its_own = (last["config"]["resume"], last["job"]) == (resume, scheduler.job())
+        if its_own and scheduler.repeated():
+            say(f"this job has gone back to {resume} before and has saved since: it goes on from there")
+            return None
     if resume is None and begun is not None:
+        instead = f" To go on from {newest} instead, name it with --resume" if newest is not None else ""
         say(
-            f"an earlier start was sent back to {begun} and has saved nothing since: this one begins there. To go on from "
-            f"{newest} instead, name it with --resume"
+            f"an earlier start was sent back to {begun.resume} and has saved nothing since: this one begins there.{instead}"
         )
-    back = resume or begun
-    if newest is not None and begun is None and scheduler.repeated():
-        back = None if checkpoint.read_state(newest)["config"]["resume"] == resume else back
-    if back is None:
+    to = resume or (begun.resume if begun is not None else None)
+    if to is None:
         return None
-    if not ranks.on_rank_0(lambda: os.path.exists(back)):  # its file system is away, and may come back
-        by = "--resume" if resume else f"{run_dir / BACK} (delete it to go on from the newest):"
-        raise FileNotFoundError(f"{by} {back} is not there: name the folder of a checkpoint")
-    problem = checkpoint.verify_together(Path(back))
+    by = f"--resume {to}" if resume else f"{to}, to which the run was sent back (delete {back.NAME} to go on without),"
+    if not ranks.on_rank_0(lambda: os.path.exists(to)):  # its file system is away, and may come back
+        raise FileNotFoundError(f"{by} is not there: name the folder of a checkpoint")
+    problem = checkpoint.verify_together(Path(to))
     if problem is not None:
-        raise ValueError(f"--resume {back} is not a whole checkpoint: {problem}")
-    return Path(back)
-
-
-def _read_back(run_dir: Path) -> str | None:
-    with suppress(FileNotFoundError, ValueError, KeyError):
-        return str(json_mapping((run_dir / BACK).read_bytes())["resume"])
-    return None
+        raise ValueError(f"{by} is not a whole checkpoint: {problem}")
+    return Path(to)
 
 
 def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Any) -> None:

@@ -286,8 +286,9 @@ def _kept_id(run_dir: Path) -> str:
     kept = run_dir / WANDB_ID
     number, _, place = (kept.read_text().strip() if kept.exists() else "").partition("\n")
     original = Path(place) / WANDB_ID
-    if place and original.exists() and not original.samefile(kept) and original.read_text().startswith(number):
-        return ""
+    with suppress(OSError):  # it is not there any more, or somebody's own
+        if place and not original.samefile(kept) and original.read_text().startswith(number):
+            return ""
     return number
 
 

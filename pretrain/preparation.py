@@ -167,7 +167,7 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
         known = json_mapping(record.read_bytes())
     for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
         # as rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system
-        key, signature = str(dataset.directory), ranks.on_rank_0(dataset.signature)
+        key, signature = str(dataset.directory), ranks.on_rank_0(partial(dataset.signature, of_these_files=True))
         if ranks.broadcast(known.get(key)) == signature:
             continue
         at_a_time = 16 * ranks.world_size()  # shards between two signs of life

@@ -31,14 +31,11 @@ def enter(run_dir: Path) -> Iterator[None]:
     """Make the run's folder and lock it, so that no other job writes into it; where that fails, all ranks fail alike.
 
     Raises:
-        OSError: another job has it, it cannot be made or locked, the ranks see different ones, or this job has trained in it
-            and it is not there.
+        OSError: another job has it, it cannot be made or locked, or the ranks see different ones.
     """
     with ExitStack() as until_the_end:
 
         def lock() -> str:
-            if scheduler.has_trained() and not run_dir.exists():
-                raise OSError(f"{run_dir} is not there, and this job has trained in it: is its file system away?")
             run_dir.mkdir(parents=True, exist_ok=True)
             held = until_the_end.enter_context(closing(Lock(run_dir)))
             scheduler.note_start(run_dir, checkpoint.updates(run_dir))
@@ -58,9 +55,10 @@ def _sees(run_dir: Path, mark: str) -> bool:
     """Whether this rank reads rank 0's `mark` in the lock. An NFS client may for `_SHARED_S` remember that there was no file."""
     until = time.monotonic() + _SHARED_S
     while True:
-        with suppress(OSError):
-            for folder in (run_dir.parent, run_dir):
+        for folder in (run_dir.parent, run_dir):
+            with suppress(OSError):  # one that may be entered and not listed
                 os.listdir(folder)  # asks the server
+        with suppress(OSError):
             if (run_dir / ".lock").read_text() == mark:
                 return True
         if time.monotonic() > until:
@@ -139,7 +137,10 @@ def _keep_config(
 def _say_learning_rate(settings: config.Config, before: dict[str, Any], say: Callable[[str], None]) -> None:
     """Name a jump in the schedule that another max_steps, warm-up or rate makes at the next step."""
     step = before["step"] + 1
-    was = learning_rate(step, OptimConfig(**before["config"]["optim"]), before["config"]["train"]["max_steps"])
     now = learning_rate(step, settings.optim, settings.train.max_steps)
+    try:
+        was = learning_rate(step, OptimConfig(**before["config"]["optim"]), before["config"]["train"]["max_steps"])
+    except (KeyError, TypeError):  # of another version of Cria, with other keys
+        return
     if was != now:
         say(f"the learning rate of step {step:,} is {now:.3g} by the new schedule and was {was:.3g} by the old one")

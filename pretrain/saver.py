@@ -16,9 +16,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,22 +27,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
-from pretrain import checkpoint, lock, ranks, scheduler
+from pretrain import back, checkpoint, lock, ranks, scheduler, synced
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
 
 T = TypeVar("T")
 
-_SYNCED = 2**28
-"""So many bytes (256 MiB) are synced at a time: the disk's pace is seen, not that of the host's memory."""
 _AGAIN_S = 300.0
 """So long after a save that failed it is tried again (seconds)."""
-BACK = "back.json"
-"""In a run's folder: the checkpoint that the run was sent back to, until it has saved since."""
 _REMEMBERED = 8
 """So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
@@ -68,6 +63,8 @@ class Saver:
         """When the last save was taken, then when it had ended."""
         self.taken = False
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
+        self._back = back.read(run_dir) if ranks.rank() == 0 else None
+        """Until the first commit."""
         self._signs = 0
         """Grows while the thread gets on."""
         self._took_s = self._remembered() if ranks.rank() == 0 else ()
@@ -86,7 +83,8 @@ class Saver:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
         keep = self._config.keep_last == 0 or _is_milestone(step, self._config)
-        state = {**state, "updates": updates, "keep": keep}
+        begun = None if self._back is None else self._back.start
+        state = {**state, "updates": updates, "keep": keep, "back": begun, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
 
     @property
@@ -175,8 +173,13 @@ class Saver:
         """After a commit: what it has made needless goes."""
         run_dir = self._folder.parent
         try:
-            (run_dir / BACK).unlink(missing_ok=True)
+            if self._back is not None:
+                self._back = None
+                back.forget(run_dir)
             scheduler.note_saved(run_dir)
+        except OSError as error:
+            self._say(f"step {step}: {run_dir} cannot be written: {error}")
+        try:
             deleted = prune(run_dir, self._config)
             if len(deleted) > 1:  # one for another is what was asked for
                 self._say(f"step {step}: older checkpoints were deleted: {', '.join(deleted)}")
@@ -226,8 +229,10 @@ class Saver:
     def _write_tensors(self, staging: Path, tensors: dict[str, Tensor]) -> None:
         # One thread: with more of them an error of a full disk can get lost, and save returns though files are missing. No copy
         # ahead: the tensors are on the host already, and it would wait for the GPU's queue of training hundreds of times.
-        writer = _Writer(staging / "tensors", thread_count=1, per_thread_copy_ahead=0, sync_files=True, overwrite=True)
-        writer.fs = _Files(self._sign)
+        writer = synced.Writer(
+            staging / "tensors", thread_count=1, per_thread_copy_ahead=0, sync_files=True, overwrite=True
+        )
+        writer.fs = synced.Files(self._sign)
         gc.disable()  # to collect what DCP makes of a large world's plans would hold up the training thread for seconds
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
@@ -239,10 +244,10 @@ class Saver:
 
     def _commit(self, staging: Path, target: Path, state: dict[str, Any], entries: dict[str, Any]) -> None:
         self._check_lock()
-        _write_synced(staging / "state.json", json.dumps(state, indent=1))
+        synced.write(staging / "state.json", json.dumps(state, indent=1))
         files = {**entries, "state.json": checkpoint.describe(staging / "state.json")}
         manifest = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": state["step"]}
-        _write_synced(
+        synced.write(
             staging / "manifest.json", json.dumps({**manifest, "files": dict(sorted(files.items()))}, indent=1)
         )
         sync(staging / "tensors")
@@ -254,9 +259,10 @@ class Saver:
             os.rename(target, old)  # still a checkpoint, until the new one is
         os.rename(staging, target)
         sync(self._folder)
-        # What an earlier start had saved from here on is no part of this run any more, and must not be taken for it.
+        # What an earlier start had saved from where this one began is no part of the run any more, and must not be taken for it.
+        first = state["step"] if self._back is None else self._back.step + 1
         for number, folder in checkpoint.committed(self._folder.parent):
-            if number >= state["step"] and folder != target:
+            if number >= first and folder != target:
                 checkpoint.set_aside(folder, "replaced")
 
 
@@ -278,58 +284,6 @@ def check_room(folder: Path, needed: int) -> None:
             f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
             "make room, or lower checkpoint.keep_last"
         )
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, but what is wrong with the disk is not hidden by what torch.save says of the file that came of it."""
-
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises OSError for a disk that is full or fails."""
-        try:
-            return super().write_data(*args, **kwargs)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-class _Files(FileSystem):
-    """DCP's files, but what is written is synced on the way, and each time a sign of life is given."""
-
-    def __init__(self, sign: Callable[[], None]):
-        self._sign = sign
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        """A file that is open as long as the block."""
-        with super().create_stream(path, mode) as stream:
-            yield _Stream(stream, self._sign)
-
-
-class _Stream:
-    """A file to write; all but `write` and `fileno` is the file's own."""
-
-    def __init__(self, file: Any, sign: Callable[[], None]):
-        self._file, self._sign, self._unsynced = file, sign, 0
-
-    def write(self, data: Any) -> int:
-        """Returns how many bytes."""
-        written = self._file.write(data)
-        self._unsynced += written
-        if self._unsynced >= _SYNCED:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._unsynced = 0
-            self._sign()
-        return written
-
-    def fileno(self) -> int:
-        """For whoever syncs: DCP syncs its index without having flushed it."""
-        self._file.flush()
-        return self._file.fileno()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 class _Failed(Exception):
@@ -411,10 +365,3 @@ def _use_device(device: int | None) -> None:
 def _hash_share(staging: Path, names: list[str], sign: Callable[[], None]) -> dict[str, Any]:
     """Name -> manifest entry of this rank's share of the files."""
     return {name: checkpoint.describe(staging / name, sign) for name in names[ranks.rank() :: ranks.world_size()]}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

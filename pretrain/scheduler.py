@@ -189,9 +189,10 @@ def note_training() -> None:
             Path(marker).touch()
 
 
-def has_trained() -> bool:
-    """Whether this job has trained before, as far as launch/slurm.sbatch can tell: then the run's folder must be there."""
-    return bool(os.environ.get("CRIA_TRAINED"))
+def job() -> str:
+    """What all starts of one job have in common, also of a job that submits its next one; "" where nobody says."""
+    names = ("CRIA_JOB", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def failures() -> int:
@@ -213,7 +214,10 @@ def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
 
     Raises:
         ValueError: after the last `limit` failures, the same for all ranks, no restart made a checkpoint with more of them.
+        OSError: launch/slurm.sbatch knows that this job has trained, and the run's folder is not there.
     """
+    if os.environ.get("CRIA_TRAINED") and not run_dir.exists():
+        raise OSError(f"{run_dir} is not there, and this job has trained in it: is its file system away?")
     if not failures():
         return
     seen = _recorded(run_dir)

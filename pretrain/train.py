@@ -1,6 +1,7 @@
 """`pretrain train`: read the configuration, then train."""
 
 import argparse
+import os
 import resource
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def _refuse_another_folder(argv: list[str], run_dir: Path) -> None:
     options.add_argument("--config", type=Path, action="append", default=[])
     options.add_argument("--run_dir")
     given, _ = options.parse_known_args(argv)
-    for file in given.config if given.run_dir is None else ():
+    copied = os.environ.get("CRIA_CONFIG")  # launch/slurm.sbatch's word for the file that it has made a copy of
+    files = [*given.config, *([Path(copied)] if copied else [])]
+    for file in files if given.run_dir is None else ():
         its_own = file.name == "config.yaml" and (file.parent / "metrics.jsonl").exists()
         if its_own and file.parent.resolve() != run_dir.resolve():
             raise ValueError(

@@ -229,6 +229,7 @@ class Trial:
         settings = {"run_dir": run_dir, "train.max_steps": self.steps, "train.log_every": 1, "logger": "none"}
         settings |= {
             "resume": "null",
+            "checkpoint.keep_every": 0,
             "checkpoint.every_steps": self._every,
             "checkpoint.keep_last": 2,
             "optim.warmup_steps": self.steps // 4,

@@ -93,9 +93,8 @@ def write_run(run_dir: Path, model_config: ModelConfig, steps: tuple[int, ...] =
     for step in steps:
         model = make_model(model_config, seed=step)
         writer = saver.Saver(run_dir, CheckpointConfig(keep_last=0), say=lambda line: None)
-        writer.save(
-            step, model, torch.optim.AdamW(model.parameters()), {"step": step, "data": {"tokenizer": tokenizer}}
-        )
+        facts = {"model": model_config.shape(), "data": {"tokenizer": tokenizer}}
+        writer.save(step, model, torch.optim.AdamW(model.parameters()), {"step": step, **facts})
         writer.close()
         saved[step] = model
     return saved

@@ -64,7 +64,15 @@ def run_dir(tmp_path: Path) -> Path:
 def test_what_is_saved_is_what_is_loaded(run_dir: Path) -> None:
     model, optimizer = make_state(99)
     state = checkpoint.load(run_dir / "checkpoints" / "step-00000010", model, optimizer)
-    assert state == {"step": 10, "note": "kept", "updates": 1, "keep": True, "last_saves_s": state["last_saves_s"]}
+    assert state == {
+        "step": 10,
+        "note": "kept",
+        "updates": 1,
+        "keep": True,
+        "back": None,
+        "job": "",
+        "last_saves_s": state["last_saves_s"],
+    }
     expected = snapshot(*make_state(10))
     loaded = snapshot(model, optimizer)
     assert loaded.keys() == expected.keys()

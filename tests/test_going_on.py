@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import pretrain, records, tiny_config, write_config, write_dataset
 
-from pretrain import checkpoint, going_on, scheduler, trainer
+from pretrain import back, checkpoint, going_on, scheduler, trainer
 from pretrain.__main__ import main
 
 HALF = {"train": {"max_steps": 10}}
@@ -69,6 +70,49 @@ def test_a_start_that_was_sent_back_and_saved_nothing_does_not_fall_to_the_branc
     assert "resumed after step 7" in capsys.readouterr().out, "it has saved since"
 
 
+def test_a_job_whose_first_start_never_came_to_the_checkpoints_goes_back_at_its_second(
+    datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest is of a job before, with the same --resume."""
+    run_dir, to = tmp_path / "run", ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert train(datasets, run_dir, *to, train={"max_steps": 12}) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    monkeypatch.setenv("CRIA_RESTARTS", "1")
+    capsys.readouterr()
+    assert train(datasets, run_dir, *to, train={"max_steps": 8}) == 0
+    assert "resumed after step 5" in capsys.readouterr().out
+    assert train(datasets, run_dir, *to, train={"max_steps": 9}) == 0
+    said = capsys.readouterr().out
+    assert "this job has gone back to" in said
+    assert "resumed after step 8" in said
+
+
+def test_of_the_branch_that_was_left_nothing_can_be_taken_any_more(datasets: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, train={"max_steps": 7}) == 0
+    to = ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
+    assert train(datasets, run_dir, *to, train={"max_steps": 9}) == 0
+    assert [step for step, _ in checkpoint.committed(run_dir)] == [9, 5]
+    assert (run_dir / "checkpoints" / "replaced-step-00000007.1").is_dir()
+
+
+def test_a_start_that_saved_and_was_killed_before_it_said_so_goes_on_from_that(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, train={"max_steps": 7}) == 0
+    to = ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
+    with monkeypatch.context() as patch:
+        patch.setattr(back, "forget", lambda run_dir: None)
+        assert train(datasets, run_dir, *to, train={"max_steps": 6}) == 0
+    capsys.readouterr()
+    assert train(datasets, run_dir, train={"max_steps": 10}) == 0
+    assert "resumed after step 6" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.committed(run_dir)] == [10, 6, 5]
+    assert not (run_dir / back.NAME).exists()
+
+
 def test_checkpoints_that_are_gone_are_no_new_run(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,9 +132,10 @@ def test_checkpoints_that_are_gone_are_no_new_run(
     run_dir.rename(tmp_path / "elsewhere")
     monkeypatch.setenv("CRIA_RESTARTS", "1")
     monkeypatch.setenv("CRIA_TRAINED", "1")
+    monkeypatch.setenv("CRIA_FAILURES", "9")
     with pytest.raises(SystemExit) as end:
         train(datasets, run_dir)
-    assert end.value.code == scheduler.LATER
+    assert end.value.code == scheduler.LATER, "however often it has failed before"
     assert "is not there, and this job has trained in it" in capsys.readouterr().err
     assert not run_dir.exists()
 
@@ -101,6 +146,12 @@ def test_a_copied_folders_own_configuration_does_not_act_on_the_original(
     assert train(datasets, tmp_path / "run", **HALF) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     config = ["train", "--config", str(tmp_path / "copy" / "config.yaml"), "--train.max_steps", "12"]
+    kept = write_config(tmp_path / "kept.yaml", yaml.safe_load((tmp_path / "copy" / "config.yaml").read_text()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRIA_CONFIG", str(tmp_path / "copy" / "config.yaml"))
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(kept)])
+    assert "was it moved or copied?" in capsys.readouterr().err, "of which launch/slurm.sbatch has made a copy"
     with pytest.raises(SystemExit):
         main(config)
     assert f"says run_dir {tmp_path / 'run'}, which is another one: was it moved or copied?" in capsys.readouterr().err

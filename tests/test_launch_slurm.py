@@ -200,9 +200,16 @@ def test_the_script_maps_slurms_variables_and_requeues_each_task_of_an_array(
 
 def test_without_scontrol_the_job_submits_the_next_one(cluster: slurm.Slurm, tmp_path: Path) -> None:
     more = "export RESUBMIT_WITH='--output=again-%j.log --comment=mine'\n"
-    lines = run_stub(cluster, tmp_path, False, first=more)
+    # What the job has from the one that it was submitted from, and a file of an older job of its number.
+    more += 'older=logs/slurm-$SLURM_JOB_ID/begun-$SLURM_JOB_ID\nif [ -z "${CRIA_RESTARTS:-}" ]; then\n'
+    more += 'mkdir -p "${older%/*}"; touch "$older"; export CRIA_TRAINED=1 CRIA_JOB=another\nfi\n'
+    stub = STUB.replace('"$@"\n', '"$@" "trained ${CRIA_TRAINED:-0} by $CRIA_JOB"\ntouch "$CRIA_BEGUN"\n')
+    lines = run_stub(cluster, tmp_path, False, first=more, stub=stub)
     assert len(lines) == 4, "two ranks, twice"
-    assert all(line.endswith("--config a b.yaml --run_dir runs/%a") for line in lines)
+    job = min(path.name for path in tmp_path.glob("logs/slurm-*")).removeprefix("slurm-")
+    said = Counter(line.partition(" --config ")[2] for line in lines)
+    words = "a b.yaml --run_dir runs/%a trained"
+    assert said == {f"{words} 0 by {job}": 2, f"{words} 1 by {job}": 2}
     assert len(list(tmp_path.glob("logs/slurm-*"))) == 2, "two jobs"
     assert [len(list(tmp_path.glob(f"{name}-*.log"))) for name in ("pretrain", "again")] == [1, 1], "with his options"
 

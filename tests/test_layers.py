@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"reading"},
+    {"folder", "reading"},
     {
+        "back",
         "bench_profile",
         "bench_timing",
         "cli",
         "config_file",
         "crash",
-        "folder",
         "imports",
         "lock",
         "processes",
@@ -27,6 +27,7 @@ LAYERS = [
         "scheduler",
         "sections",
         "streams",
+        "synced",
         "versions",
     },
     {"history", "bench_rows", "chips", "config", "joining", "pace", "peer", "hub"},

@@ -16,6 +16,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import wandb
@@ -241,6 +242,9 @@ def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(tmp_path: P
     shutil.copytree(original, elsewhere)
     assert metrics._kept_id(elsewhere) == ""
     assert metrics._kept_id(original) == "abc"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "samefile", mock.Mock(side_effect=PermissionError))
+        assert metrics._kept_id(elsewhere) == "abc", "of somebody's own folder nothing is known"
     shutil.rmtree(original)
     assert metrics._kept_id(elsewhere) == "abc", "as if it had been moved"
     (tmp_path / "link").symlink_to(elsewhere)

@@ -1,6 +1,7 @@
 """How a run begins: every shard is read by one rank, a stage that has begun does not change, and who saves needs room."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,14 +60,17 @@ def test_a_damaged_record_of_what_was_read_has_all_read_again(
 def test_shards_that_were_replaced_are_read_again_whatever_times_the_copy_has(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "a", 600, 0)
     dataset = shard.TokenDataset(folder)
-    before, path = dataset.signature(), folder / dataset.manifest.shards[0].path
-    assert dataset.signature() == before
+    before, path = dataset.signature(of_these_files=True), folder / dataset.manifest.shards[0].path
+    assert dataset.signature(of_these_files=True) == before
     times, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_mtime_ns == times.st_mtime_ns
-    assert dataset.signature() != before
+    assert dataset.signature(of_these_files=True) != before
+    shutil.copytree(folder, tmp_path / "local")
+    copies = [shard.TokenDataset(tmp_path / name).signature() for name in ("a", "local")]
+    assert len(set(copies)) == 1, "doctor compares what nodes have in places of their own"
 
 
 def test_a_folder_in_the_place_of_a_file_is_one_line(datasets: Path, tmp_path: Path) -> None:

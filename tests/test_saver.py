@@ -17,7 +17,7 @@ from forks import finish, fork_ranks, with_group
 from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
 from torch.distributed.checkpoint import filesystem
 
-from pretrain import checkpoint, saver
+from pretrain import checkpoint, saver, synced
 from pretrain.lock import Lock, Taken, check
 from pretrain.sections import CheckpointConfig
 
@@ -84,7 +84,7 @@ def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, mo
 
     monkeypatch.setattr(saver.Saver, "_write_tensors", slow_write)
     monkeypatch.setattr(saver, "alive", noticed.set)
-    monkeypatch.setattr(saver, "_SYNCED", 1)
+    monkeypatch.setattr(synced, "_SYNCED", 1)
     writer = saver.Saver(tmp_path, CheckpointConfig(), say=lambda line: None)
     model, optimizer = make_state(3)
     writer.save(7, model, optimizer, {"step": 7})
@@ -262,6 +262,20 @@ def test_a_start_that_was_refused_where_locks_do_not_reach_ends_nobody(
     assert (tmp_path / ".lock").read_text(), "the third's name stays"
 
 
+def test_a_note_that_cannot_be_written_keeps_no_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        saver.scheduler, "note_saved", mock.Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded"))
+    )
+    model, optimizer = make_state(3)
+    said: list[str] = []
+    writer = saver.Saver(tmp_path, CheckpointConfig(every_steps=5, keep_last=2), said.append)
+    for step in (5, 10, 15, 20):
+        writer.save(step, model, optimizer, {"step": step})
+    writer.close()
+    assert [step for step, _ in checkpoint.committed(tmp_path)] == [20, 15]
+    assert f"step 20: {tmp_path} cannot be written: [Errno {errno.EDQUOT}] Disk quota exceeded" in said
+
+
 def test_a_run_folder_that_is_moved_while_it_trains_loses_nothing_and_is_named(tmp_path: Path) -> None:
     model, optimizer = make_state(3)
     folder, said = tmp_path / "run", []
@@ -303,7 +317,7 @@ def test_a_save_that_fails_on_one_rank_has_failed_on_all(tmp_path: Path, failing
         state = Filled(tmp_path, lines.append)
         state.save(1, 1)
         assert state.saver.wait() is None
-        owner, name = (saver._Stream, "write") if failing == "write" else (checkpoint, "describe")
+        owner, name = (synced._Stream, "write") if failing == "write" else (checkpoint, "describe")
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 patch.setattr(owner, name, mock.Mock(side_effect=OSError(errno.EIO, "a made-up error")))
