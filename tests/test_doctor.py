@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import pretrain, tiny_config, write_config
-from torch._inductor import config as inductor
 
 from pretrain import checkup, config, devices, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
@@ -211,14 +210,22 @@ devices.look(config.Config(), torch.device("cpu"), 0.01)
     assert done.stderr == said
 
 
-def test_compiling_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices._compile_problem(torch.device("cpu")) is None
-    torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    problem = devices._compile_problem(torch.device("cpu"))
-    assert problem is not None
+def test_compiling_is_tried() -> None:
+    """In a process of its own: PyTorch remembers what it found of a compiler."""
+    tried = """
+import torch
+from torch._inductor import config as inductor
+from pretrain import devices
+print(devices._compile_problem(torch.device("cpu")))
+torch._dynamo.reset()
+inductor.cpp.cxx = (None, "no-such-compiler")
+print(devices._compile_problem(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", tried], capture_output=True, text=True, timeout=300)
+    good, bad = done.stdout.splitlines()
+    assert good == "None"
     assert re.search(
-        r"no-such-compiler.*; install a C compiler and Python's headers, or set parallel.compile false", problem
+        r"no-such-compiler.*; install a C compiler and Python's headers, or set parallel.compile false", bad
     )
 
 
