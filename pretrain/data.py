@@ -347,6 +347,11 @@ def fingerprint(batch: np.ndarray) -> int:
     return int(_mix(np.einsum("bt,t->b", batch.view(np.uint64), _weights(batch.shape[1]))).sum()) % 2**63
 
 
+def log_fingerprint(total: int) -> str:
+    """How the log writes the sum of a step's fingerprints, modulo 2^64 or not: 16 hexadecimal digits."""
+    return f"{total % 2**63:016x}"
+
+
 @lru_cache(maxsize=2)
 def _weights(length: int) -> np.ndarray:
     return _mix(np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)

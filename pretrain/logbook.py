@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from pretrain import backends, metrics, pace, parallel, ranks, validation
+from pretrain import backends, data, metrics, pace, parallel, ranks, validation
 from pretrain.model import count
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -71,7 +71,7 @@ def log_step(run: Run, display: Display, result: StepResult) -> str | None:
         "grad_norm": figures[1],
         "lr": run.optimizer.param_groups[0]["lr"],
         "skipped_steps": int(figures[2]),
-        "data_hash": f"{int(data_hash) % 2**63:016x}",
+        "data_hash": data.log_fingerprint(int(data_hash)),
         "tokens": sum(run.tokens_per_source().values()),
         **metrics.train_metrics(
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device

@@ -1,6 +1,7 @@
 """`pretrain order`: which sequences a step is made of, and from which documents; how often each source is seen.
 
-The order is a pure function, so any step of any run can be looked at, without the run, in a second.
+The order is a pure function, so any step of any run can be looked at, without the run, in a second. Where the run has logged the
+step, the fingerprint of what it has read is compared: a change that was allowed may lie between.
 """
 
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import config, data
+from pretrain import config, data, history
 from pretrain.cli import Parser, fail
 
 
@@ -31,12 +32,14 @@ def main(argv: list[str]) -> None:
         table = (
             summary(settings, sources, mixture) if args.summary else step_table(settings, sources, mixture, args.step)
         )
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200  # lines stay whole in a file
+        console.print(table)
+        if not args.summary and (compared := compare_with_log(settings, sources, mixture, args.step)):
+            console.print(compared, soft_wrap=True)
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # lines stay whole in a file
-    console.print(table)
 
 
 def step_table(settings: config.Config, sources: list[data.Source], mixture: data.Mixture, step: int) -> Table:
@@ -61,6 +64,32 @@ def step_table(settings: config.Config, sources: list[data.Source], mixture: dat
             table.add_row(*place, part.source_file, line, f"{part.tokens:,}")
             place = ("", "", "", "")
     return table
+
+
+def compare_with_log(
+    settings: config.Config, sources: list[data.Source], mixture: data.Mixture, step: int
+) -> str | None:
+    """Says that the run has read just this in `step`, by the fingerprint in its metrics.jsonl; None where it has none.
+
+    Raises:
+        ValueError: it has read other sequences.
+    """
+    run_dir = Path(settings.run_dir)
+    try:
+        trained = history.read(run_dir).train
+    except (FileNotFoundError, ValueError):  # not begun
+        return None
+    logged = next((record.get("data_hash") for record in trained if record["step"] == step), None)
+    if logged is None:
+        return None
+    whole_step = data.MicroBatches(sources, mixture, settings.data.seq_len, settings.train.global_batch_size, 0, 1)
+    found = data.log_fingerprint(whole_step[step - 1][1])
+    if found != logged:
+        raise ValueError(
+            f"{run_dir} has read other sequences in step {step}: it logged data_hash {logged}, and these have {found}. Its "
+            f"mixture, seed, batch or shards were others: take the configuration of that time, {run_dir}/before-config.yaml.N"
+        )
+    return f"{run_dir} has read these sequences: data_hash {logged}"
 
 
 def summary(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> Table:

@@ -256,6 +256,26 @@ def test_order_shows_what_a_step_is_made_of(verified: tuple[Path, str]) -> None:
     assert sum(int(n) for n in columns["tokens"]) == 8 * 33
 
 
+def test_order_is_held_against_what_the_run_has_read(verified: tuple[Path, str], tmp_path: Path) -> None:
+    """Another seed, as after an allowed change: the documents shown would not be those of that step."""
+    folder, _ = verified
+    run_dir = folder / "out" / "straight"
+    words = ("order", "--config", run_dir / "config.yaml", "--step", 7)
+    logged = verify_resume.read_trajectory(run_dir)[7]["data_hash"]
+    assert pretrain(*words).stdout.endswith(f"{run_dir} has read these sequences: data_hash {logged}\n")
+    changed = tmp_path / "c.yaml"
+    settings = config.load(run_dir / "config.yaml")
+    config.write(dataclasses.replace(settings, seed=settings.seed + 1), changed)
+    refused = pretrain("order", "--config", changed, "--step", 7, check=False)
+    assert refused.returncode == 2
+    assert "has read other sequences in step 7: it logged data_hash " + logged in refused.stderr
+    assert refused.stdout.count("\n") > 8, "they are shown all the same"
+    elsewhere = config.load(folder / "c.yaml")
+    sources = data.open_sources(elsewhere.data, elsewhere.model.vocab_size)
+    mixture = data.make_mixture(sources, elsewhere.data, elsewhere.seed, elsewhere.train.global_batch_size)
+    assert order.compare_with_log(elsewhere, sources, mixture, 7) is None, "a run that has not begun"
+
+
 def test_order_as_a_command(datasets: Path, tmp_path: Path) -> None:
     stages = [{"first_step": 11, "weights": {"b": 1}}]
     tree = tiny_config(datasets, tmp_path / "run", data={"stages": stages}, train={"max_steps": 30})
