@@ -1,6 +1,7 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> a killed run resumed ─> the peers ─> the paper ─> a sweep
+    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the step of four micro-steps ─> a killed run resumed
+    ─> the peers ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -67,7 +68,10 @@ SHORT = ["--steps", "2", "--warmup", "1"]
 
 RECOMPUTE = ["--parallel.recompute", "mlp"]
 
-ONE = ["--train.global_batch_size", "16", "--grad_accum_steps", "1"]
+ONE = ["--train.global_batch_size", "16", "--grad_accum_steps", "1", "--steps", "40"]
+"""As the peers: clipping and AdamW fall on a single micro-step."""
+
+AS_A_RUN = ["--train.global_batch_size", "64", "--grad_accum_steps", "4"]
 
 TWO = ["--train.global_batch_size", "32", "--grad_accum_steps", "2"]
 """As in a run, where the gradient of the micro-steps before is there at the peak. The sweep sees to that by itself: it has the
@@ -99,6 +103,7 @@ PARTS = (
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
+    Part("four", "the same step of four micro-steps, as far as a run's goes", 200, AS_A_RUN, SHORT),
     Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
     Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
     Part("paper", "hours for 300B tokens", 270, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),

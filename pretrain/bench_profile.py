@@ -7,6 +7,8 @@ on a CPU it is the time in which a gloo collective is under way. The profiler sl
 profiled window, and never a speed.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ def profile_steps(device: torch.device, step: Callable[[], object], steps: int, 
     """Run `step` so many times under the profiler.
 
     Returns `communication_pct` and `exposed_communication_pct` of the window, and `operations`: the ten most expensive, each
-    with its name, `ms` a step, `pct` of all operations' time, and `calls` a step. `trace`: a file to write the trace to.
+    with its name, `ms` a step, `pct` of all operations' time, and `calls` a step. On a GPU also `groups`, ms a step of all
+    kernels by their kind, and `idle_pct` of the window, in which none runs. `trace`: a file to write the trace to.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -48,7 +51,33 @@ def profile_steps(device: torch.device, step: Callable[[], object], steps: int, 
         "communication_pct": 100 * _length(talk) / window,
         "exposed_communication_pct": 100 * (_length(talk) - _overlap(talk, work)) / window if on_gpu else None,
         "operations": _most_expensive(profiler, on_gpu, steps),
+        **(_groups(kernels, window, steps) if on_gpu else {}),
     }
+
+
+_KINDS = {
+    "communication": re.compile(r"^nccl", re.IGNORECASE),
+    "attention": re.compile(r"sdpa|flash|fmha|attention|flex", re.IGNORECASE),
+    "products": re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE),
+    "optimizer and clipping": re.compile(r"multi_tensor|adam|foreach", re.IGNORECASE),
+    "Triton": re.compile(r"^triton_|^_\w+_kernel", re.IGNORECASE),
+    "copies": re.compile(r"^mem(cpy|set)", re.IGNORECASE),
+}
+"""Kinds of kernels, by their names; the first that fits."""
+
+
+def kind(name: str) -> str:
+    """What a kernel does, as far as its name tells."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
+
+
+def _groups(kernels: list[Any], window_us: float, steps: int) -> dict[str, Any]:
+    us: Counter[str] = Counter()
+    for event in kernels:
+        us[kind(event.name)] += event.time_range.end - event.time_range.start
+    busy = _length(merged((event.time_range.start, event.time_range.end) for event in kernels))
+    groups = {name: spent / 1000 / steps for name, spent in us.most_common()}
+    return {"groups": groups, "idle_pct": 100 * (1 - busy / window_us)}
 
 
 def _is_collective(name: str) -> bool:

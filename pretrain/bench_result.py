@@ -78,13 +78,28 @@ class Result:
             f"{name} {number}" for name, number in self.machine["versions"].items()
         )
         operations = _operations(self.rows) if self.kind == "step" else []
-        notes = [f"- {note}" for note in self.notes]
+        notes = [f"- {note}" for note in [*_kernels(self.rows), *self.notes]]
         return "\n".join([f"# {self.title}", "", where, "", *table, "", *operations, *notes, ""])
+
+
+def _kernels(rows: Sequence[Row]) -> list[str]:
+    """What our rows ran on, and why: a line for all that ran on the same."""
+    ran: dict[str, list[str]] = {}
+    for row in rows:
+        if kernels := row.get("kernels"):
+            ran.setdefault("; ".join(f"{name}: {kernel}" for name, kernel in kernels.items()), []).append(row["name"])
+    return [f"{', '.join(names)} ran on: {kernels}." for kernels, names in ran.items()]
 
 
 def _operations(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
     for row in rows:
+        if row.get("groups"):
+            groups = ", ".join(f"{name} {ms:.2f} ms" for name, ms in row["groups"].items())
+            lines += [
+                f"Kernels by kind, a step: {groups}; none runs in {row['idle_pct']:.1f}% of the profiled window.",
+                "",
+            ]
         if row.get("operations"):
             lines += ["| operation | ms a step | % | calls a step |", "| --- | --- | --- | --- |"]
             lines += [

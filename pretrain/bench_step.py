@@ -141,6 +141,9 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         "flops_per_token": run.flops_per_token,
         "planned_mem_gib": _planned_mem_gib(run) if device.type == "cuda" else None,
         "backends": _backends(run),
+        "kernels": {
+            one.operation: f"{one.kernel} ({one.why})" for one in parallel.unwrap(run.model).operations.choices
+        },
     }
 
 
@@ -187,9 +190,12 @@ def _backends(run: trainer.Run) -> dict[str, str]:
 
 
 def _planned_mem_gib(run: trainer.Run) -> float | None:
-    """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say."""
+    """What `pretrain plan` says of the tensors at the peak (GiB), to be held against what was measured; None: it cannot say.
+
+    So it is for a step of one micro-step: at its peak there are no gradients of earlier ones, as there are in a run.
+    """
     settings, gpus = run.config.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if settings.cpu_offload:
+    if settings.cpu_offload or run.grad_accum_steps == 1:
         return None
     nodes, micro_batch_size = run.fabric.world_size // gpus, run.config.train.micro_batch_size
     layout = memory.Layout.of(settings, run.sharding, nodes, gpus, micro_batch_size, run.grad_accum_steps)
@@ -201,7 +207,7 @@ def _planned_mem_gib(run: trainer.Run) -> float | None:
 def _say_how_long(run: trainer.Run, timing: Timing) -> None:
     """A step of millions of tokens on one GPU takes half a minute; nobody should have to guess."""
     seconds = run.clock.train_s / run.clock.steps
-    if seconds * timing.steps > 60:
+    if seconds * timing.steps > 60 and run.grad_accum_steps > 2 and timing.warmup > 1:  # the first compiles
         run.fabric.print(
             f"a step of {run.grad_accum_steps} micro-steps takes {seconds:.1f} s; {timing.steps} more follow. For a quick look: "
             "--grad_accum_steps 2 (with 1 no gradients of earlier micro-steps are there at the peak of memory)"

@@ -59,7 +59,9 @@ class Process:
         self._out = self._err = out or Path(tempfile.mkstemp(prefix="test-")[1])
         if not merged:
             self._err = Path(tempfile.mkstemp(prefix="test-")[1])
-        with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the server finds `preloaded`
+        # Where the server finds `preloaded`, and what that imports.
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with patch.dict(os.environ, PYTHONPATH=path):
             forkserver.ensure_running()
         self._process = _SERVER.Process(target=_run, args=(argv, env, str(cwd or Path.cwd()), self._out, self._err))
         self._process.start()

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -338,6 +339,27 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     bench_rows.take_turns(children)
     assert [child.row() for child in children] == [{"problem": None}] * 2
     assert log.read_text() == "(aa)(bb)(aa)(aa)"
+
+
+def test_kernels_are_told_apart_by_their_names() -> None:
+    """Those of an H200 under PyTorch 2.11, as its libraries call them."""
+    kinds = {
+        "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_TNT": "products",
+        "cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x1_tn_align8": "products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128": "attention",
+        "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>": "attention",
+        "triton_red_fused__to_copy_mul_0": "Triton",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer and clipping",
+        "Memcpy HtoD (Pinned -> Device)": "copies",
+        "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication",
+        "void at::native::elementwise_kernel<128, 4>": "other",
+    }
+    assert {name: bench_profile.kind(name) for name in kinds} == kinds
+    events = [Mock(time_range=Mock(start=start, end=end)) for start, end in ((0, 400), (300, 600), (900, 1000))]
+    for event, name in zip(events, kinds):
+        event.name = name
+    found = bench_profile._groups(events, 1000, 2)
+    assert found == {"groups": {"products": 0.35, "attention": 0.05}, "idle_pct": pytest.approx(30)}
 
 
 def test_intervals() -> None:
