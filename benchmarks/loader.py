@@ -122,10 +122,15 @@ def write_sparse(folder: Path, tokens: int) -> None:
 
 
 def first_batch(folder: Path, step: int) -> dict[str, float]:
-    """In a process of its own: seconds and additional memory, at its peak, from nothing to a step's first micro-batch."""
+    """In a process of its own: seconds and additional memory, at its peak, from nothing to a step's first micro-batch.
+
+    As a restart comes to it: it asks whether a shard was written since all were found good.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
     before, started = _memory_mb("VmRSS"), time.perf_counter()
     batches = micro_batches(folder)
+    for source in batches.sources:
+        source.train.signature(of_these_files=True)
     batch, _ = next(data.train_loader(batches, step, step, 0, torch.device("cpu")))
     seconds, peak = time.perf_counter() - started, _memory_mb("VmHWM")
     tokens = sum(source.train.num_tokens for source in batches.sources)

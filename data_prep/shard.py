@@ -269,13 +269,13 @@ class TokenDataset:
 
         of_these_files: a copy's is another one, though it was made with the times of the original.
         """
-        digest = hashlib.sha256(self.manifest.fingerprint.encode())
+        lines = [self.manifest.fingerprint]
         for shard, facts in zip(self._shards, lstat_all(self._paths)):
             if isinstance(facts, OSError):
                 raise facts
             changed_ns = facts.st_ctime_ns if of_these_files else 0  # of its entry, which nobody can set
-            digest.update(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{changed_ns}\n".encode())
-        return digest.hexdigest()
+            lines.append(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{changed_ns}\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:
         """Read shards and compare them with the manifest: checksum, and ids within the vocabulary.
