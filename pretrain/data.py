@@ -27,6 +27,7 @@ import torch
 
 from data_prep.shard import TokenDataset
 from pretrain.sections import DataConfig
+from pretrain.slots import slots_of_rank
 
 
 @dataclass(frozen=True)
@@ -330,10 +331,12 @@ class MicroBatches:
         """
         kept = self._kept  # which other threads may replace
         if kept is None or kept[0] != step:
-            shape = (self.grad_accum_steps, self.world_size, self.micro_batch_size)
-            slots = np.arange(self.mixture.global_batch_size).reshape(shape)[:, self.rank]
-            source, _, sequence = self.mixture.sequences(step, slots.ravel())
-            kept = self._kept = (step, source.reshape(slots.shape), sequence.reshape(slots.shape))
+            whole = self.mixture.global_batch_size
+            mine = np.array(
+                slots_of_rank(self.rank, self.world_size, step, self.micro_batch_size, whole)
+            )  # (steps, B) int64
+            source, _, sequence = self.mixture.sequences(step, mine.ravel())
+            kept = self._kept = (step, source.reshape(mine.shape), sequence.reshape(mine.shape))
         return kept[1:]
 
 

@@ -43,6 +43,35 @@ def test_ranks_and_micro_batches_only_divide_a_step(datasets: Path, world_size: 
     assert data.fingerprint(np.roll(whole.numpy(), 1)) != fingerprint
 
 
+def ranks_sources(weights: list[int], world_size: int, micro_batch: int, whole: int, step: int) -> np.ndarray:
+    """The number of each sequence's source as the loader of each rank has them, (ranks, micro-steps, B)."""
+    mixture = make_mixture([99_999, 77_777], weights, whole)
+    loaders = [data.MicroBatches([], mixture, 32, micro_batch, rank, world_size) for rank in range(world_size)]
+    return np.array([loader._step(step)[0] for loader in loaders])
+
+
+def test_every_micro_batch_sees_the_mixture() -> None:
+    for world_size in (1, 4, 16):
+        from_first = (ranks_sources([7, 3], world_size, 8, 1024, 77) == 0).sum(axis=2)
+        assert set(from_first.ravel().tolist()) <= {5, 6}
+
+
+@pytest.mark.parametrize(
+    ("weights", "world_size", "micro_batch", "whole"),
+    [([1, 1], 2, 1, 1024), ([3, 1], 2, 2, 1024), ([7, 1], 4, 2, 1024), ([9, 1], 2, 5, 960), ([7, 3], 5, 2, 960)],
+)
+def test_every_rank_sees_the_mixture_though_its_period_is_the_ranks(
+    weights: list[int], world_size: int, micro_batch: int, whole: int
+) -> None:
+    """In each step, by four standard deviations of a rank's share if it were drawn."""
+    share = weights[1] / sum(weights)
+    for step in (1, 2, 77, 10**6):
+        sources = ranks_sources(weights, world_size, micro_batch, whole, step)
+        assert abs((sources == 1).sum() - whole * share) <= 1
+        of_ranks = (sources == 1).mean(axis=(1, 2))
+        assert np.abs(of_ranks - share).max() < 4 * np.sqrt(share * (1 - share) / (whole // world_size))
+
+
 def test_workers_do_not_change_the_order(datasets: Path) -> None:
     entries = [SourceConfig("a", str(datasets / "a" / "train"))]
     config = DataConfig(seq_len=32, sources=entries)
