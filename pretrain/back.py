@@ -21,7 +21,7 @@ class Back:
     """Where a run was sent back to."""
 
     resume: str
-    """The checkpoint's folder (path)."""
+    """The checkpoint's folder (path); where it lies in the run's, relative to that, which may be moved."""
     step: int
     """Its step: what the run's folder has of later ones is no part of the run any more."""
     start: str = field(default_factory=lambda: secrets.token_hex(4))

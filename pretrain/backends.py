@@ -10,7 +10,6 @@ documentation, and measurements of this model (compiled PyTorch is faster than h
 import importlib.util
 import logging
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from packaging.version import Version
 from torch.nn.attention import SDPBackend
 
 from pretrain import kernels, ops
+from pretrain.hosts import suspect, this_host
 from pretrain.ops import Choice, Operations
 from pretrain.sections import ModelConfig, OpsConfig
 
@@ -311,8 +311,9 @@ def _refusal(
         if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError) and not _NOT_MADE_FOR_IT.search(
             str(error)
         ):
+            suspect(this_host())
             raise OSError(
-                f"a GPU of {socket.gethostname()} fails at its first work ({str(error).splitlines()[0]}): see nvidia-smi there, "
+                f"a GPU of {this_host()} fails at its first work ({str(error).splitlines()[0]}): see nvidia-smi there, "
                 "and leave the host out with sbatch --exclude"
             ) from error
         first, *more = str(error).strip().splitlines() or [repr(error)]

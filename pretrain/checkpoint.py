@@ -17,7 +17,6 @@ import hashlib
 import os
 import pickle
 import re
-import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
+from pretrain.hosts import this_host
 from pretrain.reading import json_mapping
 from pretrain.watchdog import alive
 
@@ -78,7 +78,7 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
     """The newest checkpoint that is whole, or None where none was ever committed; called by all ranks, the same for all.
 
     The ranks share the work of reading every file. Rank 0 names corrupt checkpoints to `warn` and sets them aside. Not `needed`,
-    where --resume names another one: None, too, where there are some and none is whole.
+    where --resume names another one: None, too, where there are some and none is whole, or the newest is of another version.
 
     Raises:
         ValueError: there are checkpoints, or were before they were set aside, and none is whole, or the newest is of another
@@ -91,6 +91,8 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
         if problem is None:
             return folder
         if OTHER_VERSION in problem:
+            if not needed:
+                return None
             raise ValueError(
                 f"{folder}: {problem}; go on with the version of Cria that wrote it, or take another run_dir"
             )
@@ -109,7 +111,7 @@ def _seen_by_rank_0(look: Callable[[], T]) -> T:
         try:
             return look()
         except OSError as error:
-            raise OSError(f"{error}, on {socket.gethostname()}") from error
+            raise OSError(f"{error}, on {this_host()}") from error
 
     return ranks.on_rank_0(here)
 
@@ -151,7 +153,7 @@ def verify_together(folder: Path) -> str | None:
             found, unreadable = verify(folder, share=(ranks.rank(), ranks.world_size()), sign=alive), None
             break
         except OSError as error:
-            unreadable = f"{folder} cannot be read on {socket.gethostname()}: {error}"
+            unreadable = f"{folder} cannot be read on {this_host()}: {error}"
             time.sleep(pause_s or 0)
     if unreadable := ranks.first_problem(unreadable):
         raise OSError(
@@ -195,6 +197,11 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
     return None
 
 
+def hint(folder: Path) -> str:
+    """What to say more of a folder that is no checkpoint: where those of a run lie; "" where it is none of a run's."""
+    return f"; name one of those in {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
+
+
 def _files(folder: Path) -> list[str]:
     """Relative paths of all files, at any depth. Raises OSError, never FileNotFoundError, where a folder cannot be listed."""
     try:
@@ -224,7 +231,8 @@ class _State(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         raise ValueError(
-            f"{self._file} has no {key}: another version of Cria, or a hand, wrote it; take another checkpoint"
+            f"{self._file} has no {key}: another version of Cria wrote it; go on with that one, or begin a new run with its "
+            f"weights alone: --init_from {self._file.parent} and another run_dir"
         )
 
 

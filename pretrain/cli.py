@@ -4,12 +4,13 @@ import difflib
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from typing import Any, NoReturn
 
 import jsonargparse
+
+from pretrain.hosts import this_host
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -64,6 +65,6 @@ def fail(command: str, message: object, status: int = 2) -> NoReturn:
     if rank > 0:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
         time.sleep(PATIENCE_S)
-        command = f"rank {rank} on {socket.gethostname()}: {command}"
+        command = f"rank {rank} on {this_host()}: {command}"
     print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.slots import slots_of_rank
+
 REPORT = "crash-report.txt"
 STACKS = "crash-stacks.txt"
 
@@ -22,9 +24,9 @@ _CONSEQUENCE = re.compile(
 )
 """What a collective says when another rank is gone (class name and message of the exception)."""
 _OUT_OF_MEMORY = re.compile(r"[Oo]ut ?[Oo]f ?[Mm]emory")
-_OWN = re.compile(
-    rf"unhandled cuda error|UnhandledCudaError|Cuda failure|CUDA error|ncclInvalid|{_OUT_OF_MEMORY.pattern}"
-)
+_FAILING = re.compile(r"unhandled cuda error|UnhandledCudaError|Cuda failure|CUDA error")
+"""What CUDA and NCCL say when a GPU fails."""
+_OWN = re.compile(rf"{_FAILING.pattern}|ncclInvalid|{_OUT_OF_MEMORY.pattern}")
 """What a collective says when it is this rank's GPU that failed, or its own arguments."""
 
 
@@ -81,6 +83,8 @@ class Cause:
     line: str
     """All of it in a sentence."""
     advice: str
+    machine: bool = False
+    """Whether it may be the machine's doing: a rank died or hangs, or its GPU failed; not for what the program raised."""
 
 
 def overdue(ranks: list[Rank]) -> bool:
@@ -121,9 +125,10 @@ def first_cause(ranks: list[Rank]) -> Cause:
         rank = own[0]
         if rank.error is not None:
             advice = _ADVICE["memory" if _OUT_OF_MEMORY.search(rank.error) else "failed"]
-            return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", advice)
+            machine = bool(_FAILING.search(rank.error))
+            return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", advice, machine)
         advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
-        return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice)
+        return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice, machine=True)
     going_on = [rank for rank in ranks if rank.ended_at_s is None and not (rank.left or rank.unwatched)]
     if ended and all(not 0 < rank.limit_s < rank.age_s for rank in _behind(going_on)):
         return Cause("failed", ended[:1], f"{ended[0].name} lost another rank first: {ended[0].error}", _ADVICE["link"])
@@ -148,7 +153,7 @@ def _name_hanging(ranks: list[Rank]) -> Cause:
     more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
     line = f"{places}{more} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
     advice = "stopped" if stopped else "data" if first.place == "waiting for data" else "hangs"
-    return Cause("hangs", hanging, line, _ADVICE[advice])
+    return Cause("hangs", hanging, line, _ADVICE[advice], machine=True)
 
 
 def _how(rank: Rank) -> str:
@@ -173,39 +178,40 @@ _COLLECTIVE = re.compile(
     r"torch/distributed/(distributed_c10d|_functional_collectives|fsdp/_fully_shard/_fsdp_\w+)\.py"
 )
 
+_AGAIN = "The same command, without --resume, goes on from the newest checkpoint."
 _ADVICE = {
-    "failed": "Mend what the exception names; the same command then goes on from the newest checkpoint.",
+    "failed": "Mend what the exception names.",
     "memory": (
         "A smaller train.micro_batch_size takes less, and so do parallel.recompute mlp and parallel.activation_checkpointing; "
-        "pretrain plan says what fits. The same command goes on from the newest checkpoint."
+        "pretrain plan says what fits."
     ),
     "died": (
         "A process that goes without a word was killed: look on its host for the out-of-memory killer (dmesg), for what the "
-        "scheduler did (sacct, scancel), and for a crash in C code below. The same command goes on from the newest checkpoint."
+        "scheduler did (sacct, scancel), and for a crash in C code below."
     ),
     "aborted": (
         "C code ended it: the rank's log says which error of CUDA's or NCCL's it met. pretrain doctor measures the devices and "
-        "the links. The same command goes on from the newest checkpoint."
+        "the links."
     ),
     "link": (
         "No rank failed by itself: a connection between hosts broke; NCCL's own words are in the ranks' logs. pretrain doctor "
-        "measures the links; sbatch --exclude=HOST leaves a host out. The same command goes on from the newest checkpoint."
+        "measures the links; sbatch --exclude=HOST leaves a host out."
     ),
     "data": (
         "The stacks of the loader's threads, below, say what they wait for: most often the file system of the shards on that "
-        "host. pretrain doctor reads from every host. The same command goes on from the newest checkpoint."
+        "host. pretrain doctor reads from every host."
     ),
     "stopped": (
         "Something stopped that process or its file system does not answer: look at the host. sbatch --exclude=HOST leaves it "
-        "out. The same command goes on from the newest checkpoint."
+        "out."
     ),
     "hangs": (
         "The stack below is where it was. If that place can rightly take longer, raise watchdog.limit_s (or "
-        "watchdog.first_step_limit_s before the first step is done). The same command goes on from the newest checkpoint."
+        "watchdog.first_step_limit_s before the first step is done)."
     ),
     "all": (
         "All ranks wait in the same place, so it is the network or a device: pretrain doctor measures both. If that place can "
-        "rightly take longer, raise watchdog.limit_s. The same command goes on from the newest checkpoint."
+        "rightly take longer, raise watchdog.limit_s."
     ),
 }
 
@@ -224,7 +230,7 @@ class Facts:
 
 def page(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
     """The report: what, where, on which data, with which versions, what to do."""
-    rows: list[tuple[str, str]] = [("what", cause.line), ("what to do", cause.advice)]
+    rows: list[tuple[str, str]] = [("what", cause.line), ("what to do", f"{cause.advice} {_AGAIN}")]
     rows += [("run", f"{facts.run_dir}, {len(ranks)} ranks"), ("data", _data(cause, ranks, facts))]
     rows += [("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items()))]
     text = [f"Cria's crash report of {time.strftime('%Y-%m-%d %H:%M:%S %z')}", ""]
@@ -251,9 +257,9 @@ def _data(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
     B = facts.micro_batch_size
     if cause.ranks:
         rank = cause.ranks[0]
-        firsts = range(rank.number * B, facts.global_batch_size, len(ranks) * B)
-        slots = ", ".join(f"{first}-{first + B - 1}" if B > 1 else f"{first}" for first in firsts[:8])
-        words += f"   (rank {rank.number}: slots {slots}{', ...' if len(firsts) > 8 else ''})"
+        mine = slots_of_rank(rank.number, len(ranks), steps[0], B, facts.global_batch_size)
+        shown = ", ".join(f"{part[0]}-{part[-1]}" if B > 1 else f"{part[0]}" for part in mine[:8])
+        words += f"   (rank {rank.number}: slots {shown}{', ...' if len(mine) > 8 else ''})"
     return words
 
 

@@ -5,7 +5,6 @@ a GPU that fails is a finding ─> so that all ranks' are judged; one that does 
 
 import os
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from pretrain import config, ranks
+from pretrain.hosts import this_host
 
 _SILENT_S = 180.0
 """A device that has not come back after so long, and ten times what a measurement may take, does not (seconds)."""
@@ -43,7 +43,7 @@ def look(settings: config.Config, device: torch.device, seconds: float) -> dict[
 
 
 def _end_silent() -> None:
-    who = f"{socket.gethostname()}: the device of rank {ranks.rank()}"
+    who = f"{this_host()}: the device of rank {ranks.rank()}"
     os.write(2, f"pretrain doctor: bad: {who} does not come back from its first work\n".encode())
     os._exit(1)
 

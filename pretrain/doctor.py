@@ -11,7 +11,6 @@ run's folder is changed: a file is written in it, or in the nearest folder above
 import argparse
 import os
 import shutil
-import socket
 import stat
 import time
 from itertools import pairwise
@@ -27,6 +26,7 @@ from rich.table import Table
 from pretrain import checkup, config, data, devices, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
+from pretrain.hosts import this_host
 from pretrain.memory import BF16, FP32, checkpoint_bytes, checkpoints_kept
 from pretrain.model import count
 from pretrain.sharding import Sharding
@@ -62,7 +62,7 @@ def examine(
     settings: config.Config, sharding: Sharding, accumulate: int, device: torch.device, seconds: float
 ) -> tuple[list[Measured], list[Link], Needs]:
     """Measure everything; called by all ranks, the same result on all. accumulate: micro-steps of the run's step."""
-    host = socket.gethostname()
+    host = this_host()
     mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
     mine["device"] = parallel.device_name(device)
     mine["clock_skew_s"] = _clock_skew()

@@ -7,6 +7,7 @@ back.json ─> --resume of an earlier start that has saved nothing yet
 """
 
 import os
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,15 @@ _CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
     "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
     "seq_len": "the sequences would be cut in other places",
-    "global_batch_size": "step k would mean another place in the data, and the schedule would not fit",
+    "global_batch_size": (
+        "step k would mean another place in the data, so that sequences would be seen twice or not at all, and the schedule "
+        "would not fit"
+    ),
     "manifests": "the shards are not those that were trained on: sequences would be seen twice or not at all",
-    "mixture": "the shares of the sources would change, also for steps that lie behind",
+    "mixture": (
+        "the shares of the sources would change, also for steps that lie behind, so that sequences would be seen twice or not at "
+        "all; data.stages changes them from a later step on, and nothing else"
+    ),
 }
 
 
@@ -66,8 +73,13 @@ def choose(
         OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
     begun = ranks.on_rank_0(lambda: back.read(run_dir))
+    asked_for = ranks.on_rank_0(lambda: settings.resume is not None and os.path.exists(settings.resume))
     newest = checkpoint.find(run_dir, warn=say, needed=settings.resume is None and begun is None)
-    sent_back = _going_back(settings.resume, begun, newest, say)
+    if asked_for and not ranks.on_rank_0(lambda: os.path.exists(str(settings.resume))):
+        raise ValueError(
+            f"--resume {settings.resume} is corrupt, as said above, and has been set aside: name another one"
+        )
+    sent_back = _going_back(run_dir, settings.resume, begun, newest, say)
     if begun is not None and sent_back is None:
         ranks.on_rank_0(lambda: back.forget(run_dir))
     found = sent_back or newest
@@ -75,7 +87,7 @@ def choose(
         if ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
             raise FileNotFoundError(
                 f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one with "
-                "--resume, or begin anew in another run_dir"
+                f"--resume, or begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"
             )
         say(f"a new run begins in {run_dir.resolve()}")
         return None
@@ -88,12 +100,18 @@ def choose(
         )
     _check_same_run(found, before, now, settings, sources, say)
     if sent_back is not None:
-        note = Back(os.path.abspath(sent_back), before["step"])
+        note = Back(_as_noted(run_dir, sent_back), before["step"])
         ranks.on_rank_0(lambda: back.write(run_dir, note))
     return found
 
 
-def _going_back(resume: str | None, begun: Back | None, newest: Path | None, say: Any) -> Path | None:
+def _as_noted(run_dir: Path, found: Path) -> str:
+    with suppress(ValueError):
+        return str(found.resolve().relative_to(run_dir.resolve()))
+    return os.path.abspath(found)
+
+
+def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: Path | None, say: Any) -> Path | None:
     """The checkpoint that the run is sent back to, whole, or None: it goes on from the newest.
 
     What lies after it is no part of the run any more, but stays the newest until the run has saved: `begun`, of an earlier
@@ -107,20 +125,21 @@ def _going_back(resume: str | None, begun: Back | None, newest: Path | None, say
         if its_own and scheduler.repeated():
             say(f"this job has gone back to {resume} before and has saved since: it goes on from there")
             return None
-    if resume is None and begun is not None:
+    before = None if begun is None else str(run_dir / begun.resume)
+    if resume is None and before is not None:
         instead = f" To go on from {newest} instead, name it with --resume" if newest is not None else ""
-        say(
-            f"an earlier start was sent back to {begun.resume} and has saved nothing since: this one begins there.{instead}"
-        )
-    to = resume or (begun.resume if begun is not None else None)
+        say(f"an earlier start was sent back to {before} and has saved nothing since: this one begins there.{instead}")
+    to = resume or before
     if to is None:
         return None
     by = f"--resume {to}" if resume else f"{to}, to which the run was sent back (delete {back.NAME} to go on without),"
+    if Path(to).name.startswith("."):
+        raise ValueError(f"{by} was never finished, or is being deleted: name another checkpoint")
     if not ranks.on_rank_0(lambda: os.path.exists(to)):  # its file system is away, and may come back
         raise FileNotFoundError(f"{by} is not there: name the folder of a checkpoint")
     problem = checkpoint.verify_together(Path(to))
     if problem is not None:
-        raise ValueError(f"{by} is not a whole checkpoint: {problem}")
+        raise ValueError(f"{by} is not a whole checkpoint: {problem}{checkpoint.hint(Path(to))}")
     return Path(to)
 
 
@@ -207,6 +226,8 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
         FileNotFoundError, ValueError: there are none, or of another shape, or of other tokens without data.allow_change.
     """
     source = Path(str(settings.init_from))
+    if hint := checkpoint.hint(source):
+        raise ValueError(f"--init_from {source} is a run's folder{hint}")
     if (source / "manifest.json").is_file():
         problem = checkpoint.verify_together(source)
         if problem is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain import crash
 from pretrain.crash import Facts, Rank
+from pretrain.hosts import suspect
 
 Message = dict[str, Any]
 _START_S = 60.0
@@ -210,6 +211,8 @@ def write_report(cause: crash.Cause, ranks: list[Rank], facts: Facts) -> threadi
 
     def write() -> None:
         text = crash.page(cause, ranks, facts)
+        if cause.machine:
+            suspect(cause.ranks[0].host)
         try:
             crash.publish(Path(facts.run_dir), crash.STACKS, crash.all_stacks(ranks))
             crash.publish(Path(facts.run_dir), crash.REPORT, text)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from pretrain import ranks, scheduler
+from pretrain.hosts import this_host
 
 _NO_ANSWER_S = 300.0
 """So much longer than all else may take, NCCL may take to connect the ranks: nothing in it looks at a clock (seconds)."""
@@ -29,9 +30,9 @@ def join(fabric: Fabric, world_size: int) -> None:
     """
     watch = threading.Timer(ranks.JOIN_TIMEOUT.total_seconds() + _NO_ANSWER_S, _give_up)
     watch.daemon = True  # NCCL lets other threads run, but no signal's handler
-    watch.start()
     try:
         _find_the_store(world_size)
+        watch.start()
         fabric.launch()
     except dist.DistBackendError as error:
         said = str(error).partition("Last error:")[2].strip() or str(error).splitlines()[0]
@@ -48,7 +49,8 @@ def join(fabric: Fabric, world_size: int) -> None:
 
 def _explained(error: RuntimeError, world_size: int) -> Exception:
     words = str(error).splitlines()[0]
-    if itself := re.search(r"remote=\[?(127\.[\d.]+|::1)\b", str(error)):
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)  # then it only means that the other one has ended
+    if (itself := re.search(r"remote=\[?(127\.[\d.]+|::1)\b", str(error))) and not one_host:
         return ValueError(
             f"another rank's host gives its own name the address {itself[1]}, which leads others to themselves, so that "
             "gloo finds no rank there: set GLOO_SOCKET_IFNAME to the network between the nodes in launch/env.sh "
@@ -63,7 +65,7 @@ def _explained(error: RuntimeError, world_size: int) -> Exception:
 
 def _give_up() -> None:
     line = (
-        f"pretrain: error: rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: the ranks were to be connected and "
+        f"pretrain: error: rank {os.environ.get('RANK', '0')} on {this_host()}: the ranks were to be connected and "
         f"nothing came back for {(ranks.JOIN_TIMEOUT.total_seconds() + _NO_ANSWER_S) / 60:g} minutes: {_NETWORK}\n"
     )
     os.write(2, line.encode())

@@ -288,6 +288,12 @@ def _kept_id(run_dir: Path) -> str:
     original = Path(place) / WANDB_ID
     with suppress(OSError):  # it is not there any more, or somebody's own
         if place and not original.samefile(kept) and original.read_text().startswith(number):
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"{run_dir} is a copy of {place} and becomes a run of its own at W&B; if it was moved and is to go on as run "
+                    f"{number}, delete {original} first",
+                    flush=True,
+                )
             return ""
     return number
 

@@ -57,9 +57,12 @@ def step_table(settings: config.Config, sources: list[data.Source], mixture: dat
     for name in ("line", "tokens"):
         table.add_column(name, justify="right")
     T = settings.data.seq_len
-    for slot, (s, epoch, sequence) in enumerate(zip(*(column.tolist() for column in mixture.sequences(step)))):
+    step_slots = list(zip(*(column.tolist() for column in mixture.sequences(step))))
+    # Shard by shard: where nobody has listed a shard's documents it is read whole.
+    held = {(s, n): sources[s].train.documents(n * T, T + 1) for s, n in sorted({(s, n) for s, _, n in step_slots})}
+    for slot, (s, epoch, sequence) in enumerate(step_slots):
         place = (str(slot), sources[s].name, str(epoch), str(sequence))
-        for part in sources[s].train.documents(sequence * T, T + 1):
+        for part in held[s, sequence]:
             line = f"{part.line:,}" if part.line is not None else f"document {part.document + 1:,}"
             table.add_row(*place, part.source_file, line, f"{part.tokens:,}")
             place = ("", "", "", "")

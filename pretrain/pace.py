@@ -13,7 +13,6 @@ waiting for other ranks:
   of its slowest member, whoever asks. `pretrain doctor` measures links.
 """
 
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from pretrain import ranks
+from pretrain.hosts import this_host
 
 SLOWER = 0.10
 """By so much of the median, or of the step for a wait, a rank is slow."""
@@ -102,7 +102,7 @@ class Comparison:
             return []
         n = self._steps
         figures = (self._train_s / n, self._data_wait_s / n, self._work_s / n)
-        paces = ranks.gather(Pace(socket.gethostname(), *figures, self._time_product()))
+        paces = ranks.gather(Pace(this_host(), *figures, self._time_product()))
         self._start()
         return slow_ranks(paces)
 

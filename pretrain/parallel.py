@@ -10,7 +10,6 @@ an fp32 residual stream, and fp32 gathers.)
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import backends, float8, joining, ops, ranks, sharding
+from pretrain.hosts import suspect, this_host
 from pretrain.model import Layer, Llama, count
 from pretrain.ops import Operations
 from pretrain.sections import ModelConfig, ParallelConfig
@@ -111,8 +111,9 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
     if config.accelerator != "cpu" and gpus < min(int(given), local_world_size):
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         each = f"; where SLURM shows each task one GPU (CUDA_VISIBLE_DEVICES {shown}), give srun --gpu-bind=none"
+        suspect(this_host())
         raise OSError(
-            f"SLURM gave this job {given} GPUs on {socket.gethostname()}, and PyTorch finds {gpus or 'none'} there: see "
+            f"SLURM gave this job {given} GPUs on {this_host()}, and PyTorch finds {gpus or 'none'} there: see "
             f"nvidia-smi on that host, and leave it out with sbatch --exclude{each if gpus == 1 else ''}; or set "
             "--parallel.accelerator cpu"
         )

@@ -6,7 +6,6 @@ same run? ─> model on its devices, optimizer ─> checkpoint, or --init_from, 
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
 from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, run_folder, saver, scheduler
+from pretrain.hosts import this_host
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import count
 from pretrain.optim import make_optimizer
@@ -140,6 +140,8 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
 
     They would train together all the same, each with its own learning rate, say, and nobody could tell.
     """
+    if ranks.world_size() == 1:
+        return
     mine = config.flat(asdict(settings))
     for path in ("run_dir", "data.sources"):  # which nodes may have in different places
         del mine[path]
@@ -148,9 +150,9 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
         mine[f"the shards of {source.name}"] = source.train.manifest.fingerprint
         mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint
     mine |= {name: was for name, was in versions(*RUN_PACKAGES).items() if name != "python"}
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        mine["the code of Cria"] = source_hash()
-    (first_host, first), *others = ranks.gather((socket.gethostname(), mine))
+    code = ranks.everywhere(lambda: source_hash() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+    mine |= {"the code of Cria": code} if code else {}
+    (first_host, first), *others = ranks.gather((this_host(), mine))
     for number, (host, theirs) in enumerate(others, start=1):
         unlike = [key for key in theirs if theirs[key] != first.get(key)]
         if unlike:

@@ -1,8 +1,9 @@
 """A run's folder: one job at a time has it; what an export and a person need lies there beside the checkpoints.
 
 RUN_DIR: config.yaml, the resolved configuration, and before-config.yaml.N, those before it; metrics.jsonl, the log;
-operations.json, what each operation ran on; tokenizer/, that of the shards; checkpoints/ (see `checkpoint`); restarts.json (see
-`scheduler`); back.json (see `going_on`); .lock, who writes here.
+operations.json, what each operation ran on; tokenizer/, that of the shards; checkpoints/ (see `checkpoint`); tensorboard/ and
+wandb-id.txt (see `metrics`); verified.json, the shards that were found good (see `preparation`); restarts.json (see `scheduler`);
+back.json (see `back`); crash-report.txt and crash-stacks.txt (see `crash`); .lock, who writes here.
 """
 
 import json

@@ -64,7 +64,9 @@ class Saver:
         self.taken = False
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._back = back.read(run_dir) if ranks.rank() == 0 else None
-        """Until the first commit."""
+        """Where this start was sent back to; all that it saves says so, until the note of it is gone for good."""
+        self._branch_left = self._back is None
+        """Whether what an earlier start had saved from there on is set aside: at the first commit."""
         self._signs = 0
         """Grows while the thread gets on."""
         self._took_s = self._remembered() if ranks.rank() == 0 else ()
@@ -82,9 +84,8 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        keep = self._config.keep_last == 0 or _is_milestone(step, self._config)
-        begun = None if self._back is None else self._back.start
-        state = {**state, "updates": updates, "keep": keep, "back": begun, "job": scheduler.job()}
+        keep, start = _is_milestone(step, self._config), None if self._back is None else self._back.start
+        state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
 
     @property
@@ -174,8 +175,7 @@ class Saver:
         run_dir = self._folder.parent
         try:
             if self._back is not None:
-                self._back = None
-                back.forget(run_dir)
+                back.forget(run_dir)  # each time: it may have failed before
             scheduler.note_saved(run_dir)
         except OSError as error:
             self._say(f"step {step}: {run_dir} cannot be written: {error}")
@@ -260,10 +260,11 @@ class Saver:
         os.rename(staging, target)
         sync(self._folder)
         # What an earlier start had saved from where this one began is no part of the run any more, and must not be taken for it.
-        first = state["step"] if self._back is None else self._back.step + 1
+        first = state["step"] if self._back is None or self._branch_left else self._back.step + 1
         for number, folder in checkpoint.committed(self._folder.parent):
             if number >= first and folder != target:
                 checkpoint.set_aside(folder, "replaced")
+        self._branch_left = True
 
 
 def clear(folder: Path, say: Callable[[str], None]) -> None:

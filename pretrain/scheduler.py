@@ -42,7 +42,7 @@ _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 _PATIENCE = """
-Ctrl-C: the step is finished and saved; once more leaves at once, and what was trained since the last save is lost
+Ctrl-C: the step is finished and saved; once more leaves without, and what was trained since the last save is lost
 """
 
 
@@ -74,7 +74,7 @@ class Stop:
                 signal.signal(number, self._received)
 
     def listen_to_ctrl_c(self) -> None:
-        """From now on SIGINT too stops the run after its step; a second one ends the process at once."""
+        """From now on SIGINT too stops the run after its step; a second one ends the process without another save."""
         signal.signal(signal.SIGINT, self._received)
 
     def over(self) -> None:

@@ -87,7 +87,12 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         _validate(run, display)
     run.clock.reset()
     while run.step < settings.train.max_steps and not _stop_agreed(run, stop, saver, display):
-        result = optimizer_step(run, micro_batches)
+        try:
+            result = optimizer_step(run, micro_batches)
+        except OSError:  # the data cannot be read; nothing of this step has reached the weights
+            if run.fabric.world_size == 1 and saved_step < run.step:  # of several ranks the others wait in the backward
+                _save(run, saver)
+            raise
         first_step_done()
         display.step(run.step)
         last = run.step == settings.train.max_steps

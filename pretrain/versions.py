@@ -53,5 +53,6 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for package in ("pretrain", "data_prep"):
         for path in sorted((Path(__file__).parent.parent / package).glob("*.py")):
-            digest.update(f"{path.name}\n".encode() + path.read_bytes())
+            if not path.name.startswith("."):  # an editor's lock
+                digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -25,6 +25,7 @@ from mmap import mmap
 
 from pretrain import crash, processes
 from pretrain.crash import Facts, Rank
+from pretrain.hosts import this_host
 from pretrain.hub import WORD_S, Hub, Lines, Message, Ticks, Timing, write_report
 from pretrain.streams import standard_streams
 
@@ -58,7 +59,7 @@ class Watcher:
         self._ticks = Ticks(self._timing.tick_s)
         self._calm = False
         self._failed = self._left = self._said = False
-        self._hub.send({"token": token, "rank": self._rank, "host": socket.gethostname(), "pid": self._parent})
+        self._hub.send({"token": token, "rank": self._rank, "host": this_host(), "pid": self._parent})
         self._selector = selectors.DefaultSelector()
         for lines in (self._control, self._hub):
             self._selector.register(lines.socket, selectors.EVENT_READ, lines)
@@ -154,7 +155,7 @@ class Watcher:
         )
         rank.ended_at_s = time.monotonic()
         me = Rank(self._rank)
-        crash.from_message(me, {**self._where(), "host": socket.gethostname(), "pid": self._parent}, time.monotonic())
+        crash.from_message(me, {**self._where(), "host": this_host(), "pid": self._parent}, time.monotonic())
         cause = crash.first_cause([rank, me])
         report = write_report(cause, [rank, me], self._facts)
         self._end(cause.line)

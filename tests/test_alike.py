@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ from conftest import write_dataset
 from forks import finish, start_training
 
 from data_prep.shard import TokenDataset
-from pretrain import config, preparation
+from pretrain import config, preparation, versions
 
+ROOT = Path(__file__).parent.parent
 Outcome = Callable[[Callable[[int, config.Config], None]], str]
 
 
@@ -77,6 +79,19 @@ def test_other_code_on_a_node_is_named(outcome: Outcome) -> None:
             preparation.source_hash = lambda: "0123456789ab"
 
     assert "has the code of Cria = 0123456789ab, and rank 0 on" in outcome(stale)
+
+
+def test_what_an_editor_leaves_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emacs locks a file by a link that leads nowhere."""
+    for package in ("pretrain", "data_prep"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "pretrain" / "versions.py"))
+    found = versions.source_hash()
+    (tmp_path / "pretrain" / ".#model.py").symlink_to("somebody@somewhere.1234:5678")
+    assert versions.source_hash() == found
+    with open(tmp_path / "pretrain" / "model.py", "a") as file:
+        file.write("\n")
+    assert versions.source_hash() != found
 
 
 def test_a_shard_that_one_rank_cannot_read_at_the_start_ends_all_alike(outcome: Outcome) -> None:

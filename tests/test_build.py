@@ -1,8 +1,10 @@
 """What `parallel.build` builds computes alike on one device and under FSDP2: precision, compilation, float8."""
 
+import datetime
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -253,6 +255,25 @@ def test_ranks_that_do_not_meet_say_why(words: str, raised: type[Exception], sai
     with pytest.raises(raised, match=said) as found:
         joining.join(Fabric(), 2)  # type: ignore[arg-type]
     assert type(found.value) is raised
+
+
+def test_the_time_until_somebody_listens_is_not_that_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait has its own limit; and on one host the address of a rank that has ended says nothing of /etc/hosts."""
+    monkeypatch.setattr(joining.ranks, "JOIN_TIMEOUT", datetime.timedelta(seconds=0.1))
+    monkeypatch.setattr(joining, "_NO_ANSWER_S", 0.1)
+    monkeypatch.setattr(joining, "_give_up", lambda: pytest.fail("it gives up"))
+    monkeypatch.setattr(joining, "_find_the_store", lambda world_size: time.sleep(0.5))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    class Fabric:
+        def launch(self) -> None:
+            raise RuntimeError("gloo connectFullMesh failed: connection closed, remote=[127.0.0.1]:41021")
+
+    with pytest.raises(TimeoutError, match="2 ranks were to meet"):
+        joining.join(Fabric(), 2)  # type: ignore[arg-type]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="leads others to themselves"):
+        joining.join(Fabric(), 2)  # type: ignore[arg-type]
 
 
 def test_an_nccl_that_does_not_come_back_ends_the_start() -> None:

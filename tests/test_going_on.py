@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -97,19 +98,22 @@ def test_of_the_branch_that_was_left_nothing_can_be_taken_any_more(datasets: Pat
     assert (run_dir / "checkpoints" / "replaced-step-00000007.1").is_dir()
 
 
-def test_a_start_that_saved_and_was_killed_before_it_said_so_goes_on_from_that(
-    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("steps", [6, 11], ids=["in its first save", "after its third"])
+def test_a_start_that_saved_and_could_not_say_so_goes_on_from_that(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int
 ) -> None:
+    """Killed a moment too early, or on a disk that fails just there."""
     run_dir = tmp_path / "run"
     assert train(datasets, run_dir, train={"max_steps": 7}) == 0
     to = ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
     with monkeypatch.context() as patch:
-        patch.setattr(back, "forget", lambda run_dir: None)
-        assert train(datasets, run_dir, *to, train={"max_steps": 6}) == 0
-    capsys.readouterr()
-    assert train(datasets, run_dir, train={"max_steps": 10}) == 0
-    assert "resumed after step 6" in capsys.readouterr().out
-    assert [step for step, _ in checkpoint.committed(run_dir)] == [10, 6, 5]
+        patch.setattr(back, "forget", Mock(side_effect=OSError(5, "Input/output error")))
+        assert train(datasets, run_dir, *to, train={"max_steps": steps}, checkpoint={"every_steps": 2}) == 0
+    assert capsys.readouterr().out.count("Input/output error") == {6: 1, 11: 4}[steps], "it tries at each save"
+    assert train(datasets, run_dir, train={"max_steps": 12}) == 0
+    assert f"resumed after step {steps}" in capsys.readouterr().out
+    assert steps in [step for step, _ in checkpoint.committed(run_dir)]
+    assert [path.name for path in (run_dir / "checkpoints").glob("replaced-*")] == ["replaced-step-00000007.1"]
     assert not (run_dir / back.NAME).exists()
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import stat
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -15,6 +16,7 @@ from conftest import tiny_config, trajectory, write_config
 
 from pretrain import checkpoint, config, going_on, parallel, preparation, run_folder, saver, scheduler, train, trainer
 from pretrain.__main__ import main
+from pretrain.hosts import this_host
 from pretrain.sections import CheckpointConfig, ParallelConfig
 
 
@@ -232,21 +234,24 @@ def test_other_versions_than_the_checkpoints_are_said(
     assert main(words) == 0
     said = capsys.readouterr().out
     assert f"step-00000001 was written with other versions: python {platform.python_version()}, now 3.99; torch" in said
-    assert f"torch {torch.__version__}, now 9.9" in said
+    assert f"torch {version('torch')}, now 9.9" in said
 
 
-def test_a_node_without_the_gpus_it_should_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_the_gpus_it_should_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that SLURM has for it, also to the launch script."""
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu017")
+    monkeypatch.setenv("CRIA_SUSPECT", str(tmp_path / "suspect"))
+    assert this_host() == "gpu017"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1) == "cpu"
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     assert parallel._choose_accelerator(ParallelConfig(accelerator="cpu"), 1) == "cpu"
-    with pytest.raises(OSError, match=f"8 GPUs on {parallel.socket.gethostname()}, and PyTorch finds none there"):
+    with pytest.raises(OSError, match=f"8 GPUs on {this_host()}, and PyTorch finds none there"):
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1)
+    assert (tmp_path / "suspect").read_text() == "gpu017\n"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
     assert parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 7) == "cuda"
-    with pytest.raises(
-        OSError, match=f"8 GPUs on {parallel.socket.gethostname()}, and PyTorch finds 7 there: see"
-    ) as found:
+    with pytest.raises(OSError, match=f"8 GPUs on {this_host()}, and PyTorch finds 7 there: see") as found:
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
     assert "--gpu-bind" not in str(found.value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

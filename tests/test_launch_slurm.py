@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -100,6 +101,23 @@ def test_a_job_that_always_crashes_is_not_started_for_ever(
     assert [n for n in range(6) if f"restart {n}:" in lines] == [0, 1, 2, 3], job.logs()
     said = "1 restarts have saved nothing beyond 1 updates (train.max_restarts 1)"
     assert (tmp_path / "logs" / "rank-0.log").read_text().count(said) == 1
+
+
+def test_a_node_that_ends_two_starts_in_a_row_is_left_out_and_it_is_the_same_run(
+    cluster: slurm.Slurm, datasets: Path, two_ranks: list[tuple], tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path)
+    job.submit(datasets, options=("--nodes=1", "--ntasks-per-node=2"), environment={"EXCLUDE_BAD": "1"})
+    for restart in (0, 1):
+        job.until_step(restart, steps=10)
+        os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.until_over() == "COMPLETED", job.logs()
+    log = (tmp_path / "job.log").read_text()
+    starts = re.findall(r"restart (\d): 2 tasks on (node\d)", log)
+    assert starts == [("0", "node1"), ("1", "node1"), ("2", "node2")], log
+    assert f"node1 ended two starts in a row and is left out; scontrol update jobid={job.number} excnodelist= " in log
+    assert re.search(r"rank \d on node1 is gone", (job.run_dir / "crash-report.txt").read_text())
+    assert trajectory(job.run_dir) == two_ranks
 
 
 SCONTROL = shutil.which("scontrol", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -240,7 +258,7 @@ def test_torchrun_has_one_agent_a_node(cluster: slurm.Slurm, tmp_path: Path) -> 
 def test_a_job_that_cannot_even_start_is_not_started_for_ever(
     cluster: slurm.Slurm, tmp_path: Path, scontrol: bool
 ) -> None:
-    nine = '[ "${SLURM_RESTART_COUNT:-}" ] || CRIA_VAIN=${CRIA_VAIN:-9}\n'
+    nine = '[ "${SLURM_RESTART_COUNT:-}" ] || CRIA_VAIN=${CRIA_VAIN:-9} CRIA_RESTARTS=${CRIA_RESTARTS:-0}\n'
     lines = run_stub(cluster, tmp_path, scontrol, stub="#!/bin/sh\necho no torch here\nexit 1\n", first=nine)
     assert lines.count("no torch here") == 2 * 4, "two ranks, and four times after nine"
     said = "".join(log.read_text() for log in tmp_path.glob("pretrain-*.log"))
@@ -263,9 +281,13 @@ def test_the_pauses_between_starts_that_come_to_nothing_are_ten_hours() -> None:
 def test_only_failures_are_counted_and_the_configuration_stays_that_of_the_first_start(
     cluster: slurm.Slurm, tmp_path: Path
 ) -> None:
-    """No nodes, a crash, a file system that is away, a stop, two in vain, the end; and somebody writes his next configuration."""
+    """No nodes, a crash, a file system that is away, a stop, two in vain, the end; and somebody writes his next configuration.
+
+    All in a job that was submitted from within another one, whose environment SLURM gives it at each start.
+    """
+    another = "export CRIA_TRAINED=1 CRIA_JOB=3 CRIA_FAILURES=9 CRIA_VAIN=9\n"
     stub = """#!/usr/bin/env bash
-echo "$CRIA_FAILURES failures, trained ${CRIA_TRAINED:-0}, $(cat "$5")"
+echo "$CRIA_FAILURES failures, trained ${CRIA_TRAINED:-0}, job $((CRIA_JOB - SLURM_JOB_ID)), $(cat "$5")"
 echo "for the next run" >"a b.yaml"
 case ${SLURM_RESTART_COUNT:-0} in
 0 | 4) exit 1 ;;
@@ -275,8 +297,9 @@ case ${SLURM_RESTART_COUNT:-0} in
 esac
 """
     (tmp_path / "a b.yaml").write_text("as submitted\n")
-    lines = run_stub(cluster, tmp_path, True, stub=stub)
-    assert lines == ["0 failures, trained 0, as submitted"] * 4 + ["1 failures, trained 1, as submitted"] * 10
+    lines = run_stub(cluster, tmp_path, True, stub=stub, first=another)
+    before, after = (f"{n} failures, trained {n}, job 0, as submitted" for n in (0, 1))
+    assert lines == [before] * 4 + [after] * 10
     (log,) = tmp_path.glob("pretrain-*.log")
     assert log.read_text().count("it starts in 60 s") == 1, "after the second start that came to nothing"
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"folder", "reading"},
+    {"folder", "hosts", "reading", "slots"},
     {
         "back",
         "bench_profile",

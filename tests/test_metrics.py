@@ -234,13 +234,16 @@ def test_a_wandb_id_that_a_full_disk_cut_is_made_anew(datasets: Path, tmp_path: 
         assert re.fullmatch(kept.strip() or "[0-9a-f]{8}", str(logger.version))
 
 
-def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(tmp_path: Path) -> None:
+def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     original, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     original.mkdir()
     (original / metrics.WANDB_ID).write_text(f"abc\n{original}\n")
     assert metrics._kept_id(original) == "abc"
     shutil.copytree(original, elsewhere)
     assert metrics._kept_id(elsewhere) == ""
+    assert f"go on as run abc, delete {original / metrics.WANDB_ID}" in capsys.readouterr().out
     assert metrics._kept_id(original) == "abc"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "samefile", mock.Mock(side_effect=PermissionError))

@@ -1,5 +1,6 @@
 """Stopped, killed, started again, elsewhere or from somewhere else: the same run."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import forks
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,6 +27,7 @@ from conftest import (
 )
 from hangs import before_call
 
+from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, parallel, preparation, trainer
 from pretrain.__main__ import main
 from pretrain.scheduler import REQUEUE
@@ -53,6 +56,32 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(datasets: Path, tmp_path: Path)
     second = pretrain("train", "--config", config_file)
     assert f"resumed after step {stopped}" in second.stdout
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "straight")
+
+
+def test_data_that_cannot_be_read_any_more_end_a_run_with_a_save(
+    datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of step 8, of four micro-batches of two."""
+    read, times = TokenDataset.read_sequence, 0
+
+    def fails(self: TokenDataset, index: int, row: np.ndarray) -> None:
+        nonlocal times
+        times += 1
+        if times > 7 * 8 + 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "part-0.npy")
+        read(self, index, row)
+
+    tree = tiny_config(datasets, tmp_path / "run", validation={"every_steps": 0}, checkpoint={"every_steps": 0})
+    command = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenDataset, "read_sequence", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            main(command)
+    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [7]
+    assert main(command) == 0
+    assert records(tmp_path / "run", "train").keys() == records(straight, "train").keys()
+    for step, record in records(tmp_path / "run", "train").items():
+        assert all(record[key] == records(straight, "train")[step][key] for key in ("loss", "grad_norm", "data_hash"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fault_saves import Filled, check_all
 from forks import finish, fork_ranks, with_group
-from test_checkpoint import make_state, run_dir, save, snapshot  # noqa: F401
+from test_checkpoint import make_state, save, snapshot, two_checkpoints  # noqa: F401  two_checkpoints: the fixture run_dir
 from torch.distributed.checkpoint import filesystem
 
 from pretrain import checkpoint, saver, synced
@@ -146,6 +146,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun_and_training_goes_on(
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(saver.shutil, "disk_usage", lambda path: nearly_full)
+        patch.setattr(saver.Saver, "_write_tensors", lambda *_: pytest.fail("it begins to write"))
         writer.save(10, model, optimizer, {"step": 10})
         assert "1.0 MiB free and a checkpoint needs 2.5 MiB" in str(writer.wait())
     assert "step 10: NOT saved, training goes on" in said[-1]

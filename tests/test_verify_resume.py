@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import pretrain, tiny_config, write_config
 
+from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, data, order, processes, verify_resume
 
 
@@ -254,6 +256,14 @@ def test_order_shows_what_a_step_is_made_of(verified: tuple[Path, str]) -> None:
     assert f"{total % 2**63:016x}" == logged
     assert set(columns["file"]) <= {f"part-{n}.txt" for n in range(3)}
     assert sum(int(n) for n in columns["tokens"]) == 8 * 33
+    shown, slot = {}, 0
+    for place, *cells in zip(columns["slot"], columns["file"], columns["line"], columns["tokens"]):
+        slot = int(place) if place else slot
+        shown.setdefault(slot, []).append(tuple(cells))
+    for slot, (name, number) in enumerate(rows):
+        parts = by_name[name].documents(number * settings.data.seq_len, settings.data.seq_len + 1)
+        lines = [f"{part.line:,}" if part.line is not None else f"document {part.document + 1:,}" for part in parts]
+        assert shown[slot] == [(part.source_file, line, f"{part.tokens:,}") for part, line in zip(parts, lines)]
 
 
 def test_order_is_held_against_what_the_run_has_read(verified: tuple[Path, str], tmp_path: Path) -> None:
@@ -282,6 +292,11 @@ def test_order_as_a_command(datasets: Path, tmp_path: Path) -> None:
     config_file = write_config(tmp_path / "c.yaml", tree)
     shown = pretrain("order", "--config", config_file, "--summary").stdout
     assert "30 steps, 7,680 tokens" in shown
+    told = {tuple(re.findall(r"[\w.,%]+", line)) for line in shown.splitlines()}
+    tokens = {name: TokenDataset(datasets / name / "train").num_tokens for name in "ab"}
+    for first, name, share, sequences in (("1", "a", "70.00%", 56), ("11", "b", "100.00%", 160), ("all", "b", "", 184)):
+        epochs = f"{sequences / ((tokens[name] - 1) // 32):.3f}"
+        assert (first, name, *filter(None, [share]), f"{sequences * 32:,}", f"{tokens[name]:,}", epochs) in told, shown
     assert "70.00%" in shown
     assert "100.00%" in shown
     assert pretrain("order", "--config", config_file, "--step", 12).stdout.count(" b ") == 8

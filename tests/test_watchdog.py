@@ -21,6 +21,7 @@ from processes import free_port
 from pretrain import config, crash, pace, preparation, processes, trainer, watchdog, watcher
 from pretrain.crash import Facts, Rank
 from pretrain.pace import Pace
+from pretrain.slots import slots_of_rank
 from pretrain.watcher import EXIT_STATUS
 
 IN_A_COLLECTIVE = """Thread 0x1 (most recent call first):
@@ -109,6 +110,25 @@ def test_the_cause_is_the_first_that_is_no_consequence(ranks: list[Rank], kind: 
     assert ("micro_batch_size takes less" in cause.advice) == ("out of memory" in cause.line)
 
 
+@pytest.mark.parametrize(
+    ("error", "gone", "machine"),
+    [
+        ("AcceleratorError: CUDA error: an illegal memory access was encountered", None, True),
+        ("DistBackendError: NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)", None, True),
+        (None, "killed by SIGKILL", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", None, False),
+        ("OSError: [Errno 5] Input/output error", None, False),
+        (RESET, None, False),
+    ],
+)
+def test_a_machine_is_under_suspicion_for_what_no_program_raises(
+    error: str | None, gone: str | None, machine: bool
+) -> None:
+    failed = waiting(1, error=error, gone=gone, ended_at_s=1.0)
+    assert crash.first_cause([waiting(0, age_s=1.0), failed]).machine is machine
+    assert crash.first_cause([waiting(0), waiting(1, beats=9)]).machine
+
+
 def test_the_page_is_one_page_for_128_ranks(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(100)))
     ranks = [waiting(n, error=RESET, ended_at_s=2.0 + n, step=7, trace="  frame\n" * 500) for n in range(128)]
@@ -116,7 +136,9 @@ def test_the_page_is_one_page_for_128_ranks(tmp_path: Path) -> None:
     page = crash.page(crash.first_cause(ranks), ranks, Facts(str(tmp_path), 4, 1024, {"torch": "2.13"}))
     assert len(page.splitlines()) < 110
     assert "rank 77 on node77 failed first: ValueError: an id of 40000" in page
-    assert f"pretrain order --config {tmp_path}/config.yaml --step 7   (rank 77: slots 308-311, 820-823)" in page
+    slots = ", ".join(f"{part[0]}-{part[-1]}" for part in slots_of_rank(77, 128, 7, 4, 1024))
+    assert slots.count("-") == 2
+    assert f"pretrain order --config {tmp_path}/config.yaml --step 7   (rank 77: slots {slots})" in page
     assert '{"step": 99}' in page
     crash.publish(tmp_path, crash.REPORT, page)
     assert sorted(path.name for path in tmp_path.iterdir()) == [crash.REPORT, "metrics.jsonl"]
