@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from data_prep.shard import folder_fingerprint
-from pretrain import checkpoint, hf
+from pretrain import back, checkpoint, hf
 from pretrain.cli import Parser, fail
 from pretrain.folder import staged
 from pretrain.sections import ModelConfig
@@ -52,8 +52,8 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
 
     Raises:
         FileNotFoundError: no run, no whole checkpoint, or no tokenizer there.
-        ValueError: a corrupt checkpoint, another tokenizer than the run's, weights that `dtype` cannot hold, an `out` that is
-            not an export, or, with `check`, a difference from transformers.
+        ValueError: a corrupt checkpoint, one that the run was sent back from, another tokenizer than the run's, weights that
+            `dtype` cannot hold, an `out` that is not an export, or, with `check`, a difference from transformers.
     """
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -61,6 +61,11 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
         )
     source = checkpoint.latest(run_dir, warn=print) if step is None else _checkpoint_of(run_dir, step)
     state = checkpoint.read_state(source)
+    if step is None and (sent := back.read(run_dir)) is not None and state.get("back") != sent.start:
+        raise ValueError(
+            f"{run_dir} was sent back to step {sent.step} and has saved nothing since, so that its newest checkpoint is of what "
+            "it left: name the one that is meant with --step"
+        )
     model = ModelConfig(**state["model"])
     taken, made_by = state["step"], str(state["data"].get("tokenizer"))
     found = folder_fingerprint(run_dir / "tokenizer")

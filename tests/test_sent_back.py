@@ -29,9 +29,14 @@ def test_a_folder_that_was_moved_takes_with_it_where_it_was_sent_back_to(
     assert train(datasets, run_dir, train={"max_steps": 7}) == 0
     crash(monkeypatch, datasets, run_dir, "--resume", str(run_dir / "checkpoints" / "step-00000005"))
     run_dir.rename(tmp_path / "moved")
-    capsys.readouterr()
+    export = ["export", str(tmp_path / "moved"), "--out", str(tmp_path / "model")]
+    with pytest.raises(SystemExit):
+        main(export)
+    assert "was sent back to step 5 and has saved nothing since" in capsys.readouterr().err
     assert train(datasets, tmp_path / "moved", train={"max_steps": 8}) == 0
     assert "resumed after step 5" in capsys.readouterr().out
+    main(export)
+    assert "step 8" in capsys.readouterr().out
 
 
 def test_what_resume_names_and_cannot_be_taken_is_refused_with_the_reason(
