@@ -84,7 +84,8 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        keep, start = _is_milestone(step, self._config), None if self._back is None else self._back.start
+        keep = self._config.keep_last == 0 or _is_milestone(step, self._config)
+        start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
 

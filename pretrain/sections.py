@@ -202,7 +202,7 @@ class CheckpointConfig:
     where `keep_last` is 0."""
     keep_last: int = 3
     """How many checkpoints of multiples of `every_steps` to keep, the newest ones. One saved between them, by the clock or a
-    signal, is kept while it is one of the two newest. 0: keep all."""
+    signal, is kept while it is one of the two newest. 0: keep all, for good as below."""
     keep_every: int = 0
     """Keep the checkpoints of every so many steps for good (steps, a multiple of `every_steps`), whatever is set here later;
     0: none."""
