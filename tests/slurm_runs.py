@@ -112,7 +112,8 @@ class Job:
         end = datetime.fromisoformat(shown).timestamp()
         self.cluster.run("scancel", "--signal=STOP", self.number)
         self.until("the margin", lambda: time.time() > end - margin_s)
-        self.cluster.run("scancel", "--signal=CONT", self.number, check=False)  # on a busy machine it was about to leave before
+        # On a busy machine it may have been about to leave before.
+        self.cluster.run("scancel", "--signal=CONT", self.number, check=False)
 
     def ranks(self) -> list[int]:
         """The processes that train, of both nodes; not what starts or watches them."""

@@ -244,7 +244,9 @@ def test_a_state_says_by_name_what_it_lacks(run_dir: Path) -> None:
     assert checkpoint.verify(folder) is None
     assert checkpoint.read_state(folder)["step"] == 10
     assert checkpoint.updates(run_dir) == 1, "of the one before"
-    with pytest.raises(ValueError, match=rf"^{folder}/state.json has no updates: .*--init_from {folder} and another run_dir$"):
+    with pytest.raises(
+        ValueError, match=rf"^{folder}/state.json has no updates: .*--init_from {folder} and another run_dir$"
+    ):
         checkpoint.load(folder, *make_state(99))
 
 
