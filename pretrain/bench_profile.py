@@ -57,10 +57,10 @@ def profile_steps(device: torch.device, step: Callable[[], object], steps: int, 
 
 _KINDS = {
     "communication": re.compile(r"^nccl", re.IGNORECASE),
+    "Triton": re.compile(r"^triton_|^_|^liger_"),
     "attention": re.compile(r"sdpa|flash|fmha|attention|flex", re.IGNORECASE),
     "products": re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE),
     "optimizer and clipping": re.compile(r"multi_tensor|adam|foreach", re.IGNORECASE),
-    "Triton": re.compile(r"^triton_|^_\w+_kernel", re.IGNORECASE),
     "copies": re.compile(r"^mem(cpy|set)", re.IGNORECASE),
 }
 """Kinds of kernels, by their names; the first that fits."""

@@ -17,6 +17,8 @@ from pretrain.slots import slots_of_rank
 
 REPORT = "crash-report.txt"
 STACKS = "crash-stacks.txt"
+UNKNOWN_HOST = "?"
+"""Of a rank that never said where it is."""
 
 _CONSEQUENCE = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|Connection (reset|closed|refused)|connection (was )?closed by peer|"
@@ -26,6 +28,8 @@ _CONSEQUENCE = re.compile(
 _OUT_OF_MEMORY = re.compile(r"[Oo]ut ?[Oo]f ?[Mm]emory")
 _FAILING = re.compile(r"unhandled cuda error|UnhandledCudaError|Cuda failure|CUDA error")
 """What CUDA and NCCL say when a GPU fails."""
+_OF_THE_PROGRAM = re.compile(rf"{_OUT_OF_MEMORY.pattern}|device-side assert")
+"""What CUDA says, too, when it is not the GPU's doing."""
 _OWN = re.compile(rf"{_FAILING.pattern}|ncclInvalid|{_OUT_OF_MEMORY.pattern}")
 """What a collective says when it is this rank's GPU that failed, or its own arguments."""
 
@@ -35,7 +39,7 @@ class Rank:
     """What is known of a rank. Seconds are of one clock: that of the process which collects."""
 
     number: int
-    host: str = "?"
+    host: str = UNKNOWN_HOST
     pid: int = 0
     place: str = "starting"
     """Where in the loop it is."""
@@ -125,7 +129,7 @@ def first_cause(ranks: list[Rank]) -> Cause:
         rank = own[0]
         if rank.error is not None:
             advice = _ADVICE["memory" if _OUT_OF_MEMORY.search(rank.error) else "failed"]
-            machine = bool(_FAILING.search(rank.error))
+            machine = bool(_FAILING.search(rank.error)) and not _OF_THE_PROGRAM.search(rank.error)
             return Cause("failed", [rank], f"{rank.name} failed first: {rank.error}", advice, machine)
         advice = _ADVICE["aborted" if was_aborted(rank) else "died"]
         return Cause("died", [rank], f"{rank.name} is gone: {rank.gone}", advice, machine=True)

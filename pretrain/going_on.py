@@ -7,7 +7,6 @@ back.json ─> --resume of an earlier start that has saved nothing yet
 """
 
 import os
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import back, checkpoint, config, data, hf, ranks, scheduler
+from pretrain import back, checkpoint, config, data, hf, ranks, saver, scheduler
 from pretrain.back import Back
 from pretrain.model import fill
 from pretrain.reading import read_tokenizer
@@ -72,7 +71,7 @@ def choose(
         ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`.
         OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
-    begun = ranks.on_rank_0(lambda: back.read(run_dir))
+    begun = ranks.on_rank_0(lambda: _begun_to_go_back(run_dir, say))
     asked_for = ranks.on_rank_0(lambda: settings.resume is not None and os.path.exists(settings.resume))
     newest = checkpoint.find(run_dir, warn=say, needed=settings.resume is None and begun is None)
     if asked_for and not ranks.on_rank_0(lambda: os.path.exists(str(settings.resume))):
@@ -80,8 +79,6 @@ def choose(
             f"--resume {settings.resume} is corrupt, as said above, and has been set aside: name another one"
         )
     sent_back = _going_back(run_dir, settings.resume, begun, newest, say)
-    if begun is not None and sent_back is None:
-        ranks.on_rank_0(lambda: back.forget(run_dir))
     found = sent_back or newest
     if found is None:
         if ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
@@ -100,15 +97,29 @@ def choose(
         )
     _check_same_run(found, before, now, settings, sources, say)
     if sent_back is not None:
-        note = Back(_as_noted(run_dir, sent_back), before["step"])
-        ranks.on_rank_0(lambda: back.write(run_dir, note))
+        ranks.on_rank_0(lambda: _note(run_dir, sent_back, before["step"], newest))
     return found
 
 
-def _as_noted(run_dir: Path, found: Path) -> str:
-    with suppress(ValueError):
-        return str(found.resolve().relative_to(run_dir.resolve()))
-    return os.path.abspath(found)
+def _begun_to_go_back(run_dir: Path, say: Any) -> Back | None:
+    """Where an earlier start was sent back to; None where the run was not, or has saved since."""
+    sent = back.read(run_dir)
+    if sent is None or not saver.leave_behind(run_dir, sent):
+        return sent
+    try:  # it was killed before it did, or could not
+        back.forget(run_dir)
+    except OSError as error:
+        say(f"{back.NAME} cannot be deleted, which does no harm: {error}")
+    return None
+
+
+def _note(run_dir: Path, to: Path, step: int, newest: Path | None) -> None:
+    """Remember where the run is sent back to; with nothing that it leaves there is nothing to remember."""
+    if newest is not None and os.path.samefile(to, newest):
+        back.forget(run_dir)
+        return
+    place, base = Path(os.path.abspath(to)), os.path.abspath(run_dir)
+    back.write(run_dir, Back(str(place.relative_to(base) if place.is_relative_to(base) else place), step))
 
 
 def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: Path | None, say: Any) -> Path | None:
@@ -118,8 +129,6 @@ def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: P
     start, is in back.json until then. A scheduler that repeats a command with --resume goes on from what the job has saved since.
     """
     last = None if newest is None else checkpoint.read_state(newest)
-    if begun is not None and last is not None and last["back"] == begun.start:
-        begun = None  # it has saved, and was killed before it could say so
     if last is not None and resume is not None and begun is None:
         its_own = (last["config"]["resume"], last["job"]) == (resume, scheduler.job())
         if its_own and scheduler.repeated():
@@ -133,7 +142,7 @@ def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: P
     if to is None:
         return None
     by = f"--resume {to}" if resume else f"{to}, to which the run was sent back (delete {back.NAME} to go on without),"
-    if Path(to).name.startswith("."):
+    if Path(os.path.abspath(to)).name.startswith("."):
         raise ValueError(f"{by} was never finished, or is being deleted: name another checkpoint")
     if not ranks.on_rank_0(lambda: os.path.exists(to)):  # its file system is away, and may come back
         raise FileNotFoundError(f"{by} is not there: name the folder of a checkpoint")
@@ -226,8 +235,6 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
         FileNotFoundError, ValueError: there are none, or of another shape, or of other tokens without data.allow_change.
     """
     source = Path(str(settings.init_from))
-    if hint := checkpoint.hint(source):
-        raise ValueError(f"--init_from {source} is a run's folder{hint}")
     if (source / "manifest.json").is_file():
         problem = checkpoint.verify_together(source)
         if problem is not None:
@@ -237,6 +244,8 @@ def init_from(settings: config.Config, sources: list[data.Source], model: nn.Mod
         _check_tokens(source, state["data"].get("tokenizer") == _tokenizer(sources), settings.data.allow_change, say)
         checkpoint.load_into(source, model)
         return
+    if not (source / "config.json").is_file() and (hint := checkpoint.hint(source)):
+        raise ValueError(f"--init_from {source} is a run's folder{hint}")
     weights = hf.Weights(source)
     _check_shape(source, weights.model.shape(), settings.model)
     if not (source / "tokenizer.json").is_file():

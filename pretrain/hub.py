@@ -211,7 +211,7 @@ def write_report(cause: crash.Cause, ranks: list[Rank], facts: Facts) -> threadi
 
     def write() -> None:
         text = crash.page(cause, ranks, facts)
-        if cause.machine:
+        if cause.machine and cause.ranks[0].host != crash.UNKNOWN_HOST:
             suspect(cause.ranks[0].host)
         try:
             crash.publish(Path(facts.run_dir), crash.STACKS, crash.all_stacks(ranks))

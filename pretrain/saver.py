@@ -30,6 +30,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.tensor import DTensor
 
 from pretrain import back, checkpoint, lock, ranks, scheduler, synced
+from pretrain.back import Back
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
@@ -64,9 +65,7 @@ class Saver:
         self.taken = False
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._back = back.read(run_dir) if ranks.rank() == 0 else None
-        """Where this start was sent back to; all that it saves says so, until the note of it is gone for good."""
-        self._branch_left = self._back is None
-        """Whether what an earlier start had saved from there on is set aside: at the first commit."""
+        """Where this start was sent back to: all that it saves has its mark."""
         self._signs = 0
         """Grows while the thread gets on."""
         self._took_s = self._remembered() if ranks.rank() == 0 else ()
@@ -163,7 +162,7 @@ class Saver:
             self._saved = time.perf_counter()
             return str(failure)
         if ranks.rank() == 0:
-            self._tidy(step)
+            self._tidy(step, target)
         size = sum(entry["bytes"] for entry in entries.values())
         self._saved = time.perf_counter()
         took = self._saved - started
@@ -171,13 +170,22 @@ class Saver:
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
 
-    def _tidy(self, step: int) -> None:
-        """After a commit: what it has made needless goes."""
+    def _tidy(self, step: int, target: Path) -> None:
+        """After a commit: what it has made needless goes. What fails is tried again after the next one, or at the next start."""
         run_dir = self._folder.parent
         try:
             if self._back is not None:
-                back.forget(run_dir)  # each time: it may have failed before
+                leave_behind(run_dir, self._back)
+            for number, folder in checkpoint.committed(run_dir):  # its own .old, or what nobody was sent back from
+                if number >= step and folder != target:
+                    checkpoint.set_aside(folder, "replaced")
+        except OSError as error:
+            self._say(f"step {step}: what the run has left could not be set aside, and nothing is deleted: {error}")
+            return
+        try:
             scheduler.note_saved(run_dir)
+            if self._back is not None:
+                back.forget(run_dir)
         except OSError as error:
             self._say(f"step {step}: {run_dir} cannot be written: {error}")
         try:
@@ -260,12 +268,16 @@ class Saver:
             os.rename(target, old)  # still a checkpoint, until the new one is
         os.rename(staging, target)
         sync(self._folder)
-        # What an earlier start had saved from where this one began is no part of the run any more, and must not be taken for it.
-        first = state["step"] if self._back is None or self._branch_left else self._back.step + 1
-        for number, folder in checkpoint.committed(self._folder.parent):
-            if number >= first and folder != target:
-                checkpoint.set_aside(folder, "replaced")
-        self._branch_left = True
+
+
+def leave_behind(run_dir: Path, sent: Back) -> bool:
+    """Once a run has saved that was sent back, set aside what it had from there on before; returns whether it has saved."""
+    later = [folder for step, folder in checkpoint.committed(run_dir) if step > sent.step]
+    its_own = [folder for folder in later if _said_by(folder, "back") == sent.start]
+    for folder in later if its_own else ():
+        if folder not in its_own:
+            checkpoint.set_aside(folder, "replaced")
+    return bool(its_own)
 
 
 def clear(folder: Path, say: Callable[[str], None]) -> None:
@@ -306,7 +318,8 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
     kept = {*regular[: config.keep_last], *(folder for _, folder in there[: min(2, config.keep_last)])}
     gone = []
     for step, folder in there:
-        if folder in kept or _is_milestone(step, config) or _was_to_be_kept(folder):
+        # What was to be kept for good under another configuration than today's stays.
+        if folder in kept or _is_milestone(step, config) or _said_by(folder, "keep"):
             continue
         doomed = folder.with_name(f".deleting-{folder.name}")
         os.rename(folder, doomed)  # half a folder must never look like a checkpoint
@@ -319,11 +332,11 @@ def _is_milestone(step: int, config: CheckpointConfig) -> bool:
     return config.keep_every > 0 and step % config.keep_every == 0
 
 
-def _was_to_be_kept(folder: Path) -> bool:
-    """With another configuration than today's: what is kept for good then stays."""
+def _said_by(folder: Path, key: str) -> Any:
+    """Of a checkpoint's state, unverified; None where it has no such key or cannot be read at all."""
     with suppress(ValueError, FileNotFoundError):  # nobody can take it
-        return bool(checkpoint.read_state(folder).get("keep"))
-    return False
+        return checkpoint.read_state(folder).get(key)
+    return None
 
 
 def _describe_error(error: BaseException) -> str:

@@ -50,12 +50,12 @@ def _refuse_another_folder(argv: list[str], run_dir: Path) -> None:
     copied = os.environ.get("CRIA_CONFIG")  # launch/slurm.sbatch's word for the file that it has made a copy of
     files = [*given.config, *([Path(copied)] if copied else [])]
     for file in files if given.run_dir is None else ():
-        its_own = file.name == "config.yaml" and file.is_file() and (file.parent / "metrics.jsonl").exists()
-        if not its_own or yaml.safe_load(file.read_text()).get("run_dir") != str(
-            run_dir
-        ):  # or a later file says another one
-            continue
-        if not (run_dir.exists() and file.parent.samefile(run_dir)):
+        if not (file.name == "config.yaml" and file.is_file() and (file.parent / "metrics.jsonl").exists()):
+            continue  # no run's own
+        says = Path(str(yaml.safe_load(file.read_text()).get("run_dir")))
+        if says == run_dir and not (
+            run_dir.exists() and file.parent.samefile(run_dir)
+        ):  # a later file may say another one
             raise ValueError(
                 f"{file} lies in a run's folder and says run_dir {run_dir}, which is another one: was it moved or copied? Say "
                 f"which is meant: --run_dir {file.parent}, or --run_dir {run_dir}"

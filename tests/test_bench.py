@@ -349,6 +349,8 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128": "attention",
         "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>": "attention",
         "triton_red_fused__to_copy_mul_0": "Triton",
+        "triton_poi_fused__scaled_dot_product_flash_attention_transpose_3": "Triton",
+        "liger_cross_entropy_kernel": "Triton",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer and clipping",
         "Memcpy HtoD (Pinned -> Device)": "copies",
         "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication",

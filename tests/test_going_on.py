@@ -98,6 +98,43 @@ def test_of_the_branch_that_was_left_nothing_can_be_taken_any_more(datasets: Pat
     assert (run_dir / "checkpoints" / "replaced-step-00000007.1").is_dir()
 
 
+def test_what_it_saved_is_not_lost_where_the_branch_that_was_left_cannot_be_set_aside(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor where it is killed between the two."""
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, train={"max_steps": 10}) == 0
+    to = ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
+    with monkeypatch.context() as patch:
+        keep = checkpoint.set_aside
+        denied = Mock(side_effect=OSError(13, "Permission denied"))
+        patch.setattr(checkpoint, "set_aside", lambda path, why: (denied if why == "replaced" else keep)(path, why))
+        sections: dict[str, Any] = {"train": {"max_steps": 9}, "checkpoint": {"every_steps": 2, "keep_last": 2}}
+        assert train(datasets, run_dir, *to, **sections) == 0
+    assert [step for step, _ in checkpoint.committed(run_dir)] == [10, 9, 8, 6, 5], "nothing is pruned meanwhile"
+    capsys.readouterr()
+    assert train(datasets, run_dir, train={"max_steps": 10}) == 0
+    assert "resumed after step 9" in capsys.readouterr().out
+    assert [path.name for path in (run_dir / "checkpoints").glob("replaced-*")] == ["replaced-step-00000010.1"]
+
+
+def test_a_note_that_cannot_be_deleted_holds_nobody_up(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, train={"max_steps": 7}) == 0
+    monkeypatch.setattr(back, "forget", Mock(side_effect=OSError(5, "Input/output error")))
+    to = ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
+    assert train(datasets, run_dir, *to, train={"max_steps": 9}) == 0
+    for steps in (11, 13):
+        capsys.readouterr()
+        assert train(datasets, run_dir, train={"max_steps": steps}) == 0
+        said = capsys.readouterr().out
+        assert f"resumed after step {steps - 2}" in said
+        assert "back.json cannot be deleted, which does no harm: [Errno 5]" in said
+    assert len(list((run_dir / "checkpoints").glob("replaced-*"))) == 1
+
+
 @pytest.mark.parametrize("steps", [6, 11], ids=["in its first save", "after its third"])
 def test_a_start_that_saved_and_could_not_say_so_goes_on_from_that(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int

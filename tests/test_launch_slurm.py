@@ -120,6 +120,30 @@ def test_a_node_that_ends_two_starts_in_a_row_is_left_out_and_it_is_the_same_run
     assert trajectory(job.run_dir) == two_ranks
 
 
+@pytest.mark.parametrize(("before", "asked", "updates"), [("node7", "1", 1), ("node8", "1", 0), ("node7", "", 0)])
+def test_what_was_left_out_before_stays_so(tmp_path: Path, before: str, asked: str, updates: int) -> None:
+    """By a controller that is busy at first."""
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    (leave_out,) = re.findall(r"^leave_out\(\).*?^}", script, re.MULTILINE | re.DOTALL)
+    (tmp_path / "named-5").write_text(f"{before}\n")
+    (tmp_path / "suspect-5").write_text("node7\n")
+    script = f"""set -uo pipefail; logs={tmp_path} job=5 CRIA_SUSPECT={tmp_path}/suspect-5 EXCLUDE_BAD={asked}
+sleep() {{ :; }}
+scontrol() {{
+  case $1 in
+  show) [ -e {tmp_path}/asked ] && echo "  ReqNodeList=(null) ExcNodeList=bad[1-3],node9"; touch {tmp_path}/asked ;;
+  update) echo "$*" >>{tmp_path}/updates ;;
+  esac
+}}
+{leave_out}
+leave_out"""
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False).stdout
+    log = tmp_path / "updates"
+    assert (log.read_text() if log.exists() else "") == "update jobid=5 excnodelist=bad[1-3],node9,node7\n" * updates
+    assert said.count("excnodelist=bad[1-3],node9 takes it back") == updates
+    assert (tmp_path / "named-5").read_text() == "node7\n"
+
+
 SCONTROL = shutil.which("scontrol", path=f"{os.environ['PATH']}:/usr/sbin")
 STUB = """#!/usr/bin/env bash
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE on node $GROUP_RANK" \\

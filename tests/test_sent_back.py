@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_config
+from conftest import tiny_config, write_config
 from test_going_on import HALF, crash, state, train
 
 from pretrain import back, checkpoint
@@ -27,6 +27,8 @@ def test_a_folder_that_was_moved_takes_with_it_where_it_was_sent_back_to(
 ) -> None:
     run_dir = tmp_path / "run"
     assert train(datasets, run_dir, train={"max_steps": 7}) == 0
+    (run_dir / "checkpoints").rename(tmp_path / "scratch")
+    (run_dir / "checkpoints").symlink_to(tmp_path / "scratch")
     crash(monkeypatch, datasets, run_dir, "--resume", str(run_dir / "checkpoints" / "step-00000005"))
     run_dir.rename(tmp_path / "moved")
     export = ["export", str(tmp_path / "moved"), "--out", str(tmp_path / "model")]
@@ -60,6 +62,21 @@ def test_what_resume_names_and_cannot_be_taken_is_refused_with_the_reason(
     assert train(datasets, run_dir, "--resume", str(folders / "step-00000005"), train={"max_steps": 6}) == 0
 
 
+def test_a_run_that_is_sent_to_its_newest_leaves_nothing(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, train={"max_steps": 7}) == 0
+    crash(monkeypatch, datasets, run_dir, "--resume", str(run_dir / "checkpoints" / "step-00000005"))
+    assert (run_dir / back.NAME).exists()
+    crash(monkeypatch, datasets, run_dir, "--resume", str(run_dir / "checkpoints" / "step-00000007"))
+    assert not (run_dir / back.NAME).exists(), "nor is it sent to where it was to go before"
+    main(["export", str(run_dir), "--out", str(tmp_path / "model")])
+    capsys.readouterr()
+    assert train(datasets, run_dir, train={"max_steps": 8}) == 0
+    assert "resumed after step 7" in capsys.readouterr().out
+
+
 def test_resume_leads_past_a_checkpoint_of_a_newer_version(
     datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,8 +92,12 @@ def test_resume_leads_past_a_checkpoint_of_a_newer_version(
 
 
 def test_a_configuration_over_that_of_a_run_is_a_new_run(datasets: Path, tmp_path: Path) -> None:
-    """And the same folder by another name is the same folder."""
-    assert train(datasets, tmp_path / "run", **HALF) == 0
+    """And the same folder by another name is the same folder, but not a copy of it."""
+    tree = {**tiny_config(datasets, tmp_path, **HALF), "run_dir": f"{tmp_path}/run/"}
+    assert main(["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "copy" / "config.yaml")])
     over = write_config(tmp_path / "over.yaml", {"run_dir": str(tmp_path / "new"), "train": {"max_steps": 5}})
     own = ["train", "--config", str(tmp_path / "run" / "config.yaml")]
     assert main([*own, "--config", str(over)]) == 0
