@@ -29,7 +29,7 @@ from conftest import records, tiny_config, write_config
 from fault_runs import make_data
 from forks import finish, start_training
 
-from pretrain import checkpoint, data, ranks, saver, trainer, validation
+from pretrain import checkpoint, data, ranks, synced, trainer, validation
 from pretrain.config import load
 
 FAULTY_STEP = 12
@@ -104,7 +104,7 @@ def arm(kind: str, trial: Path, limit_s: float) -> Callable[[int], None]:
         elif kind == "validation":
             before_call(validation, "micro_batches", sleep, late)
         elif kind == "save":
-            before_call(saver, "_Writer", sleep)
+            before_call(synced, "Writer", sleep)
         elif kind == "load":
             before_call(checkpoint, "load", sleep)
         elif kind == "slow":
