@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -52,10 +53,10 @@ def _refuse_another_folder(argv: list[str], run_dir: Path) -> None:
     for file in files if given.run_dir is None else ():
         if not (file.name == "config.yaml" and file.is_file() and (file.parent / "metrics.jsonl").exists()):
             continue  # no run's own
-        says = Path(str(yaml.safe_load(file.read_text()).get("run_dir")))
-        if says == run_dir and not (
-            run_dir.exists() and file.parent.samefile(run_dir)
-        ):  # a later file may say another one
+        with suppress(yaml.YAMLError, KeyError, TypeError):  # the original of the copy has been changed since
+            says = Path(yaml.safe_load(file.read_text())["run_dir"])
+            if says != run_dir or (run_dir.exists() and file.parent.samefile(run_dir)):  # a later file says another one
+                continue
             raise ValueError(
                 f"{file} lies in a run's folder and says run_dir {run_dir}, which is another one: was it moved or copied? Say "
                 f"which is meant: --run_dir {file.parent}, or --run_dir {run_dir}"
