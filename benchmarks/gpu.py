@@ -1,7 +1,7 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the step of four micro-steps ─> a killed run resumed
-    ─> the peers ─> the paper ─> a sweep
+    operations ─> products and attention ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> four micro-steps
+    ─> a killed run resumed ─> the peers ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -51,7 +51,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Part:
-    """What has a share of the time: a command of `pretrain bench`, but for the first and the resume."""
+    """What has a share of the time: a command of `pretrain bench`, but for those in `_OTHERS`."""
 
     name: str
     shows: str
@@ -91,6 +91,7 @@ ROWS = ("peers", "sweep")
 
 PARTS = (
     Part("operations", "Operations against the reference, in value and gradient", 110),
+    Part("kernels", "The step's products by each library, and its attention by each kernel, by themselves", 60),
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
     Part(
         "step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, [*ONE, "--profile"], SHORT
@@ -171,8 +172,8 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
         page = Path(f"{stem}-{part.name}{'-more' if args.rows and part.name in ROWS else ''}.md")
         for old in (page, page.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        if part.name in ("operations", "resume"):
-            said, good = (_operations if part.name == "operations" else _resume)(args, seconds)
+        if part.name in _OTHERS:
+            said, good = _OTHERS[part.name](args, seconds)
             page.write_text(f"# {part.shows}\n\n{said}\n")
         else:
             good = _bench(args, part, page.with_suffix(""), seconds)
@@ -210,6 +211,14 @@ def _operations(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
     return text, status == 0
 
 
+def _kernels(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
+    """Where a step's time would go if it were nothing else; its tables stand as they are."""
+    command = [str(ROOT / "benchmarks" / "kernels.py"), "--device", args.device, "--config", str(args.config)]
+    command += ["--micro_batch_size", "1", "--seq_len", "16", "--times", "1"] if args.small else []
+    text, status = _output(command, seconds)
+    return text.replace("```", ""), status == 0
+
+
 def _resume(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
     """A small model on random tokens, through NCCL and FSDP2 on one rank: trained, saved in the background, killed, resumed."""
     from pretrain import bench_step, config
@@ -227,6 +236,9 @@ def _resume(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
         for output in sorted((folder / "out").glob("*/output.txt")) if status else ():  # else the folder takes it along
             text += f"\n{output.parent.name}:\n```\n{output.read_text()[-3000:]}\n```"
     return text, status == 0
+
+
+_OTHERS = {"operations": _operations, "kernels": _kernels, "resume": _resume}
 
 
 def _output(command: list[str], seconds: float) -> tuple[str, int]:

@@ -16,6 +16,7 @@ import torch
 from data_prep.shard import check_tokenizer
 from pretrain import config, data, ops
 from pretrain.bench_paper import SHAPES
+from pretrain.model import count
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--seconds",
         1600,
         "--parts",
-        "operations,step,40gb,resume,peers,paper,sweep",
+        "operations,kernels,step,40gb,four,resume,peers,paper,sweep",
     ]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), cwd=out, env=alone, capture_output=True, text=True, timeout=1700)
@@ -54,6 +55,7 @@ def test_there_is_one_page_of_everything(results: Path) -> None:
     assert page.startswith("Not installed: ")
     for heading in (
         "# Operations against",
+        "a step by the CPU's: ",
         "# A training step of",
         "through each trainer's code",
         "# GPU hours for 300B",
@@ -95,6 +97,15 @@ def test_the_resume_is_verified_through_fsdp(monkeypatch: pytest.MonkeyPatch) ->
     args = argparse.Namespace(device="cpu", config=ROOT / "configs" / "tinyllama-1.1b.yaml")
     assert gpu["_resume"](args, float("inf")) == ("said", False)
     assert seen == [(["-m", "pretrain", "verify-resume"], "full_shard", True)]
+
+
+def test_the_products_that_are_timed_are_those_of_a_step() -> None:
+    """By their FLOPs: forward, and two as large backward."""
+    kernels = runpy.run_path(str(ROOT / "benchmarks" / "kernels.py"))
+    for name in ("tinyllama-1.1b", "llama-7b", "demo"):
+        model, tokens = config.load(ROOT / "configs" / f"{name}.yaml").model, 16 * 2048
+        flops = sum(6 * N * out * width * often for _, N, out, width, often in kernels["products"](model, tokens))
+        assert flops == 6 * count(model).in_products * tokens
 
 
 @pytest.mark.long

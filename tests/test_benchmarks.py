@@ -17,6 +17,7 @@ SCRIPTS = {
     "data_prep_speed": "--megabytes 2 --rounds 1",
     "data_prep_verify": "--gigabytes 0.1 --rounds 1",
     "intra_document": "--rounds 1 --seq_len 64 --micro_batch_size 2",
+    "kernels": "--device cpu --config configs/demo.yaml --micro_batch_size 1 --seq_len 32 --times 1",
     "loader": "--rounds 1 --steps 1",
     "operations": "--device cpu",
     "plan_fit": "",

@@ -1,0 +1,130 @@
+"""How long the products and the attention of a training step take on this device, each by itself, in bf16.
+
+    python benchmarks/kernels.py [--device cuda] [--config configs/tinyllama-1.1b.yaml] [--micro_batch_size 16]
+
+Of each product forward, the gradient of its input, and that of its weight; on a GPU by cuBLAS and by cuBLASLt, which
+TORCH_BLAS_PREFER_CUBLASLT=1 has a whole run use. Attention, forward and backward, by each of PyTorch's fused kernels that runs.
+Times are medians; TFLOP/s count two for a multiply-add, and half of attention, which is causal. The lines `a step` add up what a
+step of one micro-step takes, all layers and the head: what is left of its time is not in these kernels.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from pretrain import config, ops
+from pretrain.sections import ModelConfig
+
+HEAD_TOKENS = 4096
+"""About as many as the loss takes at a time."""
+SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """The median of so many times, after three that warm up."""
+    taken = []
+    for number in range(times + 3):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            ms = begin.elapsed_time(end)
+        else:
+            started = time.perf_counter()
+            work()
+            ms = 1000 * (time.perf_counter() - started)
+        if number >= 3:
+            taken.append(ms)
+    return statistics.median(taken)
+
+
+def products(model: ModelConfig, tokens: int) -> list[tuple[str, int, int, int, float]]:
+    """Name, tokens, width of the result, width of the input, and how often a step has it."""
+    D, I, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers  # noqa: E741
+    kv = 2 * model.num_key_value_heads * model.head_dim
+    head = min(tokens, HEAD_TOKENS)
+    return [
+        ("q, k, v", tokens, D + kv, D, layers),
+        ("attention's output", tokens, D, D, layers),
+        ("gate, up", tokens, 2 * I, D, layers),
+        ("down", tokens, D, I, layers),
+        ("head", head, model.vocab_size, D, tokens / head),
+    ]
+
+
+def time_products(model: ModelConfig, tokens: int, device: torch.device, times: int) -> None:
+    """Print a table, and the sum, for each library."""
+    libraries = ("cublas", "cublaslt") if device.type == "cuda" else ("the CPU's",)
+    for library in libraries:
+        if device.type == "cuda":
+            torch.backends.cuda.preferred_blas_library(library)
+        print(f"| {library} | forward | input's gradient | weight's gradient |\n| --- | --- | --- | --- |")
+        total = 0.0
+        for name, N, out, width, often in products(model, tokens):
+            x, y, w = (
+                torch.randn(shape, device=device, dtype=torch.bfloat16)
+                for shape in ((N, width), (N, out), (out, width))
+            )
+            cells = []
+            for work in (lambda x=x, w=w: x @ w.T, lambda y=y, w=w: y @ w, lambda x=x, y=y: y.T @ x):
+                ms = milliseconds(work, device, times)
+                total += often * ms
+                cells.append(f"{ms:.3f} ms, {2 * N * out * width / ms / 1e9:.0f} TFLOP/s")
+            print(f"| {name}, {N} x {width} to {out} | {' | '.join(cells)} |")
+        print(f"\na step by {library}: {total:.1f} ms\n", flush=True)
+
+
+def time_attention(model: ModelConfig, B: int, T: int, device: torch.device, times: int) -> None:
+    """Print a line for each kernel; one that does not run says why."""
+    H, d = model.num_attention_heads, model.head_dim
+    flops = 0.5 * 14 * B * H * T * T * d  # two products forward, five backward
+    for kernel in SDPA if device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
+        name = kernel.name.removesuffix("_ATTENTION").lower()
+        # As the model has them: (B, T, H, d) in memory.
+        q, k, v = (
+            torch.randn(B, T, heads, d, device=device, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
+            for heads in (H, model.num_key_value_heads, model.num_key_value_heads)
+        )
+        grad = torch.randn_like(q)
+
+        def work(q=q, k=k, v=v, grad=grad, kernel=kernel) -> None:
+            torch.autograd.grad(ops.attention(q, k, v, causal=True, kernel=kernel), (q, k, v), grad)
+
+        try:
+            ms = milliseconds(work, device, times)
+        except RuntimeError as error:
+            print(f"attention, {name}: does not run: {str(error).splitlines()[0]}")
+            continue
+        whole = model.num_hidden_layers * ms
+        print(f"attention, {name}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s; a step: {whole:.1f} ms", flush=True)
+
+
+def main() -> int:
+    """Time all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "tinyllama-1.1b.yaml")
+    parser.add_argument("--micro_batch_size", type=int, default=16)
+    parser.add_argument("--seq_len", type=int, help="tokens; else the configuration's")
+    parser.add_argument("--times", type=int, default=20)
+    args = parser.parse_args()
+    settings, device = config.load(args.config), torch.device(args.device)
+    torch.manual_seed(1)
+    T = args.seq_len or settings.data.seq_len
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{chip}, torch {torch.__version__}: {args.micro_batch_size} x {T} tokens, median of {args.times}\n")
+    time_products(settings.model, args.micro_batch_size * T, device, args.times)
+    time_attention(settings.model, args.micro_batch_size, T, device, args.times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
