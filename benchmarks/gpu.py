@@ -51,7 +51,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Part:
-    """What has a share of the time: a command of `pretrain bench`, but for those in `_OTHERS`."""
+    """What has a share of the time: a command of `pretrain bench`, but for operations, kernels and resume."""
 
     name: str
     shows: str
@@ -172,8 +172,8 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
         page = Path(f"{stem}-{part.name}{'-more' if args.rows and part.name in ROWS else ''}.md")
         for old in (page, page.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        if part.name in _OTHERS:
-            said, good = _OTHERS[part.name](args, seconds)
+        if part.name in ("operations", "kernels", "resume"):
+            said, good = {"operations": _operations, "kernels": _kernels, "resume": _resume}[part.name](args, seconds)
             page.write_text(f"# {part.shows}\n\n{said}\n")
         else:
             good = _bench(args, part, page.with_suffix(""), seconds)
@@ -236,9 +236,6 @@ def _resume(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
         for output in sorted((folder / "out").glob("*/output.txt")) if status else ():  # else the folder takes it along
             text += f"\n{output.parent.name}:\n```\n{output.read_text()[-3000:]}\n```"
     return text, status == 0
-
-
-_OTHERS = {"operations": _operations, "kernels": _kernels, "resume": _resume}
 
 
 def _output(command: list[str], seconds: float) -> tuple[str, int]:

@@ -70,16 +70,17 @@ def _build(
     run_dir, sizes = Path(settings.run_dir), count(settings.model)
     facts = going_on.facts(settings, sources, mixture)
     at("choosing a checkpoint")
-    found = going_on.choose(run_dir, settings, facts, sources, say=fabric.print)
+    say = partial(_say, fabric)
+    found = going_on.choose(run_dir, settings, facts, sources, say)
     before = None if found is None else checkpoint.read_state(found)
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
-    ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say=fabric.print))
+    ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
     if saves and (before is None or before["step"] < settings.train.max_steps):
-        ranks.on_rank_0(lambda: _make_room(run_dir / "checkpoints", settings, say=fabric.print))
+        ranks.on_rank_0(lambda: _make_room(run_dir / "checkpoints", settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     step = 0
@@ -94,9 +95,9 @@ def _build(
         skipped_in_a_row += state["skipped_in_a_row"]
         tokens = state["tokens_per_source"]
         if settings.init_from is not None:
-            fabric.print(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
+            say(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     elif settings.init_from is not None:
-        going_on.init_from(settings, sources, parallel.unwrap(model), say=fabric.print)
+        going_on.init_from(settings, sources, parallel.unwrap(model), say)
     return Run(
         config=settings,
         run_dir=run_dir,
@@ -117,6 +118,11 @@ def _build(
         skipped_in_a_row=skipped_in_a_row,
         begun=Begun(step, tokens),
     )
+
+
+def _say(fabric: Fabric, line: str) -> None:
+    if fabric.is_global_zero:  # fabric.print is for one rank of each node
+        print(line, flush=True)
 
 
 def _eos_id(sources: list[data.Source]) -> int:

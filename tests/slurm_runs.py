@@ -90,6 +90,15 @@ class Job:
                 raise AssertionError(f"{what} did not come\n{self.logs()}")
             time.sleep(0.1)
 
+    def until_requeued(self) -> None:
+        """Wait until all of a start that lost a node has left, also by the word of that node's slurmd.
+
+        It looks every second whether the job is gone, and kills what it finds of it after KillWait (30 s): it would be the next
+        start, which nobody but a test begins so soon.
+        """
+        self.until("the requeue", lambda: set(self.cluster.state(self.number).values()) == {"PENDING"})
+        time.sleep(5)
+
     def until_step(self, restart: int, steps: int, hurry: bool = True) -> None:
         """Wait until the job was started again `restart` times and has trained so many steps since."""
         self.until(f"step {steps} of restart {restart}", lambda: self._trained(restart) >= steps, hurry)
@@ -183,7 +192,7 @@ def disturb(job: Job, kind: str, moments: random.Random) -> None:
         cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     job.until("the end of a start", lambda: "RUNNING" not in cluster.state(number).values())
     if kind == "node":
-        job.until("the requeue", lambda: set(cluster.state(number).values()) == {"PENDING"})  # all of it has left
+        job.until_requeued()
         cluster.run("scontrol", "update", "nodename=node2", "state=idle")
 
 

@@ -49,7 +49,7 @@ def test_requeued_by_a_signal_a_lost_node_and_the_time_limit_it_is_the_same_run(
 
     job.until_step(restart=1, steps=10)
     cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    job.until("the requeue", lambda: set(cluster.state(job.number).values()) == {"PENDING"})  # all of it has left
+    job.until_requeued()
     cluster.run("scontrol", "update", "nodename=node2", "state=idle")
 
     job.until_step(restart=2, steps=10)
