@@ -132,10 +132,13 @@ class Watcher:
             self._hub.send({"gone": "the torchrun that had started it is gone", "ago_s": 0.0})
 
     def _where(self) -> Message:
-        beats, _, limit_s, step = CELL.unpack_from(self._cell)
-        place = self._cell[CELL.size :].rstrip(b"\0").decode(errors="replace")
+        cell = bytes(self._cell[:])
+        beats, _, limit_s, step = CELL.unpack_from(cell)
+        place = cell[CELL.size :].rstrip(b"\0").decode(errors="replace")
         state = "".join(processes.stat(self._parent)[:1])
-        where = {"beats": beats, "limit_s": limit_s, "place": place, "age_s": self._age_s, "state": state}
+        # It may have come to this place since the last look: the time at the one before is not to be held against this limit.
+        age_s = self._age_s if cell[: CELL.size] == self._seen else 0.0
+        where = {"beats": beats, "limit_s": limit_s, "place": place, "age_s": age_s, "state": state}
         return {**where, "step": None if step < 0 else step}
 
     def _read_stacks(self) -> str:

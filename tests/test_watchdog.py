@@ -22,7 +22,7 @@ from pretrain import config, crash, pace, preparation, processes, trainer, watch
 from pretrain.crash import Facts, Rank
 from pretrain.pace import Pace
 from pretrain.slots import slots_of_rank
-from pretrain.watcher import EXIT_STATUS
+from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, Watcher
 
 IN_A_COLLECTIVE = """Thread 0x1 (most recent call first):
   File "/x/threading.py", line 1 in wait
@@ -259,6 +259,17 @@ def test_the_users_errors_leave_no_page(datasets: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"--resume {tmp_path / 'nowhere'} is not there" in done.stderr
     assert not (tmp_path / "run" / crash.REPORT).exists()
+
+
+def test_time_at_the_place_before_is_not_held_against_the_limit_of_this_one() -> None:
+    """As after a first step that compiled for long, when the rank goes on between a look and the message of it."""
+    watcher = object.__new__(Watcher)
+    watcher._parent = os.getpid()
+    watcher._cell = bytearray(CELL.pack(7, 0, 300.0, 1).ljust(CELL_BYTES, b"\0"))  # type: ignore[assignment]
+    watcher._seen, watcher._age_s = bytes(watcher._cell[: CELL.size]), 30.0
+    assert (watcher._where()["age_s"], watcher._where()["limit_s"]) == (30.0, 300.0)
+    CELL.pack_into(watcher._cell, 0, 8, 0, 20.0, 1)
+    assert (watcher._where()["age_s"], watcher._where()["limit_s"]) == (0.0, 20.0)
 
 
 @pytest.mark.long
