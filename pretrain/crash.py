@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain import stuck
 from pretrain.slots import slots_of_rank
 
 REPORT = "crash-report.txt"
@@ -69,6 +70,8 @@ class Rank:
     """Nothing is known of it: its watcher did not come, or is gone while the rank goes on."""
     stacks: str = ""
     """Stacks of its threads."""
+    collectives: dict[str, dict[str, Any]] | None = None
+    """Its groups and their collectives (`collectives.recorded`); None where it did not say."""
 
     @property
     def name(self) -> str:
@@ -147,17 +150,23 @@ def _name_hanging(ranks: list[Rank]) -> Cause:
     hanging = stopped or working or hanging
     first = hanging[0]
     if len(hanging) == len(ranks) > 1:
-        where = (
-            f"all {len(ranks)} ranks have been at {first.place!r} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
-        )
-        return Cause(
-            "hangs", [], f"{where}; none stands out: a collective or the devices do not come back", _ADVICE["all"]
-        )
+        return _name_in_a_collective(ranks)
     places = "; ".join(f"{rank.name} hangs at {rank.place!r}{_how(rank)}" for rank in hanging[:4])
     more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
     line = f"{places}{more} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
     advice = "stopped" if stopped else "data" if first.place == "waiting for data" else "hangs"
     return Cause("hangs", hanging, line, _ADVICE[advice], machine=True)
+
+
+def _name_in_a_collective(ranks: list[Rank]) -> Cause:
+    """All wait in one place, for each other or for the devices: what PyTorch recorded may say for whom."""
+    first = ranks[0]
+    where = f"all {len(ranks)} ranks have been at {first.place!r} for {first.age_s:.1f} s (limit {first.limit_s:g} s)"
+    records = {rank.number: rank.collectives for rank in ranks if rank.collectives is not None}
+    numbers, what = stuck.compare(records)
+    named, advice = [rank for rank in ranks if rank.number in numbers], _ADVICE["collective" if what else "all"]
+    what = what or "none stands out: a collective or the devices do not come back"
+    return Cause("hangs", named, f"{where}; {what}", advice, machine=bool(named))
 
 
 def _how(rank: Rank) -> str:
@@ -212,6 +221,10 @@ _ADVICE = {
     "hangs": (
         "The stack below is where it was. If that place can rightly take longer, raise watchdog.limit_s (or "
         "watchdog.first_step_limit_s before the first step is done)."
+    ),
+    "collective": (
+        "Whoever is waited for has a GPU, or a link to the others, that stands still: pretrain doctor measures both. Ranks that "
+        "called different collectives do not run the same code. If it can rightly take longer, raise watchdog.limit_s."
     ),
     "all": (
         "All ranks wait in the same place, so it is the network or a device: pretrain doctor measures both. If that place can "
@@ -309,7 +322,7 @@ def from_message(rank: Rank, message: dict[str, Any], now_s: float) -> None:
 
     Once its stacks are there, only an end is news: a stopped process was let go on for them.
     """
-    if rank.stacks and not rank.ended_at_s and not {"ago_s", "left"} & set(message):
+    if rank.stacks and not rank.ended_at_s and not {"ago_s", "left", "collectives"} & set(message):
         return
     for name in ("host", "pid", "place", "step", "beats", "age_s", "limit_s", "state", "error", "trace", "refused"):
         if name in message:
@@ -317,5 +330,6 @@ def from_message(rank: Rank, message: dict[str, Any], now_s: float) -> None:
     rank.gone = message.get("gone", rank.gone)
     rank.left = message.get("left", rank.left)
     rank.stacks = message.get("stacks", rank.stacks)
+    rank.collectives = message.get("collectives", rank.collectives)
     if "ago_s" in message and rank.ended_at_s is None:
         rank.ended_at_s = now_s - message["ago_s"]

@@ -140,6 +140,9 @@ class Hub(threading.Thread):
         if crash.first_cause(self.ranks).kind == "hangs":
             self._tell({"dump": True})
             self._listen_for(self._timing.stacks_s, lambda rank: bool(rank.stacks or rank.ended_at_s))
+            if not crash.first_cause(self.ranks).ranks:  # it is inside a collective
+                answered = self._timing.stacks_s / 2
+                self._listen_for(answered, lambda rank: rank.collectives is not None or rank.ended_at_s is not None)
         cause = crash.first_cause(self.ranks)
         self._report = write_report(cause, self.ranks, self._facts)
         self._report.join(self._timing.end_s)

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from pretrain import ranks
+from pretrain import collectives, ranks
 from pretrain.crash import Facts
 from pretrain.sections import Config
 from pretrain.versions import RUN_PACKAGES, versions
@@ -226,9 +226,11 @@ def _obey(
 
     A watcher that is gone before the rank is `leaving` was killed: the hub is told that the rank goes on without.
     """
-    word = b""
+    word = b"c"
     with suppress(OSError):
-        word = control.recv(1)
+        while (word := control.recv(1)) == b"c":
+            with suppress(KeyError, ValueError):  # written otherwise by another PyTorch: the verdict comes without it
+                _send(control, {"collectives": collectives.recorded()})
     if word == b"x":
         os._exit(EXIT_STATUS)
     verdict.set()

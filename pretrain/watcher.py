@@ -95,6 +95,8 @@ class Watcher:
         elif "error" in message:
             self._failed = True
             self._hub.send({**self._where(), **message, "ago_s": time.monotonic() - message["failed_at_s"]})
+        elif "collectives" in message:
+            self._hub.send(message)
         elif "left" in message and not self._failed:
             self._left = True
             self._hub.send({"left": True})
@@ -103,6 +105,8 @@ class Watcher:
         elif "dump" in message:
             where = self._where()
             self._said = True  # a stopped rank goes on for its stack: that is no new place
+            with suppress(OSError):
+                self._control.socket.sendall(b"c")  # a thread of the rank answers, if it can
             patience_s = self._timing.stacks_s / 4
             stacks = processes.stacks(self._parent, self._stacks, STACK_SIGNAL, patience_s)
             self._hub.send({**where, "stacks": stacks})

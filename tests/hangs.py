@@ -6,6 +6,7 @@ Two ranks train a tiny model with a short watchdog.limit_s, and one of them gets
     lock           C code holds the interpreter's lock          collective one never comes to a collective
     validation     sleeps in validation                         save       the writing of a checkpoint sleeps
     load           sleeps while a checkpoint is loaded          raise      an exception, while the other waits for it
+    order          one calls another collective than the other
     kill-0 kill-1  SIGKILL, without an agent, as under srun     slow       a first step longer than the limit, then slow steps
 
 For each: exit statuses, who is named in crash-report.txt and where, and the seconds from the fault to the end of the last
@@ -25,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import torch.distributed as dist
 from conftest import records, tiny_config, write_config
 from fault_runs import make_data
 from forks import finish, start_training
@@ -77,6 +79,10 @@ def arm(kind: str, trial: Path, limit_s: float) -> Callable[[int], None]:
         mark(trial)
         re.match(r"(a+)+$", "a" * 60 + "b")  # backtracks for ages, in C, and never gives the lock back
 
+    def call_another() -> None:
+        mark(trial)
+        dist.broadcast(torch.zeros(7), src=0)
+
     def burn() -> None:
         until = time.thread_time() + 0.1
         while time.thread_time() < until:
@@ -101,6 +107,8 @@ def arm(kind: str, trial: Path, limit_s: float) -> Callable[[int], None]:
             before_call(trainer, "learning_rate", hold_the_lock, lambda step, *_: step == FAULTY_STEP)
         elif kind == "collective":
             before_call(ranks, "all_reduce_max", sleep, late)
+        elif kind == "order":
+            before_call(ranks, "all_reduce_max", call_another, late)
         elif kind == "validation":
             before_call(validation, "micro_batches", sleep, late)
         elif kind == "save":
@@ -156,7 +164,20 @@ def _wait_for_step(run_dir: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-KINDS = ("stop", "data", "lock", "collective", "validation", "save", "load", "raise", "kill-0", "kill-1", "slow")
+KINDS = (
+    "stop",
+    "data",
+    "lock",
+    "collective",
+    "order",
+    "validation",
+    "save",
+    "load",
+    "raise",
+    "kill-0",
+    "kill-1",
+    "slow",
+)
 
 
 def main() -> int:

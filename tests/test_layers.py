@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"folder", "hosts", "reading", "slots"},
+    {"collectives", "folder", "hosts", "reading", "slots", "stuck"},
     {
         "back",
         "bench_profile",

@@ -276,7 +276,7 @@ def test_time_at_the_place_before_is_not_held_against_the_limit_of_this_one() ->
 @pytest.mark.timeout(1800)
 def test_two_ranks_in_trouble(tmp_path: Path) -> None:
     """The short form of hangs.py: who is named and where, that all processes end, and with which status."""
-    kinds = ["stop", "lock", "data", "save", "raise", "kill-0", "slow"]
+    kinds = ["stop", "lock", "data", "save", "order", "raise", "kill-0", "slow"]
     script = Path(__file__).parent / "hangs.py"
     command = [sys.executable, str(script), "--only", *kinds, "--limit_s", "20", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
@@ -300,6 +300,11 @@ def test_two_ranks_in_trouble(tmp_path: Path) -> None:
     assert "in sleep" in stacks["data"], "the loader's thread"
     assert "in sleep" in stacks["save"], "the saver's thread"
 
+    assert summary["order"]["statuses"] == [EXIT_STATUS, EXIT_STATUS]
+    assert re.search(
+        r"number \d+ of gloo 0 \(default_pg\): rank 0: gloo:all_reduce\(2\); rank 1: gloo:broadcast\(7\)$",
+        summary["order"]["what"],
+    )
     assert "rank 0 on " in summary["raise"]["what"]
     assert "failed first: ValueError: a made-up error" in summary["raise"]["what"]
     found = summary["kill-0"]
