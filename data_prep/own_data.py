@@ -1,6 +1,6 @@
 """Anyone's data: files of one's own, and datasets of the Hub. The commands `data-prep text` and `data-prep hf`.
 
-    GLOB   --> *.jsonl, *.parquet, anything else as plain text; each plain, .gz or .zst --> a unit a file
+    GLOB   --> *.jsonl, anything else as plain text, both plain, .gz or .zst; *.parquet --> a unit a file
     NAME   --> datasets.load_dataset(..., streaming=True) -------------------------------> a unit a file of the dataset
 
 Both are examples of how a source is added: a class with `units` and `documents`, an options class that makes one.
@@ -24,7 +24,7 @@ _JSONL = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(WorkOptions):
-    """Prepare files of your own: jsonl, parquet or plain text, each plain or compressed with gzip or zstd."""
+    """Prepare files of your own: parquet; jsonl or plain text, as they are or compressed with gzip or zstd."""
 
     input: list[str] = field(
         metadata={
@@ -87,6 +87,9 @@ class TextFiles(Source):
         }
         if not found:
             raise FileNotFoundError(f"no file matches {' '.join(self.patterns)}; ** reaches into folders")
+        for path in sorted(found):
+            if path.endswith(tuple(f".parquet{codec}" for codec in CODECS)):
+                raise ValueError(f"{path} is parquet, which is compressed in itself: decompress it, or leave it out")
         return sorted(Path(os.path.abspath(path)).relative_to(self.root).as_posix() for path in found)
 
     def documents(self, unit: str, position: Position | None = None) -> Iterator[Document]:

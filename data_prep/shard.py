@@ -33,7 +33,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -196,6 +196,8 @@ class TokenDataset:
         self._paths = [f"{self.directory}/{shard.path}" for shard in self._shards]
         self.dtype = np.result_type(np.uint16, *set(self._dtypes))
         """Holds every token: the type of all shards, where they agree."""
+        self.num_tokens = self.manifest.tokens
+        """Tokens in all shards."""
         self._file = lru_cache(max_open_files)(_OpenFile)  # by its path
         self._opened = False
         """A file, once: what is missing then has gone missing."""
@@ -204,11 +206,6 @@ class TokenDataset:
     def leave(self) -> None:
         """Wait no longer for what cannot be read: from now on it fails at once, in every thread."""
         self._leaving.set()
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Tokens in all shards."""
-        return self.manifest.tokens
 
     def num_sequences(self, seq_len: int) -> int:
         """How many sequences of `seq_len` + 1 tokens there are; the last token of one is the first of the next."""

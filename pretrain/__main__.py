@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     """Dispatch to a command; returns the process's exit status."""
     argv = sys.argv[1:] if argv is None else argv
     with standard_streams("pretrain", lasting=argv[:1] == ["train"]):
-        return _run(argv)
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:  # a run that trains goes on to a save, see `scheduler`
+            print("pretrain: interrupted", file=sys.stderr)
+            return 130
 
 
 def _run(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from data_prep.shard import write_atomically
 from pretrain.bench_rows import NOT_ASKED_FOR
+from pretrain.config import flat
 from pretrain.sections import Config
 from pretrain.versions import own_version, versions
 
@@ -189,7 +190,7 @@ class Earlier:
 
     def check(self, kind: str, subject: dict[str, Any]) -> None:
         """Raises ValueError: it was measured on something else. What an older version did not note is taken as the same."""
-        before, now = _flat(self.subject), _flat(json.loads(json.dumps(subject)))
+        before, now = flat(self.subject), flat(json.loads(json.dumps(subject)))
         differs = [f"{key} was {before[key]} and is {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
         what = f"a {self.kind} and this is a {kind}" if self.kind != kind else "; ".join(differs)
         if what:
@@ -197,14 +198,7 @@ class Earlier:
 
     def unsaid(self, subject: dict[str, Any]) -> list[str]:
         """What an older version did not note of its subject."""
-        return sorted(_flat(subject).keys() - _flat(self.subject).keys())
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        return sorted(flat(subject).keys() - flat(self.subject).keys())
 
 
 def compare(result: Result, earlier: Earlier, noise_pct: float, all_asked_for: bool) -> tuple[list[str], list[str]]:

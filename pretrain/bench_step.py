@@ -45,10 +45,8 @@ class Timing:
     """Train on the configuration's own sources; else on uniformly random ids."""
     memory_limit_gib: float | None = None
     """Play a GPU with so much memory (GiB)."""
-    profile: bool = False
-    """Profile a window even where nothing is communicated."""
     trace: Path | None = None
-    """File to write the window's trace to (path)."""
+    """File to write the trace of a window to, which is then profiled even where nothing is communicated (path)."""
     in_turns: bool = False
     """Wait for a line on standard input before each step."""
     of_micro_steps: int | None = None
@@ -120,7 +118,7 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     mean_losses = (ranks.all_reduce_sum(torch.stack([result.loss for result in results])) / world_size).tolist()
     run.fabric.print(f"timed: {speed['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU")  # whatever becomes of the profile
     window: dict[str, Any] = {"communication_pct": 0.0, "exposed_communication_pct": 0.0}
-    if world_size > 1 or timing.profile:
+    if world_size > 1 or timing.trace is not None:
         trace = timing.trace if ranks.rank() == 0 else None
         try:
             window = bench_profile.profile_steps(

@@ -197,7 +197,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
     if args.grad_accum_steps is not None:
         sequences = settings.train.micro_batch_size * world_size * args.grad_accum_steps
         settings = replace(settings, train=replace(settings.train, global_batch_size=sequences))
-    accumulated = config.grad_accum_steps(settings.train, world_size)
+    grad_accum_steps = config.grad_accum_steps(settings.train, world_size)
     subject = bench_result.subject(settings, world_size, args.data)
     so_far.check_comparable("step", subject)
     trace = args.out.with_name(f"{args.out.name}.trace.json")
@@ -206,7 +206,6 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         warmup=args.warmup,
         real_data=args.data == "real",
         memory_limit_gib=args.memory_limit_gib,
-        profile=args.profile,
         trace=trace if args.profile else None,
         in_turns=args.in_turns,
         of_micro_steps=args.of_micro_steps,
@@ -220,7 +219,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         args.row.write_text(json.dumps(row))
     title = (
         f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
-        f"{accumulated} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
+        f"{grad_accum_steps} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
     )
     notes = bench_result.notes(args.steps, args.warmup)
     if row.get("planned_mem_gib"):

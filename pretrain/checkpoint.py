@@ -3,7 +3,7 @@
     load: committed folders, newest first ─> every file against the manifest ─> the same one on all ranks ─> tensors
 
     step-00005000/
-        tensors/         torch.distributed.checkpoint: "model.NAME", "optimizer.exp_avg.NAME", "optimizer.exp_avg_sq.NAME"
+        tensors/         torch.distributed.checkpoint (DCP): "model.NAME", "optimizer.exp_avg.NAME", "optimizer.exp_avg_sq.NAME"
         state.json       what else the run needs: step, fingerprints of the data, versions
         manifest.json    size and sha256 of every other file, written last
 
@@ -355,7 +355,7 @@ def updates(run_dir: Path) -> int:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename a folder so that nobody takes it for a checkpoint; returns its new path. Nothing is deleted."""
+    """Rename a checkpoint, or a config.yaml, so that nobody takes it for one; returns its new path. Nothing is deleted."""
     name, number = f"{why}-{folder.name.removesuffix('.old')}", 1
     while (aside := folder.with_name(f"{name}.{number}")).exists():
         number += 1

@@ -11,7 +11,6 @@ and a run that starts at step 1,000,000 starts at once.
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,8 @@ import numpy as np
 import torch
 
 from data_prep.shard import TokenDataset
+from pretrain.hosts import is_first_here
+from pretrain.permutation import GOLDEN, mix, permute
 from pretrain.sections import DataConfig
 from pretrain.slots import slots_of_rank
 
@@ -70,7 +71,7 @@ def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
 
 
 def _open(directory: str, seq_len: int, vocab_size: int) -> TokenDataset:
-    dataset = TokenDataset(Path(directory), check_files=os.environ.get("LOCAL_RANK", "0") == "0")
+    dataset = TokenDataset(Path(directory), check_files=is_first_here())
     tokenizer = dataset.manifest.tokenizer
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -218,53 +219,6 @@ class Mixture:
         return source, epoch, sequence
 
 
-_ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def permute(position: np.ndarray, length: int, key: int, epoch: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of [0, length) sends each position; every (key, epoch) is another permutation.
-
-    position, epoch: int64 (n,). Returns int64 (n,). A Feistel network (Luby and Rackoff, 1988) over the smallest power of
-    two that holds `length`; what falls outside is sent through again until it falls inside (cycle walking: Black and
-    Rogaway, 2002), fewer than two rounds on average.
-    """
-    bits = max(2, (length - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    epochs, which = np.unique(epoch, return_inverse=True)  # one or two, unless the source is tiny
-    base = _mix(epochs.astype(np.uint64) * _GOLDEN + np.uint64(key))
-    counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN  # modulo 2^64, as arrays are
-    round_keys = _mix(base + counters)  # (rounds, epochs)
-
-    result = position.astype(np.uint64)
-    todo = np.arange(len(result))
-    while len(todo):
-        keys = round_keys[:, which[todo]] if len(epochs) > 1 else round_keys
-        high, low = result[todo] >> low_bits, result[todo] & low_mask
-        for r in range(0, _ROUNDS, 2):
-            high ^= _mix(low + keys[r]) & high_mask
-            low ^= _mix(high + keys[r + 1]) & low_mask
-        result[todo] = (high << low_bits) | low
-        todo = todo[result[todo] >= length]
-    return result.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: every input bit changes every output bit with probability one half; uint64 -> uint64."""
-    x = x ^ (x >> _30)
-    x *= _FACTOR_1
-    x ^= x >> _27
-    x *= _FACTOR_2
-    x ^= x >> _31
-    return x
-
-
-_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
-_FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
 def make_mixture(sources: list[Source], config: DataConfig, seed: int, global_batch_size: int) -> Mixture:
     """The order over opened sources. The permutations hang on the seed and on what the shards hold, not on paths or names."""
     lengths = [source.train.num_sequences(config.seq_len) for source in sources]
@@ -332,9 +286,8 @@ class MicroBatches:
         kept = self._kept  # which other threads may replace
         if kept is None or kept[0] != step:
             whole = self.mixture.global_batch_size
-            mine = np.array(
-                slots_of_rank(self.rank, self.world_size, step, self.micro_batch_size, whole)
-            )  # (steps, B) int64
+            slots = slots_of_rank(self.rank, self.world_size, step, self.micro_batch_size, whole)
+            mine = np.array(slots)  # (grad_accum_steps, B) int64
             source, _, sequence = self.mixture.sequences(step, mine.ravel())
             kept = self._kept = (step, source.reshape(mine.shape), sequence.reshape(mine.shape))
         return kept[1:]
@@ -347,7 +300,7 @@ def fingerprint(batch: np.ndarray) -> int:
     not depend on how they divide it. A row's hash is the sum of its tokens times fixed random weights, one a place, modulo
     2^64 (multilinear hashing: Carter and Wegman, 1979), mixed. A sha256 would take a third of the time of the loader.
     """
-    return int(_mix(np.einsum("bt,t->b", batch.view(np.uint64), _weights(batch.shape[1]))).sum()) % 2**63
+    return int(mix(np.einsum("bt,t->b", batch.view(np.uint64), _weights(batch.shape[1]))).sum()) % 2**63
 
 
 def log_fingerprint(total: int) -> str:
@@ -357,7 +310,7 @@ def log_fingerprint(total: int) -> str:
 
 @lru_cache(maxsize=2)
 def _weights(length: int) -> np.ndarray:
-    return _mix(np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
+    return mix(np.arange(1, length + 1, dtype=np.uint64) * GOLDEN)
 
 
 def train_loader(
@@ -375,8 +328,8 @@ def train_loader(
         batch, mark = micro_batches[item]
         return (batch.pin_memory() if device.type == "cuda" else batch), mark
 
-    a = micro_batches.grad_accum_steps
-    items = range((first_step - 1) * a, last_step * a)
+    of_a_step = micro_batches.grad_accum_steps
+    items = range((first_step - 1) * of_a_step, last_step * of_a_step)
     return _read_ahead(read, items, num_workers, device) if num_workers else map(read, items)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pretrain import config, ranks
-from pretrain.hosts import this_host
+from pretrain.hosts import is_first_here, this_host
 
 _SILENT_S = 180.0
 """A device that has not come back after so long, and ten times what a measurement may take, does not (seconds)."""
@@ -37,7 +37,7 @@ def look(settings: config.Config, device: torch.device, seconds: float) -> dict[
     finally:
         silent.cancel()
     found["health"] = _health(device) if device.type == "cuda" else {}  # after the work: a hot chip slows down now
-    if settings.parallel.compile and os.environ.get("LOCAL_RANK", "0") == "0" and "device_problem" not in found:
+    if settings.parallel.compile and is_first_here() and "device_problem" not in found:
         found["compile_problem"] = _compile_problem(device)
     return found
 

@@ -27,9 +27,9 @@ from pretrain import checkup, config, data, devices, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
 from pretrain.hosts import this_host
-from pretrain.memory import BF16, FP32, checkpoint_bytes, checkpoints_kept
+from pretrain.memory import Layout, checkpoint_bytes, checkpoints_kept
 from pretrain.model import count
-from pretrain.sharding import Sharding
+from pretrain.speed import sent_bytes
 from pretrain.versions import RUN_PACKAGES, own_version, versions
 
 _STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red"}
@@ -47,10 +47,13 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--seconds {args.seconds:g}: it must be above 0")
         settings = config.parse(rest, command, purpose)
         fabric, sharding = parallel.launch(settings.parallel, settings.model, [])
-        accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
+        grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes, batch = fabric.world_size // local, settings.train.micro_batch_size
+        layout = Layout.of(settings.parallel, sharding, nodes, local, batch, grad_accum_steps)
     except (ValueError, OSError) as error:
         fail(command, error)
-    measured, links, needs = examine(settings, sharding, accumulate, fabric.device, args.seconds)
+    measured, links, needs = examine(settings, layout, fabric.device, args.seconds)
     findings = checkup.judge(measured, links, needs)
     if ranks.rank() == 0:
         show(findings, len(measured))
@@ -59,9 +62,9 @@ def main(argv: list[str]) -> int:
 
 
 def examine(
-    settings: config.Config, sharding: Sharding, accumulate: int, device: torch.device, seconds: float
+    settings: config.Config, layout: Layout, device: torch.device, seconds: float
 ) -> tuple[list[Measured], list[Link], Needs]:
-    """Measure everything; called by all ranks, the same result on all. accumulate: micro-steps of the run's step."""
+    """Measure everything; called by all ranks, the same result on all. layout: the run's on these ranks."""
     host = this_host()
     mine: dict[str, Any] = {"rank": ranks.rank(), "host": host, "versions": _versions()}
     mine["device"] = parallel.device_name(device)
@@ -72,7 +75,7 @@ def examine(
     mine["folder_problem"], mine["write_bytes_per_s"], free = _look_at_folder(settings, seconds)
     measured = ranks.gather(Measured(**mine))
     free = max(ranks.gather(free))  # by any rank that could ask
-    needs = _needs(settings, sharding, accumulate, [rank.product_flops or float("nan") for rank in measured], free)
+    needs = _needs(settings, layout, [rank.product_flops or float("nan") for rank in measured], free)
     broken = any(rank.device_problem for rank in measured)  # it would have the others wait for ever
     links = [] if broken else _measure_links([rank.host for rank in measured], device, seconds)
     return measured, links, needs
@@ -201,8 +204,10 @@ def _write_and_read(path: Path, seconds: float) -> float:
             os.fsync(file.fileno())
             written += len(block)
     took = time.perf_counter() - began
-    if path.read_bytes()[-len(block) :] != block:
-        raise OSError(f"{path.parent}: what was read is not what was written")
+    with open(path, "rb") as file:
+        file.seek(-len(block), os.SEEK_END)
+        if file.read() != block:
+            raise OSError(f"{path.parent}: what was read is not what was written")
     return written / took
 
 
@@ -253,7 +258,7 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     return 2 * (size - 1) / size * tensor.nbytes * times / (time.perf_counter() - began)
 
 
-def _needs(settings: config.Config, sharding: Sharding, accumulate: int, flops: list[float], free_bytes: int) -> Needs:
+def _needs(settings: config.Config, layout: Layout, flops: list[float], free_bytes: int) -> Needs:
     """What the run asks, with steps as long as they are at half the speed of the measured matrix product."""
     sizes = count(settings.model)
     T, G = settings.data.seq_len, settings.train.global_batch_size
@@ -268,21 +273,14 @@ def _needs(settings: config.Config, sharding: Sharding, accumulate: int, flops: 
         free_bytes=free_bytes,
         save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id
-        send_bytes_per_s=_sent_across(settings, sharding, sizes.total, accumulate) / step_s,
+        send_bytes_per_s=_sent_across(sizes.total, layout) / step_s,
     )
 
 
-def _sent_across(settings: config.Config, sharding: Sharding, parameters: int, accumulate: int) -> float:
-    """Bytes that a host sends to others in a step of so many micro-steps, as in `speed.communication_seconds`.
-
-    A group of shards larger than a host gathers and reduces between hosts; in any case each rank sums its shard over the
-    replicas.
-    """
-    host_size, group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), sharding.shard_size
-    over_replicas = 2 * (1 - 1 / sharding.replicas) * FP32 * parameters / group * min(group, host_size)
-    if group <= host_size:
-        return over_replicas
-    times = {"layer": 2 * accumulate, "micro_step": accumulate, "step": 1}
-    of_a_number = FP32 if settings.parallel.precision == "fp32" else BF16
-    numbers = of_a_number * times[sharding.gather] + FP32 * (accumulate if sharding.reduce == "micro_step" else 1)
-    return over_replicas + numbers * parameters * (1 - 1 / group)
+def _sent_across(parameters: int, layout: Layout) -> float:
+    """Bytes that a host sends to others in a step: a ring larger than a host leaves it once; each rank has its own replicas."""
+    in_ring, to_replicas = sent_bytes(parameters, layout)
+    if layout.nodes == 1:
+        return 0.0
+    own = to_replicas * min(layout.shards, layout.gpus_per_node)
+    return own + (in_ring if layout.shards > layout.gpus_per_node else 0.0)

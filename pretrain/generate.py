@@ -69,8 +69,6 @@ def main(argv: list[str]) -> None:
         fail(parser.prog, f"{error}; the prompt must be UTF-8, and PYTHONUTF8=1 set where the locale is another")
     except (ValueError, OSError) as error:
         fail(parser.prog, error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # seen enough
 
 
 def _device(name: str) -> torch.device:

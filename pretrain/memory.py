@@ -64,15 +64,15 @@ class Layout:
         nodes: int,
         gpus_per_node: int,
         micro_batch_size: int,
-        steps: int,
+        grad_accum_steps: int,
     ) -> "Layout":
-        """That of a run whose sharding was chosen; steps: micro-steps of an optimizer step."""
+        """That of a run whose sharding was chosen."""
         return cls(
             chosen.strategy,
             nodes,
             gpus_per_node,
             micro_batch_size=micro_batch_size,
-            grad_accum_steps=steps,
+            grad_accum_steps=grad_accum_steps,
             activation_checkpointing=parallel.activation_checkpointing,
             precision=parallel.precision,
             compile=parallel.compile,
@@ -162,7 +162,7 @@ def loss_keeps(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     return layout.micro_batch_size * seq_len * D * layout.compute_bytes + V * D * FP32
 
 
-def logits_chunk(model: ModelConfig, seq_len: int, layout: Layout) -> int:
+def logits_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     """The logits that exist at a time: the product (c), in fp32, their gradient (c); and the weight's gradient once (bytes).
 
     Compiled, none are in fp32, and of the weight's gradient there is a part from each chunk.
@@ -224,7 +224,7 @@ def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1
     share = counts.total / layout.shards
     copies = 0 if sharded or layout.precision == "fp32" else BF16 * copied(model, layout)
     adds_up_whole = sharded and layout.reduce == "step" and layout.grad_accum_steps > 1
-    chunk = logits_chunk(model, seq_len, layout)
+    chunk = logits_bytes(model, seq_len, layout)
     parts = {
         "parameters": FP32 * share + copies,
         "gradients": FP32 * share + (FP32 * counts.total if adds_up_whole else 0),

@@ -22,7 +22,7 @@ from pretrain.sections import ModelConfig
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for generation. Grown by `Attention`, moved on by `Llama`."""
+    """Keys and values of the tokens seen so far, for generation. Grown by `Attention`, moved on by `Decoder`."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
         shape = (2, config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; the unit that FSDP shards and torch.compile compiles."""
+    """One decoder layer; the unit that FSDP shards and, where it does, torch.compile compiles."""
 
     def __init__(self, config: ModelConfig, layer: int, operations: Operations):
         super().__init__()
@@ -210,7 +210,8 @@ class Llama(nn.Module):
         """TinyLlama's initialisation, the same for every sharding: each parameter is drawn from (seed, its own name).
 
         Norms are 1. Matrices are normal: embedding and projections with std sqrt(2 / (5 D)), the two that write into the
-        residual stream (o_proj, down_proj) with std 1 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745, section 3.1).
+        residual stream (o_proj, down_proj) with std 1 / (L sqrt(D)): GPT-NeoX-20B (arXiv 2204.06745) has twice that, for two
+        branches side by side.
 
         device: where they are drawn, for each kind draws other numbers; None: where each parameter lies.
         """

@@ -121,7 +121,7 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
     if accelerator == "cuda" and gpus < local_world_size:
         start = f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or " if gpus else ""
         raise ValueError(
-            f"parallel.accelerator is cuda: this node has {gpus} GPUs for {local_world_size} ranks; "
+            f"parallel.accelerator is {config.accelerator}: this node has {gpus} GPUs for {local_world_size} ranks; "
             f"{start}set --parallel.accelerator cpu"
         )
     return accelerator

@@ -111,6 +111,8 @@ def _with_network(basis: Basis, gpus_per_node: int, network_gbits: float | None)
 
 def _known(name: str | None, compiled: bool) -> Basis:
     """By datasheet and published runs."""
+    if name is None:
+        raise ValueError(f"say which --chip: {', '.join(CHIPS)}; or measure this machine's by --probe")
     if name not in CHIPS:
         raise ValueError(f"--chip {name}: there are {', '.join(CHIPS)}; another one is measured by --probe")
     chip = CHIPS[name]
@@ -196,8 +198,8 @@ def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Ch
         raise ValueError("parallel.cpu_offload is true, for which the plan has no figures")
     room = None if math.isinf(chip.memory_gib) else int(chip.memory_gib * GIB)
     chosen = sharding.choose(p, count(settings.model).total, world_size, gpus_per_node, room)
-    steps = config.grad_accum_steps(settings.train, world_size)
-    return Layout.of(p, chosen, nodes, gpus_per_node, settings.train.micro_batch_size, steps)
+    grad_accum_steps = config.grad_accum_steps(settings.train, world_size)
+    return Layout.of(p, chosen, nodes, gpus_per_node, settings.train.micro_batch_size, grad_accum_steps)
 
 
 def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:

@@ -5,7 +5,6 @@ same run? ─> model on its devices, optimizer ─> checkpoint, or --init_from, 
 """
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
 from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, run_folder, saver, scheduler
-from pretrain.hosts import this_host
+from pretrain.hosts import is_first_here, this_host
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import count
 from pretrain.optim import make_optimizer
@@ -38,20 +37,20 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         SystemExit: a rank got a signal while the shards were read, which may take long; on all ranks.
     """
     sources = data.open_sources(settings.data, settings.model.vocab_size)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # as in data.open_sources
+    if is_first_here():  # as in data.open_sources
         check_tokenizer(sources[0].train.directory, sources[0].train.manifest.tokenizer)  # an export ships it
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
     )
     _check_alike(settings, sources)
-    accumulate = config.grad_accum_steps(settings.train, fabric.world_size)
+    grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(run_folder.enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
             _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
-        run = _build(settings, fabric, sharding, sources, mixture, accumulate, saves)
+        run = _build(settings, fabric, sharding, sources, mixture, grad_accum_steps, saves)
         run.at_end = on_failure.pop_all()
         guard.rest()
     return run
@@ -63,7 +62,7 @@ def _build(
     sharding: Sharding,
     sources: list[data.Source],
     mixture: data.Mixture,
-    accumulate: int,
+    grad_accum_steps: int,
     saves: bool,
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
@@ -78,22 +77,25 @@ def _build(
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
+    if before is not None:
+        (
+            before["config"],
+            before["operations"],
+        )  # raises on all ranks alike where they are missing; rank 0 alone needs them
     ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
     if saves and (before is None or before["step"] < settings.train.max_steps):
         ranks.on_rank_0(lambda: _make_room(run_dir / "checkpoints", settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    step = 0
+    begun = Begun()
     skipped_steps = torch.zeros((), device=fabric.device)
     skipped_in_a_row = torch.zeros((), device=fabric.device)
-    tokens: dict[str, int] = {}
     at("loading the checkpoint")
     if found is not None:
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
-        step = state["step"]
-        skipped_steps += step - state["updates"]
+        begun = Begun(state["step"], state["tokens_per_source"])
+        skipped_steps += begun.step - state["updates"]
         skipped_in_a_row += state["skipped_in_a_row"]
-        tokens = state["tokens_per_source"]
         if settings.init_from is not None:
             say(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     elif settings.init_from is not None:
@@ -107,16 +109,16 @@ def _build(
         optimizer=optimizer,
         sources=sources,
         mixture=mixture,
-        grad_accum_steps=accumulate,
+        grad_accum_steps=grad_accum_steps,
         facts=facts,
         flops_per_token=metrics.flops_per_token(settings.model, settings.data.seq_len, sizes.total, sizes.in_products),
         log=log,
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
-        step=step,
+        step=begun.step,
         skipped_steps=skipped_steps,
         skipped_in_a_row=skipped_in_a_row,
-        begun=Begun(step, tokens),
+        begun=begun,
     )
 
 
@@ -156,7 +158,7 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
         mine[f"the shards of {source.name}"] = source.train.manifest.fingerprint
         mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint
     mine |= {name: was for name, was in versions(*RUN_PACKAGES).items() if name != "python"}
-    code = ranks.everywhere(lambda: source_hash() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+    code = ranks.everywhere(lambda: source_hash() if is_first_here() else None)
     mine |= {"the code of Cria": code} if code else {}
     (first_host, first), *others = ranks.gather((this_host(), mine))
     for number, (host, theirs) in enumerate(others, start=1):
@@ -178,7 +180,7 @@ def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Sto
         key, signature = str(dataset.directory), ranks.on_rank_0(partial(dataset.signature, of_these_files=True))
         if ranks.broadcast(known.get(key)) == signature:
             continue
-        at_a_time = 16 * ranks.world_size()  # shards between two signs of life
+        at_a_time = 16 * ranks.world_size()  # shards between two looks at the signals
         parts = -(-len(dataset.manifest.shards) // at_a_time)
         for part in range(parts):
             at("checking the shards")

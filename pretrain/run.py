@@ -46,7 +46,7 @@ class Run:
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
     """Names slow ranks, every `watchdog.stragglers_every` lines of metrics; this default never does."""
     at_end: ExitStack = field(default_factory=ExitStack)
-    """Ends the watchdog and releases the run's folder."""
+    """Closes what the run has open: display, log, readers, the watchdog; waits for a save; releases the run's folder last."""
     step: int = 0
     """Finished optimizer steps."""
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))

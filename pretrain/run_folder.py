@@ -93,6 +93,8 @@ def fill(
 
 def _keep_tokenizer(source: Path, target: Path) -> None:
     """Copy what is not there yet. The data may be read-only, and the copy is not to be."""
+    if not (source / "tokenizer.model").exists():
+        (target / "tokenizer.model").unlink(missing_ok=True)  # of a tokenizer before: an export would take it first
     target.mkdir(exist_ok=True)
     for file in (entry for entry in source.iterdir() if entry.is_file()):
         content = file.read_bytes()

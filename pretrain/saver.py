@@ -296,7 +296,7 @@ def check_room(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
-            "make room, or lower checkpoint.keep_last"
+            "delete what is not needed; a lower checkpoint.keep_last acts only after the next save"
         )
 
 

@@ -67,8 +67,7 @@ class Stop:
         self._at_first_s: float | None = None
         """What was left of the job's time when training began (seconds); None: not known yet, or no end."""
         self._warned: set[str] = set()
-        # Only torchrun's agent is a parent that must not go; a shell may.
-        self._parent = os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
+        self._agent = torchrun_agent()
         for number in _STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._received)
@@ -103,7 +102,7 @@ class Stop:
         self._asked_before = now
         if self.signalled:
             return self.signalled
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._agent is not None and os.getppid() != self._agent:
             return ORPHANED
         left_s = self.left_s(max_hours)
         if left_s is None:
@@ -167,6 +166,11 @@ class Stop:
         if self.reason == signal.SIGINT:
             return 128 + signal.SIGINT
         return LATER if steps == 0 else REQUEUE
+
+
+def torchrun_agent() -> int | None:
+    """The process of torchrun's agent, where that has started this one: a parent that must not go, as a shell may."""
+    return os.getppid() if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else None
 
 
 def restarts() -> int:

@@ -260,7 +260,8 @@ class WatchdogConfig:
     first_step_limit_s: float = 1800.0
     """The same until the first step is done: shards are checked, a checkpoint is loaded, the model compiled (seconds)."""
     stragglers_every: int = 10
-    """Compare what each rank's own work takes every so many lines of metrics, and name the slow (lines); 0: never."""
+    """Compare the ranks' own work, on GPUs their waits for data and a matrix product, every so many lines of metrics, and name
+    the slow (lines); 0: never."""
 
 
 @dataclass(frozen=True)

@@ -191,25 +191,31 @@ def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout,
 def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> float:
     """Seconds of collectives in a step, hidden or not.
 
-    Weights are gathered in the compute's type, twice a micro-step or as `gather` says; gradients are reduced in fp32, once a
-    step or in every micro-step. A ring moves (n - 1) / n of what it gathers at the slowest link that it crosses; a node's
-    ring has all of its network cards. hybrid gathers and reduces among `shards` GPUs, and adds up over its replicas once a step.
+    A ring runs at the slowest link that it crosses; a node's ring has all of its network cards.
     """
-    if layout.strategy == "single":
-        return 0.0
-    P, N, G, micro_steps = count(model).total, layout.world_size, layout.shards, layout.grad_accum_steps
+    in_ring, to_replicas = sent_bytes(count(model).total, layout)
     inside = rates.link * chip.link
     between_nodes = rates.link * chip.network_gbits / 8 * 1e9
-    gathered = (
-        layout.compute_bytes * P * {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
-    )
-    reduced = FP32 * P * (1 if layout.reduce == "step" else micro_steps)
-    ring = inside if layout.gpus_per_node >= G else min(inside, between_nodes)
-    seconds = (gathered + reduced) * (G - 1) / G / ring
-    if (replicas := N // G) > 1:  # one ring for each shard of P / G; those of a node share its cards
-        each, among = 2 * FP32 * P / G * (replicas - 1) / replicas, min(G, layout.gpus_per_node)
-        seconds += each / inside if layout.nodes == 1 else each * among / between_nodes
-    return seconds
+    seconds = in_ring / (inside if layout.gpus_per_node >= layout.shards else min(inside, between_nodes))
+    if layout.nodes == 1:
+        return seconds + to_replicas / inside
+    among = min(layout.shards, layout.gpus_per_node)  # the rings of a node's shards share its cards
+    return seconds + to_replicas * among / between_nodes
+
+
+def sent_bytes(parameters: int, layout: Layout) -> tuple[float, float]:
+    """What a GPU sends in a step: to those with which it shares a copy of the weights, and to its replicas (bytes).
+
+    Weights are gathered in the compute's type, twice a micro-step or as `gather` says; gradients are reduced in fp32, once a
+    step or in every micro-step: (n - 1) / n of each go around a ring of n. Replicas add up their shards once a step, which
+    takes a ring twice that.
+    """
+    P, G, micro_steps = parameters, layout.shards, layout.grad_accum_steps
+    replicas = layout.world_size // G
+    gathers = {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
+    reductions = 1 if layout.reduce == "step" else micro_steps
+    in_ring = P * (layout.compute_bytes * gathers + FP32 * reductions) * (G - 1) / G
+    return in_ring, 2 * FP32 * P / G * (replicas - 1) / replicas
 
 
 def exposed(communication: float, computation: float, rates: Rates) -> float:

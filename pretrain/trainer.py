@@ -4,7 +4,7 @@
 
 `train` runs to the last step, or until a stop is asked for (`scheduler`: a signal, the end of the job's time): then all ranks
 finish the step they are in, save, and leave. Started again with the same configuration, the run goes on where it was
-(`preparation` sees to that).
+(`preparation` sees to that). `at` tells the watchdog where this rank is.
 """
 
 import time
@@ -63,7 +63,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
 
     Raises:
         FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used.
-        OSError: the last checkpoint could not be saved.
+        OSError: the data cannot be read, or the last checkpoint not be saved.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released

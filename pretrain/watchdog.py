@@ -35,6 +35,7 @@ from typing import BinaryIO
 
 from pretrain import collectives, ranks
 from pretrain.crash import Facts
+from pretrain.scheduler import torchrun_agent
 from pretrain.sections import Config
 from pretrain.versions import RUN_PACKAGES, versions
 from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
@@ -101,9 +102,8 @@ class Watchdog:
         places = {"memory": memory.fileno(), "stacks": self._stacks.fileno(), "control": theirs.fileno()}
         if listener is not None:
             places["listener"] = listener.fileno()
-        agent = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none" else 0
         about = {"rank": ranks.rank(), "world_size": ranks.world_size(), "address": address}
-        about |= {"pid": os.getpid(), "agent": agent}
+        about |= {"pid": os.getpid(), "agent": torchrun_agent()}
         about |= {"limit_s": self.config.limit_s, "connect_s": self.limit_s, "facts": asdict(facts)}
         # Not a line of the site's packages: it starts in 20 ms. Its own session: signals to the job's group spare it.
         self._process = subprocess.Popen(
@@ -178,7 +178,7 @@ class Watchdog:
             return
         _current = None if _watchdog() is self else _current
         self._leaving.set()  # before the watcher hears of it: after a refusal it is over at once
-        if error is not None and not isinstance(error, SystemExit):
+        if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
             self._report(error)
         self._finalizer()
 

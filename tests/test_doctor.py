@@ -17,6 +17,7 @@ from conftest import pretrain, tiny_config, write_config
 from pretrain import checkup, config, devices, doctor
 from pretrain.checkup import EVERYWHERE, Finding, Link, Measured, Needs
 from pretrain.chips import DATASHEETS
+from pretrain.memory import Layout
 from pretrain.sections import ParallelConfig
 from pretrain.sharding import Sharding
 
@@ -137,13 +138,11 @@ def test_a_link_of_two_hosts_is_held_against_what_the_run_sends(speed: float, st
         (Sharding("shard_grad_op", 8, 1, "step", "step", ""), (2 + 4) * 1000 * 7 / 8),
     ],
 )
-def test_what_a_host_sends_to_others(
-    sharding: Sharding, sent: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    tree = tiny_config(tmp_path, tmp_path / "run", train={"global_batch_size": 32}, parallel={"precision": "bf16"})
-    settings = config.load(write_config(tmp_path / "c.yaml", tree))
-    assert doctor._sent_across(settings, sharding, 1000, config.grad_accum_steps(settings.train, 8)) == sent
+def test_what_a_host_sends_to_others(sharding: Sharding, sent: float) -> None:
+    parallel = ParallelConfig(precision="bf16")
+    assert doctor._sent_across(1000, Layout.of(parallel, sharding, 4, 2, 2, 2)) == sent
+    alone = Layout.of(parallel, dataclasses.replace(sharding, shard_size=min(sharding.shard_size, 2)), 1, 2, 2, 2)
+    assert doctor._sent_across(1000, alone) == 0, "there is no other host"
 
 
 def test_without_nvlink_all_hosts_are_bad() -> None:

@@ -137,3 +137,15 @@ def test_a_run_and_an_export_refuse_another_tokenizer(
         said = capsys.readouterr().err
         assert str(folder) in said
         assert said.count("\n") == 1
+
+
+def test_a_run_that_goes_on_with_another_kind_of_tokenizer_can_be_exported(tmp_path: Path) -> None:
+    """tokenizer.model of the one before would be taken first."""
+    data = write_dataset(tmp_path / "a", 500, 1)
+    tree = tiny_config(tmp_path, tmp_path / "run", train={"max_steps": 1}, optim={"warmup_steps": 1})
+    tree["data"]["sources"] = [{"name": "a", "train": str(data)}]
+    train = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer" / "tokenizer.model").write_bytes(b"of sentencepiece")
+    assert main(train) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import data
+from pretrain.permutation import permute
 from pretrain.sections import DataConfig, SourceConfig
 
 
@@ -27,16 +28,16 @@ def shares(weights: list[int]) -> tuple[Fraction, ...]:
 @given(length=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40))
 def test_an_epoch_is_a_permutation(length: int, key: int, epoch: int) -> None:
     position = np.arange(length)
-    image = data.permute(position, length, key, np.full(length, epoch))
+    image = permute(position, length, key, np.full(length, epoch))
     assert np.array_equal(np.sort(image), position)
     some = position[:: max(1, length // 7)]  # one by one it is the same as all at once
-    assert np.array_equal(data.permute(some, length, key, np.full(len(some), epoch)), image[some])
+    assert np.array_equal(permute(some, length, key, np.full(len(some), epoch)), image[some])
 
 
 def test_epochs_and_keys_give_unrelated_permutations() -> None:
     n = 50_000
     position = np.arange(n)
-    images = [data.permute(position, n, key, np.full(n, epoch)) for key in (1, 2) for epoch in (0, 1, 2)]
+    images = [permute(position, n, key, np.full(n, epoch)) for key in (1, 2) for epoch in (0, 1, 2)]
     for i, a in enumerate(images):
         # Neighbours are not correlated: the serial correlation of a random permutation is about 1 / sqrt(n).
         assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / np.sqrt(n)

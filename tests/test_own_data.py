@@ -41,6 +41,14 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, suffix: str) -> N
     assert found[f"b.txt{suffix}"] == [*TEXTS[:-1], TEXTS[-1].rstrip("\n")]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_parquet_in_another_compression_is_refused_and_not_read_as_text(tmp_path: Path, suffix: str) -> None:
+    for name in ("a.parquet", f"b.parquet{suffix}", f"c.jsonl{suffix}"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"b\.parquet\{suffix} is parquet"):
+        TextFiles([str(tmp_path / "*")]).units()
+
+
 def test_units_subsets_and_bad_lines(tmp_path: Path) -> None:
     for name in ("x/en/a.jsonl", "x/de/b.jsonl", "x/c.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,7 @@ def test_tokens_set_the_length(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["--chip", "B300"], "--chip B300: there are A100-40G"),
+        ([], "say which --chip: A100-40G"),
         (
             ["--chip", "A100-40G", "--nodes", "3"],
             "x world_size 24 = 24 sequences; nearest: 1008 or 1032",

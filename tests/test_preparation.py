@@ -1,5 +1,6 @@
 """How a run begins: every shard is read by one rank, a stage that has begun does not change, and who saves needs room."""
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -9,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import tiny_config, write_config, write_dataset
+from conftest import pretrain, tiny_config, write_config, write_dataset
 
 from data_prep import shard
-from pretrain import bench_step, config, data, going_on, preparation, ranks, saver
+from pretrain import bench_step, checkpoint, config, data, going_on, preparation, ranks, saver
 from pretrain.sections import DataConfig, SourceConfig
 
 SHARDS = 60
@@ -78,6 +79,25 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(datasets: Path, tmp_path: P
     settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
     with pytest.raises(OSError, match=r"operations\.json"):
         preparation.prepare(settings)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_all_ranks(datasets: Path, tmp_path: Path) -> None:
+    """What rank 0 alone needs of it must not end rank 0 alone: the others would wait for it."""
+    tree = tiny_config(
+        datasets, tmp_path / "run", train={"max_steps": 2}, optim={"warmup_steps": 1}, checkpoint={"every_steps": 1}
+    )
+    settings = write_config(tmp_path / "c.yaml", tree)
+    assert pretrain("train", "--config", settings, "--train.max_steps", "1").returncode == 0
+    folder = checkpoint.latest(tmp_path / "run", warn=print)
+    state = json.loads((folder / "state.json").read_text())
+    del state["operations"]
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint.describe(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = pretrain("train", "--config", settings, ranks=2, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("state.json has no operations: another version of Cria wrote it") == 2, "said by both"
 
 
 def test_a_stage_may_change_until_its_first_step_was_trained(datasets: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import write_dataset
 from data_prep.shard import Manifest, TokenizerInfo
 from data_prep.sources import is_held_out
 from pretrain import data
+from pretrain.permutation import permute
 from pretrain.sections import DataConfig, SourceConfig, StageConfig
 
 SEQ_LEN = 10
@@ -29,7 +30,7 @@ TOKENIZER = TokenizerInfo(f"sha256:{'a' * 64}", "sentencepiece", 300, 1, 2)
     ],
 )
 def test_the_permutations_are_the_promised_ones(key: int, epoch: int, image: list[int]) -> None:
-    assert data.permute(np.arange(10), 10, key, np.full(10, epoch)).tolist() == image
+    assert permute(np.arange(10), 10, key, np.full(10, epoch)).tolist() == image
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,15 @@ def test_a_signal_while_the_shards_are_read_ends_the_start(
     assert checked == [datasets / "a/train", left[0], *left], "what was found good is not read again, and nothing else"
 
 
+def test_ctrl_c_before_the_first_step_is_no_crash(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TokenDataset, "check", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert status_of(command(datasets, tmp_path, data={"verify": "full"})) == 130
+    assert not list((tmp_path / "run").rglob("crash-report*"))
+    assert capsys.readouterr().err == "pretrain: interrupted\n"
+
+
 def test_a_stop_does_not_wait_for_data_that_is_away(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
