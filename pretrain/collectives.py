@@ -31,6 +31,8 @@ def read(trace: dict[str, Any], members: dict[str, list[int]]) -> dict[str, dict
     groups: dict[str, dict[str, Any]] = {}
     for entry in trace.get("entries", []):  # in the order of the calls
         status, (name, description) = statuses[str(entry["pg_id"])], entry["process_group"]
+        if name not in members:  # the group is no more
+            continue
         group = groups.setdefault(name, {"ranks": members[name], "description": description})
         group |= {last: int(status[f"last_{last}_collective"]) for last in ("enqueued", "completed")}
         sent_or_back = entry["is_p2p"] or entry["retired"] or entry["collective_seq_id"] <= group["completed"]

@@ -166,8 +166,18 @@ def test_what_was_sent_or_is_part_of_another_one_is_not_open() -> None:
         }
 
     status = {"0": {"last_enqueued_collective": "4", "last_started_collective": "-1", "last_completed_collective": "2"}}
-    entries = [entry(2), entry(2, is_p2p=True), entry(9, is_p2p=True), entry(3, retired=True), entry(4), entry(5)]
-    found = read({"entries": entries, "pg_status": status}, {"0": [0, 1]})["0"]
+    entries = [
+        entry(1, process_group=["1", "gone"]),
+        entry(2),
+        entry(2, is_p2p=True),
+        entry(9, is_p2p=True),
+        entry(3, retired=True),
+        entry(4),
+        entry(5),
+    ]
+    groups = read({"entries": entries, "pg_status": status}, {"0": [0, 1]})
+    assert list(groups) == ["0"], "the other one is no more"
+    found = groups["0"]
     assert (found["open"], found["enqueued"], found["completed"]) == ("nccl:4(2)", 4, 2)
     assert read({"comm_lib_version": "", "pg_status": {}}, {}) == {}, "nothing was recorded"
 
