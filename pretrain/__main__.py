@@ -6,6 +6,7 @@ Each command is a module of its own with `main(argv)`; only the one that is aske
 """
 
 import importlib
+import os
 import sys
 
 from pretrain.imports import importing
@@ -57,4 +58,11 @@ def _run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SystemExit as end:
+        if end.code in (2, 69) and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # refused, while others are connected
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)  # at Python's own end gloo's threads may make an abort of it
+        raise

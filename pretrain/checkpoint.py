@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
-from pretrain.hosts import this_host
+from pretrain.hosts import suspect, this_host
 from pretrain.reading import json_mapping
 from pretrain.watchdog import alive
 
@@ -144,13 +144,39 @@ def latest(run_dir: Path, warn: Callable[[str], None]) -> Path:
 def verify_together(folder: Path) -> str | None:
     """`verify` by all ranks, each its share of the files; the same answer for all.
 
+    What one of them finds wrong is looked at again, by a rank of another host where there is one: a host whose memory is bad
+    would find every checkpoint corrupt.
+
     Raises:
-        OSError: on all ranks, where one could not read a file, which says nothing about what stands in it.
+        OSError: on all ranks, where one could not read a file, which says nothing about what stands in it, or where it finds
+            something wrong that a second look does not.
     """
-    found, unreadable = None, None
-    for pause_s in (*_PAUSES_S, None):
+    world_size = ranks.world_size()
+    problems = _look_together(folder, ranks.rank())
+    first = next((number for number, (_, problem) in enumerate(problems) if problem is not None), None)
+    if first is None:
+        return None
+    host, problem = problems[first]
+    second = next((number for number in range(world_size) if problems[number][0] != host), first)
+    again = _look_together(folder, first if ranks.rank() == second else None)[second]
+    if again[1] is None:
+        suspect(host)
+        raise OSError(
+            f"{folder}, as rank {first} on {host} reads it, is corrupt ({problem}), and a second look, on {again[0]}, finds it "
+            f"whole: {host} reads or computes wrongly, now and then at least. It stays where it is; start again without that host"
+        )
+    return problem if world_size == 1 else f"rank {first}: {problem}"
+
+
+def _look_together(folder: Path, part: int | None) -> list[tuple[str, str | None]]:
+    """Every rank's host, and what it finds wrong in part `part` of as many as there are ranks (None: it does not look).
+
+    Raises OSError as verify_together.
+    """
+    found, unreadable, share = None, None, (part or 0, ranks.world_size())
+    for pause_s in () if part is None else (*_PAUSES_S, None):
         try:
-            found, unreadable = verify(folder, share=(ranks.rank(), ranks.world_size()), sign=alive), None
+            found, unreadable = verify(folder, share=share, sign=alive), None
             break
         except OSError as error:
             unreadable = f"{folder} cannot be read on {this_host()}: {error}"
@@ -160,7 +186,7 @@ def verify_together(folder: Path) -> str | None:
             f"{unreadable}. Its content may be whole, so it stays where it is; start again without that host, or, where no "
             "host can read it, move the folder away"
         )
-    return ranks.first_problem(found)
+    return ranks.gather((this_host(), found))
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], None] = lambda: None) -> str | None:

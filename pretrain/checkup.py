@@ -275,7 +275,7 @@ def _folder(measured: list[Measured]) -> list[Finding]:
 
 
 def _clocks(measured: list[Measured]) -> list[Finding]:
-    """The run does not need clocks that agree; logs, certificates and file times do."""
+    """A run stops when the first clock says that its job is over; logs, certificates and file times need the time, too."""
     typical = median_low(rank.clock_skew_s for rank in measured)
 
     def one(rank: Measured) -> Finding:

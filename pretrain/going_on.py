@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import back, checkpoint, config, data, hf, ranks, saver, scheduler
+from pretrain import back, checkpoint, config, data, hf, ranks, retention, scheduler
 from pretrain.back import Back
 from pretrain.model import fill
 from pretrain.reading import read_tokenizer
@@ -104,7 +104,7 @@ def choose(
 def _begun_to_go_back(run_dir: Path, say: Any) -> Back | None:
     """Where an earlier start was sent back to; None where the run was not, or has saved since."""
     sent = back.read(run_dir)
-    if sent is None or not saver.leave_behind(run_dir, sent):
+    if sent is None or not retention.leave_behind(run_dir, sent, say):
         return sent
     try:  # it was killed before it did, or could not
         back.forget(run_dir)

@@ -19,13 +19,15 @@ Record = dict[str, Any]
 
 _NUMBER = (int, float, type(None))
 _FIGURES = (
-    "time loss grad_norm lr tokens tokens_per_sec mfu_m1_pct mfu_m3_pct peak_mem_gib skipped_steps tokens_per_step"
+    "time loss grad_norm lr tokens tokens_per_sec tokens_per_sec_per_gpu mfu_m1_pct mfu_m3_pct peak_mem_gib skipped_steps "
+    "tokens_per_step"
 )
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(_FIGURES.split(), _NUMBER),
     **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
     **dict.fromkeys(("versions", "sources", "losses"), dict),
     "kind": str,
+    "problem": (str, type(None)),
 }
 """Of the fields that a report reads."""
 
@@ -42,11 +44,15 @@ class History:
     """How the last process ended; None: it has not, or was killed."""
     torn_lines: int
     """Lines that are no record: a process was killed while it wrote them, or something else wrote them."""
+    saved: int | None = None
+    """The last step that was saved, or that was gone on from; None: none."""
+    unsaved: str | None = None
+    """Why the last save failed; None: it did not."""
 
     @property
     def last_step(self) -> int:
         """The last step with any record (steps)."""
-        return max(record["step"] for record in [*self.starts, *self.train, *self.validation])
+        return max(record["step"] for record in [*self.starts[-1:], *self.train, *self.validation])
 
     @property
     def resumes(self) -> list[int]:
@@ -84,11 +90,12 @@ class History:
     def status(self) -> str:
         """How far the run is, in words."""
         of = f" of {self.about['max_steps']:,}" if "max_steps" in self.about else ""
+        unsaved = "" if self.unsaved is None else f"; NOT saved since step {self.saved or 0:,}: {self.unsaved}"
         if self.stop is None:
-            return f"step {self.last_step:,}{of}; no end is recorded: it is running, or was killed"
+            return f"step {self.last_step:,}{of}; no end is recorded: it is running, or was killed{unsaved}"
         reason = self.stop.get("reason")
         ended = "finished" if reason == "finished" else f"stopped by {reason}"
-        return f"step {self.last_step:,}{of}; {ended}"
+        return f"step {self.last_step:,}{of}; {ended}{unsaved}"
 
     def source_lines(self) -> list["SourceLine"]:
         """One a source, in the order of the configuration."""
@@ -138,13 +145,14 @@ def read(run_dir: Path) -> History:
     starts: list[Record] = []
     by_step: dict[str, dict[int, Record]] = {"train": {}, "validation": {}}
     stop, torn = None, 0
+    saved, unsaved = None, None
     for line in path.read_bytes().splitlines():
         record = _parse(line)
         if record is None:
             torn += 1
         elif record["kind"] == "start":
             starts.append(record)
-            stop = None
+            stop, saved, unsaved = None, record["step"] or None, None
             # What a killed run had logged beyond the checkpoint that this one goes on from is not part of it.
             for kind, records in by_step.items():
                 by_step[kind] = {
@@ -152,12 +160,15 @@ def read(run_dir: Path) -> History:
                 }
         elif record["kind"] == "stop":
             stop = record
+        elif record["kind"] == "save":
+            unsaved = record.get("problem")
+            saved = record["step"] if unsaved is None else saved
         elif record["kind"] in by_step:
             by_step[record["kind"]][record["step"]] = record
     train, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
     if not starts and not train and not validation:
         raise ValueError(f"{path} has no record yet; wait for the first one")
-    return History(starts, train, validation, stop, torn)
+    return History(starts, train, validation, stop, torn, saved, unsaved)
 
 
 def _parse(line: bytes) -> Record | None:

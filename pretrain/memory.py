@@ -249,7 +249,7 @@ def _communication(model: ModelConfig, layout: Layout) -> float:
 
 
 def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
-    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `saver.prune`.
+    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `retention.prune`.
 
     The clock and signals make some between the regular ones. With keep_last 0 each signal's adds one, not counted here.
     """

@@ -2,8 +2,8 @@
 
     trainer ─> Clock (seconds of training, of waiting for data) ─> train_metrics ─> MetricsLog ─> metrics.jsonl, TensorBoard, W&B
 
-metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, straggler, stop. `step` counts finished optimizer
-steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
+metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, straggler, save, stop. `step` counts finished
+optimizer steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
 
 Nothing here ends a run that trains: lines that the disk does not take wait in memory, and a logger that fails is switched off.
 """

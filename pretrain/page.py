@@ -55,8 +55,9 @@ def key_figures(history: History) -> list[tuple[str, str]]:
     speed, world_size = history.typical("tokens_per_sec"), about.get("world_size")
     if speed is not None:
         figures.append(("tokens/s, median", f"{speed:,.0f}"))
-        if world_size and world_size > 1:
-            figures.append((f"tokens/s a rank, of {world_size}", f"{speed / world_size:,.0f}"))
+    each = history.typical("tokens_per_sec_per_gpu")
+    if each is not None and world_size and world_size > 1:
+        figures.append(("tokens/s a rank, median", f"{each:,.0f}"))
     for name, convention in (("m1", "all parameters"), ("m3", "products, causal")):
         mfu = history.typical(f"mfu_{name}_pct")
         if mfu is not None:
@@ -64,6 +65,8 @@ def key_figures(history: History) -> list[tuple[str, str]]:
     memory = [record["peak_mem_gib"] for record in history.train if record.get("peak_mem_gib") is not None]
     if memory:
         figures.append(("peak memory", f"{max(memory):.1f} GiB"))
+    if history.saved is not None:
+        figures.append(("last step that is saved", f"{history.saved:,}"))
     if "parameters" in about:
         figures.append(("parameters", f"{about['parameters']:,}"))
     skipped = max((record.get("skipped_steps") or 0 for record in history.train), default=0)

@@ -15,7 +15,20 @@ import torch
 from lightning.fabric import Fabric
 
 from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
-from pretrain import checkpoint, config, data, going_on, metrics, pace, parallel, ranks, run_folder, saver, scheduler
+from pretrain import (
+    back,
+    checkpoint,
+    config,
+    data,
+    going_on,
+    metrics,
+    pace,
+    parallel,
+    ranks,
+    retention,
+    run_folder,
+    scheduler,
+)
 from pretrain.hosts import is_first_here, this_host
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import count
@@ -84,7 +97,7 @@ def _build(
         )  # raises on all ranks alike where they are missing; rank 0 alone needs them
     ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
     if saves and (before is None or before["step"] < settings.train.max_steps):
-        ranks.on_rank_0(lambda: _make_room(run_dir / "checkpoints", settings, say))
+        ranks.on_rank_0(lambda: _make_room(run_dir, settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     begun = Begun()
@@ -138,13 +151,24 @@ def _eos_id(sources: list[data.Source]) -> int:
     return manifest.tokenizer.eos_id
 
 
-def _make_room(checkpoints: Path, settings: config.Config, say: Callable[[str], None]) -> None:
-    saver.clear(checkpoints, say)  # what a killed save left takes room, too
-    saver.check_room(checkpoints, checkpoint_bytes(settings.model))
+def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None]) -> None:
+    checkpoints = run_dir / "checkpoints"
+    retention.clear(checkpoints, say)  # what a killed save left takes room, too
+    if back.read(run_dir) is None and (
+        gone := retention.prune(run_dir, settings.checkpoint)
+    ):  # keep_last may be lower now
+        say(f"older checkpoints were deleted: {', '.join(gone)}")
+    number, size = retention.set_aside_ones(checkpoints)
+    if number:
+        say(f"{checkpoints} holds {number} that were set aside, {size / 2**20:,.1f} MiB, which nothing deletes")
+    retention.check_room(checkpoints, checkpoint_bytes(settings.model))
+
+
+_CODE = "the code of Cria"
 
 
 def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
-    """Raise ValueError on all ranks where one was started with another configuration, data or code than rank 0.
+    """Raise ValueError, where it is the code OSError, on all ranks where one has another configuration or data than rank 0.
 
     They would train together all the same, each with its own learning rate, say, and nobody could tell.
     """
@@ -159,15 +183,17 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
         mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint
     mine |= {name: was for name, was in versions(*RUN_PACKAGES).items() if name != "python"}
     code = ranks.everywhere(lambda: source_hash() if is_first_here() else None)
-    mine |= {"the code of Cria": code} if code else {}
+    mine |= {_CODE: code} if code else {}
     (first_host, first), *others = ranks.gather((this_host(), mine))
     for number, (host, theirs) in enumerate(others, start=1):
         unlike = [key for key in theirs if theirs[key] != first.get(key)]
         if unlike:
-            raise ValueError(
+            problem = (
                 f"rank {number} on {host} has {unlike[0]} = {theirs[unlike[0]]}, and rank 0 on {first_host} "
                 f"{first.get(unlike[0])}: give all ranks the same configuration, data and code"
             )
+            # A shared checkout that was changed a moment ago is not the same everywhere yet: a restart tries again.
+            raise OSError(problem) if unlike == [_CODE] else ValueError(problem)
 
 
 def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Stop | None) -> None:

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
@@ -29,8 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.tensor import DTensor
 
-from pretrain import back, checkpoint, lock, ranks, scheduler, synced
-from pretrain.back import Back
+from pretrain import back, checkpoint, lock, ranks, retention, scheduler, synced
 from pretrain.folder import sync
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 _AGAIN_S = 300.0
 """So long after a save that failed it is tried again (seconds)."""
+_GIVE_UP_S = 7200.0
+"""When nothing could be saved for so long the run ends (seconds): a night that cannot be saved is a night lost."""
 _REMEMBERED = 8
 """So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
@@ -60,8 +62,14 @@ class Saver:
         self._pending: futures.Future[str | None] | None = None
         self._problem: str | None = None
         """Why the last save failed, the same on all ranks; None: it did not."""
-        self._saved = time.perf_counter()
-        """When the last save was taken, then when it had ended."""
+        self._saved = self._succeeded = time.perf_counter()
+        """When the last save was taken, then when it had ended; and when the last one had that did not fail."""
+        self._unproven = scheduler.in_vain()
+        """Whether nothing may be trained before a save succeeds: the last start may have ended because none did."""
+        self._owed = False
+        """Whether a checkpoint that was to stay for good could not be saved: the next one stays in its place."""
+        self.outcomes: deque[dict[str, Any]] = deque()
+        """Of the saves that have ended, on rank 0: `step`, `seconds` and `problem` (None: it is saved). To be taken out."""
         self.taken = False
         """Whether another job has taken the run's folder, so that no save can succeed; known on rank 0."""
         self._back = back.read(run_dir) if ranks.rank() == 0 else None
@@ -83,7 +91,7 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        keep = self._config.keep_last == 0 or _is_milestone(step, self._config)
+        keep = self._config.keep_last == 0 or retention.is_milestone(step, self._config) or self._owed
         start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
@@ -104,11 +112,24 @@ class Saver:
         """Whether it is time to save, whatever the step; on rank 0, elsewhere False."""
         if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
             return False
-        problem = self._problem if self._pending is None else self._pending.result()  # of the last save
+        problem = self._last_problem()
+        if self._unproven and problem is None:
+            return True
         # without keep_last the clock would fill the disk
         by_clock = 60 * self._config.every_minutes if self._config.keep_last else 0.0
         every_s = by_clock if problem is None else _AGAIN_S
         return 0 < every_s < time.perf_counter() - self._saved
+
+    def given_up(self) -> bool:
+        """Whether saves have failed for too long, or that by which a start had to prove that it can; on rank 0, as `overdue`."""
+        if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
+            return False
+        too_long = self._unproven or time.perf_counter() - self._succeeded > _GIVE_UP_S
+        return too_long and self._last_problem() is not None
+
+    def _last_problem(self) -> str | None:
+        """Of the last save, where none is being written."""
+        return self._problem if self._pending is None else self._pending.result()
 
     def wait(self) -> str | None:
         """Wait for the save that is being written; returns why the last one failed, or None.
@@ -159,23 +180,31 @@ class Saver:
             if ranks.rank() == 0 and not self.taken:  # else the folder may be the other job's
                 shutil.rmtree(staging, ignore_errors=True)
             self._say(f"step {step}: NOT saved, training goes on: {failure}")
-            self._saved = time.perf_counter()
+            self._ended(step, started, str(failure))
+            self._owed = self._owed or state["keep"]
             return str(failure)
         if ranks.rank() == 0:
             self._tidy(step, target)
         size = sum(entry["bytes"] for entry in entries.values())
-        self._saved = time.perf_counter()
-        took = self._saved - started
+        took = self._ended(step, started, None)
+        self._succeeded, self._unproven, self._owed = self._saved, False, False
         self._took_s = self._took_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
+
+    def _ended(self, step: int, started: float, problem: str | None) -> float:
+        self._saved = time.perf_counter()
+        took = self._saved - started
+        if ranks.rank() == 0:
+            self.outcomes.append({"step": step, "seconds": took, "problem": problem})
+        return took
 
     def _tidy(self, step: int, target: Path) -> None:
         """After a commit: what it has made needless goes. What fails is tried again after the next one, or at the next start."""
         run_dir = self._folder.parent
         try:
             if self._back is not None:
-                leave_behind(run_dir, self._back)
+                retention.leave_behind(run_dir, self._back, self._say)
             for number, folder in checkpoint.committed(run_dir):  # its own .old, or what nobody was sent back from
                 if number >= step and folder != target:
                     checkpoint.set_aside(folder, "replaced")
@@ -189,7 +218,7 @@ class Saver:
         except OSError as error:
             self._say(f"step {step}: {run_dir} cannot be written: {error}")
         try:
-            deleted = prune(run_dir, self._config)
+            deleted = retention.prune(run_dir, self._config)
             if len(deleted) > 1:  # one for another is what was asked for
                 self._say(f"step {step}: older checkpoints were deleted: {', '.join(deleted)}")
         except OSError as error:
@@ -224,8 +253,8 @@ class Saver:
                 self._say(f"{self._folder.parent} is gone, moved or deleted: a new one is made for the checkpoints")
             self._folder.mkdir(parents=True)
             sync(self._folder.parent)
-        clear(self._folder, self._say)
-        check_room(self._folder, needed)
+        retention.clear(self._folder, self._say)
+        retention.check_room(self._folder, needed)
         (staging / "tensors").mkdir(parents=True)
 
     def _check_lock(self) -> None:
@@ -270,73 +299,8 @@ class Saver:
         sync(self._folder)
 
 
-def leave_behind(run_dir: Path, sent: Back) -> bool:
-    """Once a run has saved that was sent back, set aside what it had from there on before; returns whether it has saved."""
-    later = [folder for step, folder in checkpoint.committed(run_dir) if step > sent.step]
-    its_own = [folder for folder in later if _said_by(folder, "back") == sent.start]
-    for folder in later if its_own else ():
-        if folder not in its_own:
-            checkpoint.set_aside(folder, "replaced")
-    return bool(its_own)
-
-
-def clear(folder: Path, say: Callable[[str], None]) -> None:
-    """Remove what a killed run left half written or half deleted among the checkpoints."""
-    for left_over in [*folder.glob(".staging-*"), *folder.glob(".deleting-*")]:
-        try:
-            shutil.rmtree(left_over)
-        except OSError as error:  # it only takes room, and hinders no save but one of the same step
-            say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError where `folder`, or the one that it will be in, has no room for a checkpoint of so many bytes."""
-    there = folder if folder.exists() else folder.parent
-    free, needed = shutil.disk_usage(there).free, int(needed * 1.02) + 2**20
-    if free < needed:
-        raise OSError(
-            f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
-            "delete what is not needed; a lower checkpoint.keep_last acts only after the next save"
-        )
-
-
 class _Failed(Exception):
     """A stage failed on some rank; raised on all of them."""
-
-
-def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
-    """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
-
-    Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
-    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted, nor is one that was to
-    be kept for good when it was saved; `keep_last` 0 deletes none. Returns the names of those that are gone.
-    """
-    if config.keep_last == 0:
-        return []
-    there = checkpoint.committed(run_dir)
-    regular = [folder for step, folder in there if config.every_steps == 0 or step % config.every_steps == 0]
-    kept = {*regular[: config.keep_last], *(folder for _, folder in there[: min(2, config.keep_last)])}
-    gone = []
-    for step, folder in there:
-        # What was to be kept for good under another configuration than today's stays.
-        if folder in kept or _is_milestone(step, config) or _said_by(folder, "keep"):
-            continue
-        doomed = folder.with_name(f".deleting-{folder.name}")
-        os.rename(folder, doomed)  # half a folder must never look like a checkpoint
-        shutil.rmtree(doomed)
-        gone.append(folder.name)
-    return gone
-
-
-def _is_milestone(step: int, config: CheckpointConfig) -> bool:
-    return config.keep_every > 0 and step % config.keep_every == 0
-
-
-def _said_by(folder: Path, key: str) -> Any:
-    """Of a checkpoint's state, unverified; None where it has no such key or cannot be read at all."""
-    with suppress(ValueError, FileNotFoundError):  # nobody can take it
-        return checkpoint.read_state(folder).get(key)
-    return None
 
 
 def _describe_error(error: BaseException) -> str:

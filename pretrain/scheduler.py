@@ -30,7 +30,9 @@ OUT_OF_TIME = 90
 RECORD = "restarts.json"
 ORPHANED = 91
 """What `Stop.asked` gives when torchrun's agent has died."""
-TAKEN = 92
+UNSAVED = 92
+"""What the ranks agree on when nothing can be saved."""
+TAKEN = 93
 """What the ranks agree on when another job has taken the run's folder, so that nothing can be saved any more."""
 KILL_WAIT_S = 30
 """SLURM's KillWait, unless a site sets another: SIGKILL comes so long after the SIGTERM of scancel or a preemption (seconds)."""
@@ -55,7 +57,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason = 0
-        """What the ranks agreed on: a signal's number, OUT_OF_TIME, ORPHANED or TAKEN; 0 while they go on."""
+        """What the ranks agreed on: a signal's number, OUT_OF_TIME, ORPHANED, UNSAVED or TAKEN; 0 while they go on."""
         self.save_now = False
         """Whether the ranks agreed to save after this step, whatever its number."""
         self.signalled = 0
@@ -155,6 +157,7 @@ class Stop:
         words = {
             OUT_OF_TIME: "the end of the job's time",
             ORPHANED: "the death of torchrun's agent",
+            UNSAVED: "saves that fail",
             TAKEN: "another job",
         }
         return words.get(self.reason) or signal.Signals(self.reason).name
@@ -183,6 +186,11 @@ def repeated() -> bool:
     """Whether a scheduler repeats a command that has been started before: a restart, or a later job of a chain."""
     task, first = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") or "0" for name in ("ID", "MIN"))
     return restarts() > 0 or (bool(os.environ.get("CRIA_CHAIN")) and int(task) > int(first))
+
+
+def in_vain() -> bool:
+    """Whether launch/slurm.sbatch knows that the job's last start came to nothing."""
+    return int(os.environ.get("CRIA_VAIN") or 0) > 0
 
 
 def note_training() -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from pretrain import data, logbook, parallel, ranks, validation
+from pretrain.hosts import this_host
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
-from pretrain.scheduler import TAKEN, Stop
+from pretrain.scheduler import LATER, OUT_OF_TIME, TAKEN, UNSAVED, Stop
 from pretrain.sharding import before_micro_step
 from pretrain.versions import run_versions
 from pretrain.watchdog import alive, at, first_step_done
@@ -59,11 +60,12 @@ def next_micro_batch(run: Run, micro_batches: Iterator[data.MicroBatch]) -> tupl
 
 
 def train(run: Run, stop: Stop | None = None) -> int:
-    """Train to the last step or until a stop is asked for. Returns the process's exit status: 0, or `stop.status`.
+    """Train to the last step or until a stop is asked for. Returns the process's exit status: 0, or `stop.status`; LATER where
+    what was trained last could not be saved.
 
     Raises:
         FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used.
-        OSError: the data cannot be read, or the last checkpoint not be saved.
+        OSError: the data cannot be read.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
@@ -111,16 +113,46 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
             _save(run, saver)
             saved_step = run.step
-    if stop.reason == TAKEN or not _save_last(run, saver, saved_step, stop, display):
-        stop.reason = TAKEN
-        display.say(f"stopped after step {run.step}, and not to be saved: {saver.wait()}")
-        return stop.status(run.step - run.begun.step)
+        _log_saves(run, saver)
+    try:
+        saved = stop.reason != TAKEN and _save_last(run, saver, saved_step, stop, display)
+    except OSError as error:
+        display.say(f"ended after step {run.step}: {error}")
+        return LATER
+    finally:
+        _log_saves(run, saver)
+    return _ended(run, stop, display) if saved else _taken(run, saver, stop, display)
+
+
+def _ended(run: Run, stop: Stop, display: Display) -> int:
+    """The run is saved. Returns the exit status."""
+    settings = run.config
     if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
+    if stop.reason == OUT_OF_TIME:
+        _compare_clocks(stop.left_s(settings.train.max_hours), display)
     run.log.write("stop", run.step, {"reason": stop.why})
     command = "the same command" + (" without --resume" if settings.resume else "")
     display.say(f"stopped by {stop.why} after step {run.step}; {command} goes on from there")
+    return stop.status(run.step - run.begun.step)
+
+
+def _compare_clocks(left_s: float | None, display: Display) -> None:
+    """Say it where one rank's clock ends the job's time for all; called by all."""
+    left = ranks.gather((left_s, f"rank {ranks.rank()} on {this_host()}"))
+    known = sorted((seconds, who) for seconds, who in left if seconds is not None)
+    if known and known[-1][0] - known[0][0] > _CLOCKS_S:
+        (least_s, first), (most_s, last) = known[0], known[-1]
+        display.say(
+            f"by the clock of {first} the job has {least_s:.0f} s left, by that of {last} {most_s:.0f} s: one of them is wrong"
+        )
+
+
+def _taken(run: Run, saver: Saver, stop: Stop, display: Display) -> int:
+    """Another job has the run's folder. Returns the exit status."""
+    stop.reason = TAKEN
+    display.say(f"stopped after step {run.step}, and not to be saved: {saver.wait()}")
     return stop.status(run.step - run.begun.step)
 
 
@@ -151,7 +183,7 @@ def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
     at("agreeing on whether to stop")
     settings = run.config.train
     mine = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
-    mine = TAKEN if saver.taken else mine
+    mine = TAKEN if saver.taken else UNSAVED if saver.given_up() else mine
     for line in stop.warnings(saver.longest_s, settings.stop_margin_s):
         display.say(line)
     agreed = ranks.all_reduce_max(torch.tensor([mine, saver.overdue()]))  # on the CPU: the GPU's queue goes on
@@ -179,6 +211,8 @@ def _validate(run: Run, display: Display) -> None:
     run.clock.go_on()
 
 
+_CLOCKS_S = 60.0
+"""Hosts' clocks that differ by more are wrong (seconds)."""
 _PAUSES_S = (5.0, 15.0, 25.0)
 """Before the last save is tried again, while there is time."""
 
@@ -209,6 +243,13 @@ def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Dis
         _save(run, saver)
     saver.close()
     return True
+
+
+def _log_saves(run: Run, saver: Saver) -> None:
+    """A line of metrics for each save that has ended, well or not."""
+    while saver.outcomes:
+        outcome = saver.outcomes.popleft()
+        run.log.write("save", outcome.pop("step"), outcome)
 
 
 def _save(run: Run, saver: Saver) -> None:

@@ -34,13 +34,14 @@ def run_versions() -> dict[str, str]:
 @cache
 def own_version() -> str:
     """Cria's version and, in a checkout, the commit: what figures are of. A `-dirty` one had changes."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():  # it is installed, maybe into another checkout
         return pretrain.__version__
+    git = ["git", "-c", f"safe.directory={here}", "-C", str(here)]  # another user's checkout, too
     asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"])
     try:
         commit, changes = (
-            subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True, timeout=30).stdout
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=30).stdout
             for words in asked
         )
     except (OSError, subprocess.SubprocessError):

@@ -38,7 +38,7 @@ from pretrain.crash import Facts
 from pretrain.scheduler import torchrun_agent
 from pretrain.sections import Config
 from pretrain.versions import RUN_PACKAGES, versions
-from pretrain.watcher import CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
+from pretrain.watcher import ABOUT, CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
 
 _current: "weakref.ref[Watchdog] | None" = None
 """The one that is on, weakly: a run that is forgotten, in a notebook say, is not watched any more."""
@@ -107,9 +107,9 @@ class Watchdog:
         about |= {"limit_s": self.config.limit_s, "connect_s": self.limit_s, "facts": asdict(facts)}
         # Not a line of the site's packages: it starts in 20 ms. Its own session: signals to the job's group spare it.
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-m", "pretrain.watcher", json.dumps({**about, **places})],
+            [sys.executable, "-S", "-m", "pretrain.watcher"],
             pass_fds=tuple(places.values()),
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), ABOUT: json.dumps({**about, **places})},
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,5 @@
-"""The process beside each rank that watches it: python -S -m pretrain.watcher '{"rank": ...}'. Standard library only.
+"""The process beside each rank that watches it: CRIA_WATCHER='{"rank": ...}' python -S -m pretrain.watcher. Standard library
+only.
 
     rank's shared memory ─> Watcher: how long has it been there? ── every tick ──> Hub, in rank 0's watcher
     rank's exception, death, stop ─>   │                                            │ who is overdue, who is gone?
@@ -31,6 +32,8 @@ from pretrain.streams import standard_streams
 
 EXIT_STATUS = 86
 """Of a rank that the watchdog ended: it hung, or another one hung, failed or died."""
+ABOUT = "CRIA_WATCHER"
+"""The variable that says what to watch, and the word that opens the hub: arguments are for every user's eyes."""
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks; also by hand."""
 CELL = struct.Struct("<QQdq")
@@ -219,11 +222,11 @@ def go_on_unwatched(rank: int, why: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """Started by `pretrain.watchdog`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the rank decides what they mean
-    about = json.loads(argv[0])
+    about = json.loads(os.environ.pop(ABOUT))
     hub = None
     if "listener" in about:
         listener = socket.socket(fileno=about["listener"])
@@ -245,4 +248,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     with standard_streams("watchdog", lasting=True):  # the log that it speaks in may be gone
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main())

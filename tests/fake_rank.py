@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pretrain.crash import Facts
-from pretrain.watcher import CELL, CELL_BYTES
+from pretrain.watcher import ABOUT, CELL, CELL_BYTES
 
 
 def main(agent: int, run_dir: Path) -> None:
@@ -31,8 +31,12 @@ def main(agent: int, run_dir: Path) -> None:
     numbers = {name: place.fileno() for name, place in places.items()}
     about = {"rank": 0, "world_size": 1, "address": ("127.0.0.1", listener.getsockname()[1], "word"), "agent": agent}
     about |= {"pid": os.getpid(), "limit_s": 2.0, "connect_s": 60.0, "facts": asdict(Facts(str(run_dir), 1, 1))}
-    command = [sys.executable, "-S", "-m", "pretrain.watcher", json.dumps({**about, **numbers})]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-S", "-m", "pretrain.watcher"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        ABOUT: json.dumps({**about, **numbers}),
+    }
     subprocess.Popen(command, pass_fds=tuple(numbers.values()), env=environment, start_new_session=True)
     theirs.close()
     (run_dir / "pid").write_text(str(os.getpid()))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from conftest import write_dataset
 from forks import finish, start_training
 
 from data_prep.shard import TokenDataset
-from pretrain import config, preparation, versions
+from pretrain import checkpoint, config, preparation, scheduler, versions
 
 ROOT = Path(__file__).parent.parent
 Outcome = Callable[[Callable[[int, config.Config], None]], str]
@@ -79,6 +80,41 @@ def test_other_code_on_a_node_is_named(outcome: Outcome) -> None:
             preparation.source_hash = lambda: "0123456789ab"
 
     assert "has the code of Cria = 0123456789ab, and rank 0 on" in outcome(stale)
+
+
+def test_a_restart_tries_again_where_a_checkout_is_not_the_same_everywhere_yet(tmp_path: Path) -> None:
+    settings = fault_runs.make_settings(fault_runs.make_data(tmp_path / "data"), tmp_path)
+
+    def stale(rank: int) -> None:
+        os.environ["SLURM_RESTART_COUNT"] = "1"
+        if rank == 1:
+            os.environ["LOCAL_RANK"] = "0"  # of another node
+            preparation.source_hash = lambda: "0123456789ab"
+
+    assert finish(start_training(2, fault_runs.at(settings, tmp_path / "run"), stale)) == [scheduler.LATER] * 2
+
+
+def test_a_host_that_computes_wrongly_takes_no_checkpoint_away(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = fault_runs.make_settings(fault_runs.make_data(tmp_path / "data"), tmp_path)
+    settings = fault_runs.at(settings, tmp_path / "run")
+    assert finish(start_training(2, settings)) == [0, 0]
+    before = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+    suspected = tmp_path / "suspected"
+    describe = checkpoint.describe
+
+    def bad_memory(rank: int) -> None:
+        os.environ.update(SLURMD_NODENAME=f"node{rank}", CRIA_SUSPECT=str(suspected))
+        if rank == 1:
+            checkpoint.describe = lambda *rest: {**describe(*rest), "sha256": "0" * 64}
+
+    assert finish(start_training(2, settings, bad_memory)) == [2, 2]
+    said = (tmp_path / "run" / "output.txt").read_text() + capfd.readouterr().err
+    assert re.search(r"step-\d+, as rank 1 on node1 reads it, is corrupt .*, on node0, finds it whole", said)
+    assert suspected.read_text() == "node1\n"
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == before, "nothing was set aside"
+    assert finish(start_training(2, settings)) == [0, 0], "the run is at its end, and whole"
 
 
 def test_what_an_editor_leaves_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY_MODEL
 
-from pretrain import checkpoint, saver
+from pretrain import checkpoint, retention, saver
 from pretrain.model import Llama
 from pretrain.optim import make_optimizer
 from pretrain.sections import CheckpointConfig, ModelConfig, OptimConfig
@@ -156,12 +156,12 @@ def test_pruning_keeps_the_newest_and_what_was_to_be_kept(tmp_path: Path) -> Non
         writer.close()
 
     save_many(4, CheckpointConfig(every_steps=1, keep_last=9))
-    assert saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=0)) == []
-    assert saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1, keep_every=2)) == [
+    assert retention.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=0)) == []
+    assert retention.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1, keep_every=2)) == [
         "step-00000003",
         "step-00000001",
     ]
-    saver.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1))
+    retention.prune(tmp_path, CheckpointConfig(every_steps=1, keep_last=1))
     assert there() == [4], "2 was none to be kept when it was saved"
     save_many(8, CheckpointConfig(every_steps=1, keep_last=1, keep_every=3))
     assert there() == [6, 8]

@@ -155,7 +155,8 @@ def test_a_watcher_that_comes_after_its_rank_has_died_ends_nobody(monkeypatch: p
                 pass
 
     threading.Thread(target=end_all, daemon=True).start()
-    watcher.main([json.dumps(about)])
+    monkeypatch.setenv(watcher.ABOUT, json.dumps(about))
+    watcher.main()
     assert control.recv(1) in (b"x", b"v"), "it did not come to end its rank"
     assert ended == []
     control.close()

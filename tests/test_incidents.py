@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import resource
 import stat
 from importlib.metadata import version
@@ -205,6 +206,28 @@ def test_a_disk_without_room_for_one_checkpoint_is_said_before_the_first_step(
     assert status_of(command(datasets, tmp_path)) == 2
     assert "has 1.0 MiB free and a checkpoint needs" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_lower_keep_last_makes_room_at_the_start_and_what_was_set_aside_is_named(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = {"every_steps": 5, "keep_last": 9}
+    assert main(command(datasets, tmp_path, train={"max_steps": 20}, checkpoint=saves)) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint.set_aside(folder / "step-00000005", "replaced")
+    full = SimpleNamespace(total=2**30, used=2**30, free=2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.shutil, "disk_usage", lambda path: full)
+        assert status_of(command(datasets, tmp_path, train={"max_steps": 21}, checkpoint=saves)) == 2
+        assert re.search(
+            r"such as the 1 that were set aside, \d+\.\d MiB, or start again with", capsys.readouterr().err
+        )
+        saves["keep_last"] = 1
+        assert status_of(command(datasets, tmp_path, train={"max_steps": 21}, checkpoint=saves)) == 2
+    said = capsys.readouterr().out
+    assert "older checkpoints were deleted: step-00000015, step-00000010" in said
+    assert re.search(r"holds 1 that were set aside, \d+\.\d MiB, which nothing deletes", said)
+    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [20]
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a list\n", "3", "\x00"])

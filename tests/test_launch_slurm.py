@@ -328,6 +328,26 @@ esac
     assert log.read_text().count("it starts in 60 s") == 1, "after the second start that came to nothing"
 
 
+def test_failures_that_cannot_be_counted_are_paused_and_a_configuration_that_is_gone_is_named(
+    cluster: slurm.Slurm, tmp_path: Path
+) -> None:
+    """As where the file system of the logs is full, or purged of what is old."""
+    stub = """#!/usr/bin/env bash
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { echo "$5" && exit 2; }
+mkdir -p "$(dirname "$CRIA_BEGUN")/failures-$SLURM_JOB_ID.new"
+rm -f "$5"
+touch "$CRIA_BEGUN" && exit 1
+"""
+    (tmp_path / "a b.yaml").write_text("as submitted\n")
+    lines = run_stub(cluster, tmp_path, True, stub=stub)
+    assert lines == ["a b.yaml"] * 2
+    (log,) = tmp_path.glob("pretrain-*.log")
+    said = log.read_text()
+    assert "failures are not counted: two hours' pause" in said
+    assert "it starts in 7200 s" in said
+    assert "is gone: this start takes a b.yaml as it is now" in said
+
+
 @pytest.mark.parametrize(
     ("run_dir", "counts"),
     [("run", {"1": [0], "2": [1], "3": [2], "": [3]}), ("run/%a", {"1": [0], "2": [0], "3": [0], "": [1] * 3})],

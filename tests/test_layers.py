@@ -34,6 +34,7 @@ LAYERS = [
     {"watcher"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "devices", "watchdog"},
     {"model", "kernels", "checkpoint"},
+    {"retention"},
     {"backends", "sharding"},
     {"float8", "memory"},
     {"parallel", "hf", "saver", "speed"},

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY_MODEL, tiny_config, write_config
 
-from pretrain import config, parallel, plan, probe, saver, trainer
+from pretrain import config, parallel, plan, probe, retention, trainer
 from pretrain.memory import GIB
 from pretrain.published import PUBLISHED
 from pretrain.sections import CheckpointConfig
@@ -187,7 +187,7 @@ def test_disk_is_what_the_saver_leaves(
         (folder / "manifest.json").write_text("{}")
         there.append(step)
         most = max(most, len(list((tmp_path / "checkpoints").iterdir())))
-        saver.prune(tmp_path, settings.checkpoint)
+        retention.prune(tmp_path, settings.checkpoint)
     expected, size = plan.disk(settings)
     assert most <= expected <= most + 2
     assert size == expected * 12 * 1_100_048_384

@@ -17,7 +17,7 @@ from forks import finish, fork_ranks, with_group
 from test_checkpoint import make_state, save, snapshot, two_checkpoints  # noqa: F401  two_checkpoints: the fixture run_dir
 from torch.distributed.checkpoint import filesystem
 
-from pretrain import checkpoint, saver, synced
+from pretrain import checkpoint, retention, saver, synced
 from pretrain.lock import Lock, Taken, check
 from pretrain.sections import CheckpointConfig
 
@@ -305,7 +305,7 @@ def test_what_the_clock_has_saved_pushes_out_nothing_that_the_steps_have(tmp_pat
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        saver.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
+        retention.prune(tmp_path, CheckpointConfig(every_steps=10, keep_last=2))
     assert [step for step, _ in checkpoint.committed(tmp_path)] == [36, 33, 30, 20]
 
 

@@ -4,9 +4,12 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from conftest import records, trajectory, until
 from test_incidents import command, no_scheduler, status_of  # noqa: F401  no_scheduler: a fixture
 
 from data_prep.shard import TokenDataset
-from pretrain import checkpoint, saver, scheduler, trainer
+from pretrain import checkpoint, history, saver, scheduler, trainer
 from pretrain.__main__ import main
 
 
@@ -125,9 +128,73 @@ def test_the_last_save_is_tried_again_while_there_is_time(
     tries.clear()
     (tmp_path / "late").mkdir()
     monkeypatch.setattr(trainer, "_PAUSES_S", (4000.0,))  # more than the hour
-    with pytest.raises(OSError, match=r"the last checkpoint was not saved: .*Input/output error"):
-        main(command(datasets, tmp_path / "late", **last))
+    assert main(command(datasets, tmp_path / "late", **last)) == scheduler.LATER
+    assert re.search(
+        r"ended after step 2: the last checkpoint was not saved: .*Input/output error", capsys.readouterr().out
+    )
     assert len(tries) == 1
+    past = history.read(tmp_path / "late" / "run")
+    assert (past.saved, past.status.partition("NOT saved since step 0: ")[1]) == (None, "NOT saved since step 0: ")
+
+
+def test_a_start_after_one_that_came_to_nothing_saves_first_and_ends_where_it_cannot(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day that cannot be saved is a day lost; and a checkpoint that was to stay for good is made up for."""
+    commit = saver.Saver._commit
+    monkeypatch.setattr(trainer, "_PAUSES_S", ())
+    monkeypatch.setenv("CRIA_VAIN", "1")
+    saves = {"every_steps": 10, "keep_last": 2, "keep_every": 10}
+    words = command(datasets, tmp_path, checkpoint=saves, train={"max_steps": 40, "log_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.Saver, "_commit", Mock(side_effect=OSError(122, "Disk quota exceeded")))
+        assert main(words) == scheduler.LATER
+    past = history.read(tmp_path / "run")
+    assert 1 <= past.last_step < 10, "it did not train on"
+    assert past.saved is None
+    assert "Disk quota exceeded" in past.status
+    assert main(words) == 0
+    past = history.read(tmp_path / "run")
+    assert (past.saved, past.unsaved) == (40, None)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    saves_of_steps = [line["step"] for line in lines if line["kind"] == "save" and line["problem"] is None]
+    assert saves_of_steps == [1, 10, 20, 30, 40]
+
+    monkeypatch.delenv("CRIA_VAIN")
+
+    def fails_once(self: saver.Saver, staging: Path, target: Path, *rest: object) -> None:
+        if target.name == "step-00000010":
+            raise OSError(122, "Disk quota exceeded")
+        commit(self, staging, target, *rest)
+
+    monkeypatch.setattr(saver.Saver, "_commit", fails_once)
+    (tmp_path / "other").mkdir()
+    saves = {"every_steps": 5, "keep_last": 1, "keep_every": 10}
+    assert main(command(datasets, tmp_path / "other", checkpoint=saves, train={"max_steps": 30})) == 0
+    there = [step for step, _ in checkpoint.committed(tmp_path / "other" / "run")]
+    assert there == [30, 20, 15], "15 in the place of 10"
+
+
+def test_a_run_that_cannot_save_for_hours_ends(datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_PAUSES_S", ())
+    monkeypatch.setattr(saver, "_GIVE_UP_S", 0.0)
+    monkeypatch.setattr(saver.Saver, "_commit", Mock(side_effect=OSError(122, "Disk quota exceeded")))
+    words = command(datasets, tmp_path, checkpoint={"every_steps": 5}, train={"max_steps": 5000, "log_every": 1})
+    assert main(words) == scheduler.LATER
+    assert 5 <= history.read(tmp_path / "run").last_step < 100
+
+
+def test_a_clock_that_ends_all_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, left = SimpleNamespace(said=[]), [(90_000.0, "rank 0 on a"), (-3.0, "rank 1 on b"), (None, "rank 2 on c")]
+    display.say = display.said.append
+    monkeypatch.setattr(trainer.ranks, "gather", lambda mine: left)
+    trainer._compare_clocks(0.0, display)
+    assert display.said == [
+        "by the clock of rank 1 on b the job has -3 s left, by that of rank 0 on a 90000 s: one of them is wrong"
+    ]
+    left[0] = (-2.0, "rank 0 on a")
+    trainer._compare_clocks(0.0, display)
+    assert len(display.said) == 1, "they agree"
 
 
 def test_very_many_ranks_agree_every_few_steps(

@@ -1,0 +1,98 @@
+"""Which checkpoints stay on the disk, and whether another one fits; nothing here is a collective: rank 0 does it.
+
+killed saves ─> clear       the newest and the milestones stay ─> prune       a run that went back ─> leave_behind
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint
+from pretrain.back import Back
+from pretrain.sections import CheckpointConfig
+
+
+def clear(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove what a killed run left half written or half deleted among the checkpoints."""
+    for left_over in [*folder.glob(".staging-*"), *folder.glob(".deleting-*")]:
+        try:
+            shutil.rmtree(left_over)
+        except OSError as error:  # it only takes room, and hinders no save but one of the same step
+            say(f"{left_over} is left over from a killed run and could not be deleted: {error}")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where `folder`, or the one that it will be in, has no room for a checkpoint of so many bytes.
+
+    A file system that is full by somebody's quota says so only when it is written to.
+    """
+    there = folder if folder.exists() else folder.parent
+    free, needed = shutil.disk_usage(there).free, int(needed * 1.02) + 2**20
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:,.1f} MiB free and a checkpoint needs {needed / 2**20:,.1f} MiB; "
+            f"delete what is not needed{_beside(folder)}, or start again with a lower checkpoint.keep_last"
+        )
+
+
+def set_aside_ones(folder: Path) -> tuple[int, int]:
+    """How many of its checkpoints were set aside, corrupt or because the run went back, and their bytes: nothing deletes them."""
+    names = [path for why in ("replaced", "corrupt") for path in folder.glob(f"{why}-*") if path.is_dir()]
+    return len(names), sum(file.stat().st_size for name in names for file in name.rglob("*") if file.is_file())
+
+
+def _beside(folder: Path) -> str:
+    number, size = set_aside_ones(folder)
+    return f", such as the {number} that were set aside, {size / 2**20:,.1f} MiB" if number else ""
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
+    """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
+
+    Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
+    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted, nor is one that was to
+    be kept for good when it was saved; `keep_last` 0 deletes none. Returns the names of those that are gone.
+    """
+    if config.keep_last == 0:
+        return []
+    there = checkpoint.committed(run_dir)
+    regular = [folder for step, folder in there if config.every_steps == 0 or step % config.every_steps == 0]
+    kept = {*regular[: config.keep_last], *(folder for _, folder in there[: min(2, config.keep_last)])}
+    gone = []
+    for step, folder in there:
+        # What was to be kept for good under another configuration than today's stays.
+        if folder in kept or is_milestone(step, config) or _said_by(folder, "keep"):
+            continue
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        os.rename(folder, doomed)  # half a folder must never look like a checkpoint
+        shutil.rmtree(doomed)
+        gone.append(folder.name)
+    return gone
+
+
+def is_milestone(step: int, config: CheckpointConfig) -> bool:
+    """Whether a checkpoint of this step is to stay for good."""
+    return config.keep_every > 0 and step % config.keep_every == 0
+
+
+def leave_behind(run_dir: Path, sent: Back, say: Callable[[str], None]) -> bool:
+    """Once a run has saved that was sent back, set aside what it had from there on before; returns whether it has saved."""
+    later = [folder for step, folder in checkpoint.committed(run_dir) if step > sent.step]
+    its_own = [folder for folder in later if _said_by(folder, "back") == sent.start]
+    left = [folder for folder in later if folder not in its_own] if its_own else []
+    aside = [checkpoint.set_aside(folder, "replaced").name for folder in left]
+    if aside:
+        say(
+            f"the run went back to step {sent.step}; what it left was set aside, and nothing deletes it: {', '.join(aside)}"
+        )
+    return bool(its_own)
+
+
+def _said_by(folder: Path, key: str) -> Any:
+    """Of a checkpoint's state, unverified; None where it has no such key or cannot be read at all."""
+    with suppress(ValueError, FileNotFoundError):  # nobody can take it
+        return checkpoint.read_state(folder).get(key)
+    return None
