@@ -24,7 +24,7 @@ from data_prep.scan import cores
 from data_prep.shard import DTYPES, Manifest, token_dtype
 from data_prep.sources import SlimPajama, Source, Split, StarCoder
 from data_prep.space import require_space
-from data_prep.tokenizer import Tokenizer, load
+from data_prep.tokenizer import Tokenizer, check_marks, load
 from data_prep.unit import Job
 from data_prep.workers import prepare_units, start_server
 
@@ -116,6 +116,7 @@ def run(options: WorkOptions) -> Manifest | None:
         start_server()
     source, tokenizer, folder = options.source(), load(options.tokenizer), Folder(options.out)
     policy = (options.append_eos, options.prepend_bos)
+    check_marks(tokenizer, *policy)
     settings = Settings(source.name, source.split, tokenizer.info, *policy, source.settings)
     inputs = {unit: source.source_bytes(unit) for unit in source.units()}
     folder.check(settings)

@@ -72,12 +72,43 @@ def load(path: str | Path) -> Tokenizer:
         names = [name for name in (MODEL_NAME, JSON_NAME) if (file / name).is_file()]
         if not names:
             raise FileNotFoundError(f"{file} has neither {MODEL_NAME} nor {JSON_NAME}")
+        if len(names) == 2:
+            _check_same_size(file)
         file = file / names[0]
     elif not file.is_file():
         raise FileNotFoundError(f"there is no tokenizer at {file}: train one with data-prep tokenizer, or name another")
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file)
     return SentencePieceTokenizer(file)
+
+
+def _check_same_size(folder: Path) -> None:
+    """Raise ValueError where tokenizer.json has tokens that the model beside it does not: a text may have them."""
+    sizes = [
+        file.info.vocab_size
+        for file in (SentencePieceTokenizer(folder / MODEL_NAME), HuggingFaceTokenizer(folder / JSON_NAME))
+    ]
+    if sizes[0] < sizes[1]:
+        raise ValueError(
+            f"{folder} has two tokenizers, {MODEL_NAME} with {sizes[0]:,} tokens and {JSON_NAME} with {sizes[1]:,}, where tokens "
+            f"were added: say which is meant, {folder / JSON_NAME} or {folder / MODEL_NAME}"
+        )
+
+
+def check_marks(tokenizer: Tokenizer, append_eos: bool, prepend_bos: bool) -> None:
+    """Raise ValueError where text can hold what marks a document's end or beginning: nobody could tell documents apart."""
+    marks = {
+        "EOS": tokenizer.info.eos_id if append_eos else None,
+        "BOS": tokenizer.info.bos_id if prepend_bos else None,
+    }
+    for name, mark in marks.items():
+        text = "" if mark is None else tokenizer.decode([mark])
+        if mark in tokenizer.encode_batch([f"a{text}b"])[0]:
+            option = "append_eos" if name == "EOS" else "prepend_bos"
+            raise ValueError(
+                f"the tokenizer makes {name} ({mark}) of {text!r} in a text, so that documents would seem to end within: mark it "
+                f'as "special" among the added_tokens of tokenizer.json, or do without (--{option} false)'
+            )
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import checkup, config, data, devices, metrics, parallel, ranks
+from pretrain import checkup, config, data, devices, init_from, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
 from pretrain.hosts import this_host
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
         if not args.seconds > 0:
             raise ValueError(f"--seconds {args.seconds:g}: it must be above 0")
         settings = config.parse(rest, command, purpose)
+        init_from.check(settings)
         fabric, sharding = parallel.launch(settings.parallel, settings.model, [])
         grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -75,7 +75,8 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
             f"{made_by[:19]}; copy the tokenizer that lies beside the shards there"
         )
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
-    with staged(out, {"run": run_dir.name, "step": taken}) as folder:
+    made_of = {"run": run_dir.name, "step": taken, "init_from": state.get("init_from")}
+    with staged(out, {name: value for name, value in made_of.items() if value is not None}) as folder:
         facts = hf.write(folder, model, weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None
     return {

@@ -98,7 +98,7 @@ def continue_text(
     prompt_ids = tokenizer.encode(prompt).ids or first_ids(bos_id, eos_ids)
     stream = TextStream(tokenizer, prompt_ids)
     generator = torch.Generator(device).manual_seed(seed)
-    known_ids = tokenizer.get_vocab_size(with_added_tokens=True)
+    known_ids = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # there may be holes
     token_ids = generate(model, prompt_ids, max_new_tokens, eos_ids, sampling, generator, known_ids)
 
     started, new_ids = time.perf_counter(), []

@@ -3,7 +3,6 @@
 Config, sources, mixture ─> facts ──────────┐ the same run?
 run folder ─> newest whole checkpoint ─> choose ─> folder, the same on all ranks, or None
 back.json ─> --resume of an earlier start that has saved nothing yet
---init_from ─> the same shape, the same tokens? ─> weights into the model, sharded as it is
 """
 
 import os
@@ -11,13 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from data_prep.shard import TOKENIZER_DIR
-from pretrain import back, checkpoint, config, data, hf, ranks, retention, scheduler
+from pretrain import back, checkpoint, config, data, ranks, retention, scheduler
 from pretrain.back import Back
-from pretrain.model import fill
-from pretrain.reading import read_tokenizer
 from pretrain.versions import run_versions
 
 
@@ -29,7 +23,7 @@ def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mix
     return {
         "model": settings.model.shape(),
         "data": {
-            "tokenizer": _tokenizer(sources),
+            "tokenizer": tokenizer_of(sources),
             "seed": settings.seed,
             "seq_len": settings.data.seq_len,
             "global_batch_size": settings.train.global_batch_size,
@@ -40,11 +34,11 @@ def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mix
     }
 
 
-def _tokenizer(sources: list[data.Source]) -> str:
+def tokenizer_of(sources: list[data.Source]) -> str:
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
 
-_CONSEQUENCES = {
+CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
     "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
     "seq_len": "the sequences would be cut in other places",
@@ -187,10 +181,10 @@ def _check_same_run(
                 raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
             if not settings.data.allow_change:
                 raise ValueError(
-                    f"{change}; {_CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
+                    f"{change}; {CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
                     "begin a new run with --init_from and another run_dir"
                 )
-            say(f"allowed: {change}; {_CONSEQUENCES[key]}")
+            say(f"allowed: {change}; {CONSEQUENCES[key]}")
 
 
 def _begun(facts: dict[str, Any], step: int) -> dict[str, Any]:
@@ -226,57 +220,3 @@ def _stages_in_words(stages: list[list[Any]], sources: list[data.Source]) -> str
         )
         + f" ({':'.join(source.name for source in sources)}, percent)"
     )
-
-
-def init_from(settings: config.Config, sources: list[data.Source], model: nn.Module, say: Any) -> None:
-    """Take the weights of a Cria checkpoint or of a Hugging Face folder, --init_from, into the model, sharded as it is.
-
-    Raises:
-        FileNotFoundError, ValueError: there are none, or of another shape, or of other tokens without data.allow_change.
-    """
-    source = Path(str(settings.init_from))
-    if (source / "manifest.json").is_file():
-        problem = checkpoint.verify_together(source)
-        if problem is not None:
-            raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
-        state = checkpoint.read_state(source)
-        _check_shape(source, state["model"], settings.model)
-        _check_tokens(source, state["data"].get("tokenizer") == _tokenizer(sources), settings.data.allow_change, say)
-        checkpoint.load_into(source, model)
-        return
-    if not (source / "config.json").is_file() and (hint := checkpoint.hint(source)):
-        raise ValueError(f"--init_from {source} is a run's folder{hint}")
-    weights = hf.Weights(source)
-    _check_shape(source, weights.model.shape(), settings.model)
-    if not (source / "tokenizer.json").is_file():
-        say(f"{source} has no tokenizer.json: whether its ids mean what the shards' do could not be checked")
-    else:
-        same = _vocabulary(source) == _vocabulary(sources[0].train.directory / TOKENIZER_DIR)
-        _check_tokens(source, same, settings.data.allow_change, say)
-    for name, parameter in model.named_parameters():
-        fill(parameter, weights[name].float())
-
-
-def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
-    free = {"max_position_embeddings"}  # no weight depends on it
-    for key, value in expected.shape().items():
-        if found.get(key) != value and key not in free:
-            raise ValueError(
-                f"--init_from {source} has {key} = {found.get(key)} and the configuration says model.{key} = {value}"
-            )
-
-
-def _check_tokens(source: Path, same: bool, allowed: bool, say: Any) -> None:
-    if same:
-        return
-    change = (
-        f"--init_from {source} was trained with another tokenizer than the shards are of; {_CONSEQUENCES['tokenizer']}"
-    )
-    if not allowed:
-        raise ValueError(f"{change}. Prepare the data with its tokenizer, or go on with --data.allow_change true")
-    say(f"allowed: {change}")
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Token -> id by a folder's tokenizer.json."""
-    return read_tokenizer(folder / "tokenizer.json").get_vocab(with_added_tokens=True)

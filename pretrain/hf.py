@@ -144,8 +144,10 @@ def _not_representable(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} asks for {kind!r} rotary embeddings; Cria's are not scaled")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             problems.append(f"{key} rotates {rope['partial_rotary_factor']} of each head; Cria rotates all of it")
-    if "rope_theta" in config and config["rope_theta"] != _rope_theta(config):
-        problems.append(f"rope_theta is {config['rope_theta']} and {_rope_theta(config)} in rope_parameters")
+    theta = _rope_theta(config)
+    for place, said in (("", config), (" in rope_scaling", _rope(config, "rope_scaling"))):
+        if said.get("rope_theta", theta) != theta:
+            problems.append(f"rope_theta is {said['rope_theta']}{place} and elsewhere {theta}")
     return problems
 
 

@@ -21,6 +21,7 @@ from pretrain import (
     config,
     data,
     going_on,
+    init_from,
     metrics,
     pace,
     parallel,
@@ -57,6 +58,7 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
     )
     _check_alike(settings, sources)
+    init_from.check(settings)
     grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
@@ -91,28 +93,26 @@ def _build(
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
     if before is not None:
-        (
-            before["config"],
-            before["operations"],
-        )  # raises on all ranks alike where they are missing; rank 0 alone needs them
+        for needed in ("config", "operations"):  # by rank 0 alone; where one is missing, all ranks raise alike
+            before[needed]
     ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
     if saves and (before is None or before["step"] < settings.train.max_steps):
         ranks.on_rank_0(lambda: _make_room(run_dir, settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    begun = Begun()
+    begun = Begun(init_from=None if settings.init_from is None else str(Path(settings.init_from).resolve()))
     skipped_steps = torch.zeros((), device=fabric.device)
     skipped_in_a_row = torch.zeros((), device=fabric.device)
     at("loading the checkpoint")
     if found is not None:
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
-        begun = Begun(state["step"], state["tokens_per_source"])
+        begun = Begun(state["step"], state["tokens_per_source"], state.get("init_from"))
         skipped_steps += begun.step - state["updates"]
         skipped_in_a_row += state["skipped_in_a_row"]
         if settings.init_from is not None:
             say(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     elif settings.init_from is not None:
-        going_on.init_from(settings, sources, parallel.unwrap(model), say)
+        init_from.load(settings, sources, parallel.unwrap(model), say)
     return Run(
         config=settings,
         run_dir=run_dir,

@@ -55,6 +55,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     content = path.read_bytes()
     try:
-        return Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()  # what a script for fine-tuning has left in the file; transformers leaves it alone, too
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{path} is no tokenizer ({error}); export or download it again") from error

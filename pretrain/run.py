@@ -23,6 +23,8 @@ class Begun:
     step: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """Taken from each source until then, by its name; the sources may have been replaced since."""
+    init_from: str | None = None
+    """Where the run's first weights came from (path); None: they were drawn."""
 
 
 @dataclass

@@ -259,6 +259,7 @@ def _save(run: Run, saver: Saver) -> None:
     state = {
         "step": run.step,
         **run.facts,
+        "init_from": run.begun.init_from,
         "tokens_per_source": run.tokens_per_source(),
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "world_size": run.fabric.world_size,

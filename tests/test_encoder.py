@@ -201,7 +201,7 @@ def large_vocabulary(kind: str) -> tuple[dict, list[str]]:
 
     if kind == "WordLevel":
         words = [f"w{n}" for n in range(70_000)]
-        model = tokenizers.models.WordLevel({word: n for n, word in enumerate(["[end]", *words])}, "[end]")
+        model = tokenizers.models.WordLevel({word: n for n, word in enumerate(["[end]", "[unk]", *words])}, "[unk]")
         theirs = tokenizers.Tokenizer(model)
         theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
         theirs.add_special_tokens(["[end]"])

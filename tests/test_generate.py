@@ -1,5 +1,6 @@
 """Generation: the same text with the cache, without it, and from transformers; whole characters; a fair draw."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ def continuation(tokenizer: Tokenizer, prompt_ids: list[int], new_ids: list[int]
 
 
 def test_the_command_prints_text_on_stdout_and_reasons_on_stderr(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([str(folder), "--prompt", "a young", "--max_new_tokens", "12", "--temperature", "0"])
     out, err = capsys.readouterr()
@@ -215,6 +216,12 @@ def test_the_command_prints_text_on_stdout_and_reasons_on_stderr(
 
     main([str(folder), "--max_new_tokens", "500", "--temperature", "0"])
     assert "96 positions are full" in capsys.readouterr().err
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=40)
+    shutil.copytree(folder, tmp_path / "left")
+    tokenizer.save(str(tmp_path / "left" / "tokenizer.json"))
+    main([str(tmp_path / "left"), "--prompt", "a young", "--max_new_tokens", "12", "--temperature", "0"])
+    assert capsys.readouterr().out == out, "as a script for fine-tuning leaves it"
 
 
 def test_an_empty_prompt_starts_from_eos_or_bos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,10 @@ def test_transformers_4_and_5_find_their_own_keys() -> None:
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta is 500000.0 in rope_scaling and elsewhere",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 12345.0}}, "yarn"),
         ({"rope_parameters": {"rope_theta": 12345.0, "partial_rotary_factor": 0.5}}, "0.5 of each head"),
         ({"rope_theta": 500000.0}, "500000"),

@@ -40,6 +40,7 @@ LAYERS = [
     {"parallel", "hf", "saver", "speed"},
     {"validation", "published"},
     {"going_on", "run_folder"},
+    {"init_from"},
     {"run"},
     {"logbook"},
     {"trainer", "preparation"},

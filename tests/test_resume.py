@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -217,7 +218,8 @@ def test_init_from_takes_the_weights_and_nothing_else(
         train = records(run_dir, "train")
         assert sorted(train) == [1, 2, 3, 4]
         assert train[1]["lr"] == pytest.approx(1e-3 / 4), "with its own schedule"
-        assert checkpoint.read_state(checkpoint.latest(run_dir, pytest.fail))["updates"] == 4
+        state = checkpoint.read_state(checkpoint.latest(run_dir, pytest.fail))
+        assert (state["updates"], state["init_from"]) == (4, str(source))
     assert trajectory(tmp_path / "checkpoint") == trajectory(tmp_path / "hf")
 
 
@@ -280,6 +282,46 @@ def test_init_from_is_for_the_first_start_alone(
     assert "resumed after step 3" in said
     assert f"{tmp_path / 'run'} has a checkpoint: the run goes on from it, and --init_from changes nothing" in said
     assert trajectory(tmp_path / "run") == undisturbed
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert main([*words[:-1], str(tmp_path / "deleted since")]) == 0, "it is needed no more"
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
+    made_of = json.loads((tmp_path / "model" / "cria.json").read_text())
+    assert (made_of["run"], made_of["init_from"]) == ("run", str(source))
+    starts = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["init_from"] for line in starts if line["kind"] == "start"] == [str(source)] * 3
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "another shape", "a run", "its checkpoints", "not finite"])
+def test_what_init_from_cannot_take_is_refused_before_anything_is_read(
+    datasets: Path, straight: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, said = {
+        "nowhere": (tmp_path / "nowhere", "is not there"),
+        "another shape": (
+            straight / "checkpoints" / "step-00000020",
+            "has intermediate_size = {}, rope_theta = 10000.0 and the configuration says model.intermediate_size = 72, "
+            "model.rope_theta = 5.0: give the model its shape",
+        ),
+        "a run": (straight, f"is no checkpoint; name one of those in {straight / 'checkpoints'}"),
+        "its checkpoints": (
+            straight / "checkpoints",
+            f"is no checkpoint; name one of those in {straight / 'checkpoints'}",
+        ),
+        "not finite": (tmp_path / "hf", "model.norm.weight has numbers that are not finite"),
+    }[kind]
+    if kind == "not finite":
+        weights = checkpoint.load_weights(straight / "checkpoints" / "step-00000020")
+        weights["model.norm.weight"][3] = math.nan
+        write_hf_folder(source, weights)
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 1}, optim={"warmup_steps": 1})
+    words = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree)), "--init_from", str(source)]
+    if kind == "another shape":
+        said = said.format(tree["model"]["intermediate_size"])
+        words += ["--model.rope_theta", "5.0", "--model.intermediate_size", "72"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == (kind == "not finite")
 
 
 def write_hf_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:

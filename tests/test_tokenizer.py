@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_prep import tokenizer_train
 from data_prep.shard import check_tokenizer
-from data_prep.tokenizer import Tokenizer, load
+from data_prep.tokenizer import Tokenizer, check_marks, load
 from data_prep.tokenizer_files import json_fingerprint
 
 LLAMA_MODEL = Path(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
@@ -290,6 +290,48 @@ def test_a_byte_level_tokenizer_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|fin|>"}')
     with pytest.raises(ValueError, match=r"no token '<\|fin\|>'"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_eos_that_text_can_hold_is_refused(tmp_path: Path, special: bool) -> None:
+    """Documents could not be told apart: of a Unigram model, and where it is an added token that is not special."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -3.0) for letter in "abcde</s>")]
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    if special:
+        theirs.add_special_tokens(["</s>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    ours = load(tmp_path)
+    check_marks(ours, append_eos=False, prepend_bos=False)
+    with pytest.raises(ValueError, match=r"makes EOS \(1\) of '</s>' in a text, .* \(--append_eos false\)"):
+        check_marks(ours, append_eos=True, prepend_bos=False)
+
+
+def test_a_marks_check_passes_what_keeps_them_apart(tmp_path: Path, llama: Tokenizer) -> None:
+    check_marks(llama, append_eos=True, prepend_bos=True)
+    added = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate("ab<>end|")}, []))
+    for kind, refused in ((added.add_special_tokens, False), (added.add_tokens, True)):
+        kind(["<|end|>" if not refused else "<end>"])
+        added.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>" if refused else "<|end|>"}))
+        ours = load(tmp_path)
+        if refused:
+            with pytest.raises(ValueError, match="of '<end>' in a text"):
+                check_marks(ours, append_eos=True, prepend_bos=False)
+        else:
+            check_marks(ours, append_eos=True, prepend_bos=False)
+
+
+def test_a_folder_with_two_tokenizers_that_differ_is_asked_which(tmp_path: Path, llama: Tokenizer) -> None:
+    llama.save(tmp_path, prepend_bos=False)
+    assert load(tmp_path).info == llama.info, "as it was written"
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.add_tokens(["<tool>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"has two tokenizers, .* with 32,000 tokens and .* with 32,001, .* say which"):
+        load(tmp_path)
+    assert load(tmp_path / "tokenizer.json").info.vocab_size == 32_001
+    assert load(tmp_path / "tokenizer.model").info == llama.info
 
 
 def test_a_saved_folder_is_the_tokenizer_of_its_ids(tmp_path: Path, llama: Tokenizer, small_model: Path) -> None:
