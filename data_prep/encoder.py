@@ -7,7 +7,9 @@
     Encoder.encode_long(text) -> ids piece by piece, in bounded memory; what can't be cut nor taken whole is refused
     Encoder.check(text) -> both ways, compared            every --check_every documents, while the work goes on
 
-gigatoken is young and SentencePiece is what others will decode with, so the latter has the last word.
+gigatoken is young and SentencePiece is what others will decode with, so the latter has the last word. Where a tokenizer.json
+asks for what the Unicode standard says of a character, two libraries of different age disagree about the newest ones: texts that
+hold such a character go to the reference (`doubtful`).
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import ctypes
 import random
 import resource
+import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +44,8 @@ _WORDS_BYTES = 300 << 20
 _FEW_WORDS_BYTES = 64 << 20
 _RENEW_CHARACTERS = 8 << 20
 _PROBES = 400
+_LOOKED_UP = 1 << 16
+"""Characters at a time."""
 
 
 class Encoded(NamedTuple):
@@ -79,7 +84,12 @@ class Encoder:
         """Ids of the texts, without BOS and EOS."""
         if self.engine == "gigatoken":
             # One by one: encode_batch forgets its words with every call, which takes twice the time.
-            parts = [self._gigatoken.encode(text) for text in texts]
+            parts = [
+                self.tokenizer.encode_batch([text])[0].astype(np.uint32)
+                if self._is_doubtful(text)
+                else self._gigatoken.encode(text)
+                for text in texts
+            ]
             self._characters += sum(map(len, texts))
             if self._characters >= _RENEW_CHARACTERS:
                 self._characters = 0
@@ -89,6 +99,13 @@ class Encoder:
             parts = self.tokenizer.encode_batch(texts)
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return Encoded(np.concatenate(parts) if parts else np.empty(0, np.uint32), ends)
+
+    def _is_doubtful(self, text: str) -> bool:
+        if self.engine != "gigatoken" or text.isascii() or isinstance(self.tokenizer, SentencePieceTokenizer):
+            return False
+        table = doubtful(bool(self.tokenizer.raw.get("normalizer")))
+        parts = (text[start : start + _LOOKED_UP] for start in range(0, len(text), _LOOKED_UP))
+        return any(table[np.frombuffer(part.encode("utf-32-le"), np.uint32)].any() for part in parts)
 
     @cached_property
     def _cutter(self) -> _Cutter | None:
@@ -127,7 +144,7 @@ class Encoder:
             if len(text) > LONG_CHARACTERS:
                 for _ in self._cutter.pieces(text, LONG_CHARACTERS):
                     pass
-        elif self.engine != "gigatoken" and len(text) > WHOLE_CHARACTERS:
+        elif len(text) > WHOLE_CHARACTERS and (self.engine != "gigatoken" or self._is_doubtful(text)):
             detail = f"{len(text):,} characters; encoded by tokenizers it can be {WHOLE_CHARACTERS:,}"
             raise Uncuttable("too long", detail)
         elif (size := len(text) if len(text) > WHOLE_BYTES else len(text.encode())) > WHOLE_BYTES:
@@ -182,6 +199,24 @@ def fast_encoder(tokenizer: Tokenizer) -> tuple[Encoder, str]:
             words = f"{reference} itself: gigatoken gives other ids on the probe {text[:40]!r}"
             return Encoder(tokenizer, "reference"), words
     return encoder, f"gigatoken, which agrees with {reference} on {len(probes)} probes"
+
+
+@cache
+def doubtful(normalized: bool) -> np.ndarray:
+    """Whether libraries of different age may disagree about a code point: a table, (0x110000,) bool.
+
+    Those are the ones that this Python's Unicode does not know yet: they may be letters to another. Where texts are
+    `normalized`, also marks, and what is made of several characters, if newer than Unicode 3.2: their order and their
+    composition depend on tables that libraries carry with them.
+    """
+    table = np.zeros(0x110000, bool)
+    for code in range(0x80, 0x110000):
+        character = chr(code)
+        category = unicodedata.category(character)
+        changing = normalized and (category[0] == "M" or unicodedata.decomposition(character))
+        new = changing and unicodedata.ucd_3_2_0.category(character) == "Cn"
+        table[code] = category == "Cn" or bool(new)
+    return table
 
 
 def _trim() -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import unicodedata
 from itertools import chain, product
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from test_tokenizer import (  # noqa: F401  unlike_models: a fixture
 
 from data_prep import encoder as encoder_module
 from data_prep.__main__ import main
-from data_prep.encoder import Difference, Encoder, Uncuttable, fast_encoder
+from data_prep.encoder import WHOLE_CHARACTERS, Difference, Encoder, Uncuttable, fast_encoder
 from data_prep.prepare import run as prepare
 from data_prep.shard import TokenDataset
 from data_prep.tokenizer import Tokenizer, load
@@ -193,6 +194,36 @@ def test_a_byte_level_tokenizer_is_encoded_as_tokenizers_does(tmp_path: Path) ->
     assert chosen.engine == "gigatoken"
     assert got == [ids.tolist() for ids in ours.encode_batch(texts)]
     assert 0 not in got[-1]
+
+
+def test_what_libraries_of_different_age_may_disagree_about_goes_to_the_reference(tmp_path: Path) -> None:
+    """The order of newer marks, compositions and letters that Unicode did not have yet."""
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator(library_texts()[:1], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load(tmp_path)
+    encoder, _ = fast_encoder(ours)
+    assert encoder.engine == "gigatoken"
+    known = ["naïve café “quoted” — e\u0301 \u0915\u093f 你好 \U0001f600", "plain", ""]
+    newer = ["\u0628\u08d3\u0650\u0651", "\U00010d25\u0326", "\U00011935\U00011930", "\U0003fffd"]
+    assert [encoder._is_doubtful(text) for text in known + newer] == [False] * 3 + [True] * 4
+    far = "a" * 200_000 + newer[0]
+    assert encoder._is_doubtful(far)
+    rng = random.Random(3)
+    marks = [chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code))]
+    texts = [*known, *newer, far, *("x" + "".join(rng.choices(marks, k=2)) + "y" for _ in range(3000))]
+    encoded = encoder.encode(texts)
+    assert encoded.ids.dtype == np.uint32
+    assert split(encoded) == [ids.tolist() for ids in ours.encode_batch(texts)]
+    with pytest.raises(Uncuttable, match="encoded by tokenizers it can be"):
+        encoder.refuse_uncuttable("a" * WHOLE_CHARACTERS + newer[0])
+    encoder.refuse_uncuttable("a" * (WHOLE_CHARACTERS + 1))
 
 
 def large_vocabulary(kind: str) -> tuple[dict, list[str]]:
