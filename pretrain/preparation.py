@@ -58,7 +58,7 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
     )
     _check_alike(settings, sources)
-    init_from.check(settings)
+    ranks.everywhere(lambda: init_from.check(settings))
     grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
