@@ -18,12 +18,12 @@ from pretrain.reading import read_json, read_tokenizer
 
 
 def check(settings: config.Config) -> None:
-    """Whether --init_from can be taken, as far as that is seen at once; nothing where the run has a checkpoint to go on from.
+    """Whether --init_from can be taken, as far as that is seen at once; nothing where there is a checkpoint to go on from.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, is no checkpoint and no Hugging Face folder, or has another shape.
     """
-    if settings.init_from is None or checkpoint.committed(Path(settings.run_dir)):
+    if settings.init_from is None or settings.resume is not None or checkpoint.committed(Path(settings.run_dir)):
         return
     source = Path(settings.init_from)
     if not source.exists():

@@ -154,10 +154,14 @@ def _eos_id(sources: list[data.Source]) -> int:
 def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None]) -> None:
     checkpoints = run_dir / "checkpoints"
     retention.clear(checkpoints, say)  # what a killed save left takes room, too
-    if back.read(run_dir) is None and (
-        gone := retention.prune(run_dir, settings.checkpoint)
-    ):  # keep_last may be lower now
-        say(f"older checkpoints were deleted: {', '.join(gone)}")
+    try:
+        gone = (
+            retention.prune(run_dir, settings.checkpoint) if back.read(run_dir) is None else []
+        )  # keep_last may be lower
+        if gone:
+            say(f"older checkpoints were deleted: {', '.join(gone)}")
+    except OSError as error:
+        say(f"older checkpoints could not be deleted: {error}")
     number, size = retention.set_aside_ones(checkpoints)
     if number:
         say(f"{checkpoints} holds {number} that were set aside, {size / 2**20:,.1f} MiB, which nothing deletes")

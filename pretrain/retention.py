@@ -41,7 +41,11 @@ def check_room(folder: Path, needed: int) -> None:
 def set_aside_ones(folder: Path) -> tuple[int, int]:
     """How many of its checkpoints were set aside, corrupt or because the run went back, and their bytes: nothing deletes them."""
     names = [path for why in ("replaced", "corrupt") for path in folder.glob(f"{why}-*") if path.is_dir()]
-    return len(names), sum(file.stat().st_size for name in names for file in name.rglob("*") if file.is_file())
+    size = 0
+    for file in (file for name in names for file in name.rglob("*")):
+        with suppress(OSError):  # somebody deletes it
+            size += file.stat().st_size if file.is_file() else 0
+    return len(names), size
 
 
 def _beside(folder: Path) -> str:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 _AGAIN_S = 300.0
 """So long after a save that failed it is tried again (seconds)."""
 _GIVE_UP_S = 7200.0
-"""When nothing could be saved for so long the run ends (seconds): a night that cannot be saved is a night lost."""
+"""When saves have failed for so long the run ends (seconds): a night that cannot be saved is a night lost."""
 _REMEMBERED = 8
 """So many saves tell how long one takes: a disk that once stood still is forgotten."""
 
@@ -62,8 +62,10 @@ class Saver:
         self._pending: futures.Future[str | None] | None = None
         self._problem: str | None = None
         """Why the last save failed, the same on all ranks; None: it did not."""
-        self._saved = self._succeeded = time.perf_counter()
-        """When the last save was taken, then when it had ended; and when the last one had that did not fail."""
+        self._saved = time.perf_counter()
+        """When the last save was taken, then when it had ended."""
+        self._failing: float | None = None
+        """Since when saves have failed; None: the last one did not."""
         self._unproven = scheduler.in_vain()
         """Whether nothing may be trained before a save succeeds: the last start may have ended because none did."""
         self._owed = False
@@ -124,8 +126,9 @@ class Saver:
         """Whether saves have failed for too long, or that by which a start had to prove that it can; on rank 0, as `overdue`."""
         if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
             return False
-        too_long = self._unproven or time.perf_counter() - self._succeeded > _GIVE_UP_S
-        return too_long and self._last_problem() is not None
+        if self._last_problem() is None:
+            return False
+        return self._unproven or (self._failing is not None and time.perf_counter() - self._failing > _GIVE_UP_S)
 
     def _last_problem(self) -> str | None:
         """Of the last save, where none is being written."""
@@ -182,12 +185,13 @@ class Saver:
             self._say(f"step {step}: NOT saved, training goes on: {failure}")
             self._ended(step, started, str(failure))
             self._owed = self._owed or state["keep"]
+            self._failing = self._failing or self._saved
             return str(failure)
         if ranks.rank() == 0:
             self._tidy(step, target)
         size = sum(entry["bytes"] for entry in entries.values())
         took = self._ended(step, started, None)
-        self._succeeded, self._unproven, self._owed = self._saved, False, False
+        self._failing, self._unproven, self._owed = None, False, False
         self._took_s = self._took_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None

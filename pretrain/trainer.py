@@ -80,6 +80,7 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
     at("starting")
     stop.listen_to_ctrl_c()
     saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
+    run.at_end.callback(_log_saves, run, saver)
     if run.fabric.world_size == 1:  # one of several that fails would wait for the others' part of the save
         run.at_end.callback(saver.wait)  # before the folder is free for another job
     saved_step, begun_updates = run.step, run.updates()
@@ -118,9 +119,10 @@ def _train(run: Run, stop: Stop, display: Display) -> int:
         saved = stop.reason != TAKEN and _save_last(run, saver, saved_step, stop, display)
     except OSError as error:
         display.say(f"ended after step {run.step}: {error}")
-        return LATER
-    finally:
         _log_saves(run, saver)
+        run.log.write("stop", run.step, {"reason": "a save that failed"})
+        return LATER
+    _log_saves(run, saver)
     return _ended(run, stop, display) if saved else _taken(run, saver, stop, display)
 
 
@@ -131,22 +133,19 @@ def _ended(run: Run, stop: Stop, display: Display) -> int:
         run.log.write("stop", run.step, {"reason": "finished"})
         return 0
     if stop.reason == OUT_OF_TIME:
-        _compare_clocks(stop.left_s(settings.train.max_hours), display)
+        _compare_clocks(time.time(), display)
     run.log.write("stop", run.step, {"reason": stop.why})
     command = "the same command" + (" without --resume" if settings.resume else "")
     display.say(f"stopped by {stop.why} after step {run.step}; {command} goes on from there")
     return stop.status(run.step - run.begun.step)
 
 
-def _compare_clocks(left_s: float | None, display: Display) -> None:
-    """Say it where one rank's clock ends the job's time for all; called by all."""
-    left = ranks.gather((left_s, f"rank {ranks.rank()} on {this_host()}"))
-    known = sorted((seconds, who) for seconds, who in left if seconds is not None)
-    if known and known[-1][0] - known[0][0] > _CLOCKS_S:
-        (least_s, first), (most_s, last) = known[0], known[-1]
-        display.say(
-            f"by the clock of {first} the job has {least_s:.0f} s left, by that of {last} {most_s:.0f} s: one of them is wrong"
-        )
+def _compare_clocks(now_s: float, display: Display) -> None:
+    """Say it where one host's clock is ahead, which ends the job's time for all too soon; called by all."""
+    clocks = sorted(ranks.gather((now_s, f"rank {ranks.rank()} on {this_host()}")))
+    (least_s, last), (most_s, first) = clocks[0], clocks[-1]
+    if most_s - least_s > _CLOCKS_S:
+        display.say(f"the clock of {first} is {most_s - least_s:.0f} s ahead of that of {last}: one of them is wrong")
 
 
 def _taken(run: Run, saver: Saver, stop: Stop, display: Display) -> int:

@@ -226,11 +226,14 @@ def _obey(
 
     A watcher that is gone before the rank is `leaving` was killed: the hub is told that the rank goes on without.
     """
-    word = b"c"
+    word = b""
     with suppress(OSError):
-        while (word := control.recv(1)) == b"c":
-            with suppress(KeyError, ValueError):  # written otherwise by another PyTorch: the verdict comes without it
+        word = control.recv(1)
+        while word == b"c":
+            with suppress(Exception):  # PyTorch's own affairs, which may change: the verdict comes without them
                 _send(control, {"collectives": collectives.recorded()})
+            word = b""
+            word = control.recv(1)
     if word == b"x":
         os._exit(EXIT_STATUS)
     verdict.set()

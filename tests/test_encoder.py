@@ -25,7 +25,7 @@ from test_tokenizer import (  # noqa: F401  unlike_models: a fixture
 
 from data_prep import encoder as encoder_module
 from data_prep.__main__ import main
-from data_prep.encoder import WHOLE_CHARACTERS, Difference, Encoder, Uncuttable, fast_encoder
+from data_prep.encoder import WHOLE_CHARACTERS, Difference, Encoder, Uncuttable, fast_encoder, probe_texts
 from data_prep.prepare import run as prepare
 from data_prep.shard import TokenDataset
 from data_prep.tokenizer import Tokenizer, load
@@ -224,6 +224,9 @@ def test_what_libraries_of_different_age_may_disagree_about_goes_to_the_referenc
     with pytest.raises(Uncuttable, match="encoded by tokenizers it can be"):
         encoder.refuse_uncuttable("a" * WHOLE_CHARACTERS + newer[0])
     encoder.refuse_uncuttable("a" * (WHOLE_CHARACTERS + 1))
+    assert encoder.long_characters == WHOLE_CHARACTERS, "longer ones are asked about before they are encoded"
+    probes = [text for text in probe_texts(ours) if not text.isascii() and not encoder._is_doubtful(text)]
+    assert sum(len(text) > 60 for text in probes) >= 40, "gigatoken itself is probed on any Unicode"
 
 
 def large_vocabulary(kind: str) -> tuple[dict, list[str]]:

@@ -123,6 +123,9 @@ def test_a_save_that_failed_is_tried_again_soon_and_one_is_due_by_the_clock(
     assert not writer.overdue()
     now[0] += 301
     assert writer.overdue(), "and nobody has waited for it yet"
+    assert not writer.given_up(), "the first that failed, however long ago the last one was that did not"
+    now[0] += 7200
+    assert writer.given_up()
     writer.save(11, model, optimizer, {"step": 11})
     writer.close()
     now[0] += 301

@@ -185,14 +185,15 @@ def test_a_run_that_cannot_save_for_hours_ends(datasets: Path, tmp_path: Path, m
 
 
 def test_a_clock_that_ends_all_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    display, left = SimpleNamespace(said=[]), [(90_000.0, "rank 0 on a"), (-3.0, "rank 1 on b"), (None, "rank 2 on c")]
+    display, clocks = (
+        SimpleNamespace(said=[]),
+        [(1000.0, "rank 0 on a"), (91_000.0, "rank 1 on b"), (1001.0, "rank 2 on c")],
+    )
     display.say = display.said.append
-    monkeypatch.setattr(trainer.ranks, "gather", lambda mine: left)
+    monkeypatch.setattr(trainer.ranks, "gather", lambda mine: clocks)
     trainer._compare_clocks(0.0, display)
-    assert display.said == [
-        "by the clock of rank 1 on b the job has -3 s left, by that of rank 0 on a 90000 s: one of them is wrong"
-    ]
-    left[0] = (-2.0, "rank 0 on a")
+    assert display.said == ["the clock of rank 1 on b is 90000 s ahead of that of rank 0 on a: one of them is wrong"]
+    clocks[1] = (1030.0, "rank 1 on b")
     trainer._compare_clocks(0.0, display)
     assert len(display.said) == 1, "they agree"
 
