@@ -273,6 +273,11 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
         problems.append(
             f"optim.warmup_steps {optim.warmup_steps} must lie between 0 and train.max_steps {train.max_steps}"
         )
+    elif not 0 <= optim.lr_decay_steps <= train.max_steps - optim.warmup_steps:
+        problems.append(
+            f"optim.lr_decay_steps {optim.lr_decay_steps} must lie between 0 and the {train.max_steps - optim.warmup_steps} "
+            f"that train.max_steps {train.max_steps} has after optim.warmup_steps {optim.warmup_steps}"
+        )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must lie in [0, 1)")

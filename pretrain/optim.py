@@ -4,6 +4,7 @@ parameters -> two groups (decayed, not decayed) -> fused AdamW;   step -> learni
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -26,15 +27,29 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
-    """The learning rate of step `step`, counted from 1: linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5).
+_WAY_DOWN: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # arXiv 1608.03983, eq. 5
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),  # arXiv 2405.18392, section 3
+}
+"""What is left of max_lr - min_lr (1 to 0), by how much of the decay is over (0 to 1)."""
 
-    It is max_lr at step warmup_steps and min_lr at step max_steps, unless the warm-up takes that long.
+
+def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
+    """The learning rate of step `step`, counted from 1: linear warm-up, max_lr, and a decay to min_lr.
+
+    The decay takes the last `lr_decay_steps` (0: all steps after the warm-up). It is max_lr at step warmup_steps and min_lr at
+    step max_steps, unless the warm-up takes that long.
     """
     if step <= config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    decay_from = (
+        max_steps - config.lr_decay_steps if config.lr_decay_steps else config.warmup_steps
+    )  # the last at max_lr
+    if step <= decay_from:
+        return config.max_lr
+    progress = min(1.0, (step - decay_from) / max(1, max_steps - decay_from))
+    return config.min_lr + (config.max_lr - config.min_lr) * _WAY_DOWN[config.lr_decay](progress)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -167,6 +167,11 @@ class OptimConfig:
     """Learning rate of the last step (no unit)."""
     warmup_steps: int = 2000
     """Linear warm-up, from max_lr / warmup_steps to max_lr (steps)."""
+    lr_decay: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """How the learning rate falls from max_lr to min_lr: half a cosine, a line, or 1 - the root of the way (fast at first)."""
+    lr_decay_steps: int = 0
+    """How many steps it falls for, the last ones of the run; before them it stays at max_lr (steps). 0: all after the warm-up.
+    With a number, what is trained before them does not depend on max_steps."""
     beta1: float = 0.9
     """Decay of the gradient's running mean (per step)."""
     beta2: float = 0.95

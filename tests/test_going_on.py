@@ -200,6 +200,28 @@ def test_a_copied_folders_own_configuration_does_not_act_on_the_original(
     assert [state(tmp_path / name)["step"] for name in ("run", "copy")] == [10, 12]
 
 
+def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on itself: its own folder is not touched, and the branch has its steps where the mixture is the same."""
+    stable: dict[str, Any] = {"optim": {"lr_decay": "linear", "lr_decay_steps": 4}, "checkpoint": {"every_steps": 4}}
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    assert train(datasets, trunk, train={"max_steps": 16}, **stable) == 0
+    before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
+    capsys.readouterr()
+    better = {"data": {"stages": [{"first_step": 11, "weights": {"a": 1, "b": 1}}]}}
+    back = ("--resume", str(trunk / "checkpoints" / "step-00000008"))
+    assert train(datasets, branch, *back, train={"max_steps": 12}, **stable, **better) == 0
+    assert "learning rate of step 9 is 0.00232 by the new schedule and was 0.003" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in trunk.rglob("*")} == before
+    of_trunk, of_branch = (records(run_dir, "train") for run_dir in (trunk, branch))
+    assert list(of_branch) == [9, 10, 11, 12]
+    assert [of_branch[step]["lr"] / 3e-3 for step in of_branch] == pytest.approx([0.775, 0.55, 0.325, 0.1])
+    assert [of_trunk[step]["lr"] for step in (5, 12)] == [3e-3] * 2
+    assert [of_trunk[s]["data_hash"] == of_branch[s]["data_hash"] for s in of_branch] == [True, True, False, False]
+    assert of_trunk[9]["loss"] == of_branch[9]["loss"], "the same weights on the same sequences"
+
+
 def test_what_has_changed_is_told_by_what_was_trained(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,9 @@
 """The schedule's end points, the parameter groups, and the step that is left out."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,6 +47,23 @@ def test_schedule_rises_then_falls_and_is_half_way_in_the_middle() -> None:
     assert lrs[:100] == sorted(lrs[:100])
     assert lrs[99:] == sorted(lrs[99:], reverse=True)
     assert lrs[599] == pytest.approx(0.55)  # step 600 is half way from 100 to 1,100
+
+
+@pytest.mark.parametrize(("decay", "half_way"), [("cosine", 0.5), ("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_the_decay_takes_the_last_steps_alone(decay: Any, half_way: float) -> None:
+    config = OptimConfig(max_lr=1.0, min_lr=0.1, warmup_steps=100, lr_decay=decay, lr_decay_steps=200)
+    lrs = [learning_rate(step, config, 1100) for step in range(1, 1101)]
+    assert lrs[99:900] == [1.0] * 801, "from the warm-up's end to step 900"
+    assert lrs[899:] == sorted(lrs[899:], reverse=True)
+    assert lrs[900] < 1.0
+    assert lrs[999] == pytest.approx(0.1 + 0.9 * half_way)
+    assert lrs[-1] == pytest.approx(0.1)
+    longer = [learning_rate(step, config, 5000) for step in range(1, 901)]
+    assert longer == lrs[:900], "what is trained before the decay is the same in a run of any length"
+    whole = replace(config, lr_decay_steps=0)
+    assert [learning_rate(step, whole, 1100) for step in range(1, 1101)] == [
+        learning_rate(step, replace(config, lr_decay_steps=1000), 1100) for step in range(1, 1101)
+    ]
 
 
 def test_norms_and_the_embedding_are_not_decayed_unless_asked() -> None:

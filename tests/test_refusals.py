@@ -115,6 +115,7 @@ def _catches(status: Path, number: signal.Signals) -> bool:
         (["--model.num_key_value_heads", "3"], ["num_attention_heads 4", "num_key_value_heads 3"]),
         (["--data.seq_len", "64"], ["64 tokens is longer than", "max_position_embeddings 32"]),
         (["--optim.warmup_steps", "21"], ["warmup_steps 21", "max_steps 20"]),
+        (["--optim.lr_decay_steps", "17"], ["lr_decay_steps 17", "0 and the 16", "max_steps 20", "warmup_steps 4"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "exist"]),
         (["--model.vocab_size", "299"], ["300 tokens", "vocab_size is 299", "at least 300"]),
         (["--parallel.accelerator", "cuda"], ["cuda", "0 GPUs", "--parallel.accelerator cpu"]),
