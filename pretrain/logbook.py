@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from pretrain import backends, data, metrics, pace, parallel, ranks, validation
+from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
 from pretrain.model import count
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -40,6 +40,8 @@ def log_start(run: Run, display: Display) -> None:
         else {},
     }
     run.log.write("start", run.step, record)
+    about = {name: record[name] for name in ("parameters", "world_size", "device", "tokens_per_step")}
+    run.log.describe({**config.flat(asdict(settings)), **about, **run_versions()})
     mixture = ", ".join(
         f"{s.name} {100 * float(share):.1f}%" for s, share in zip(run.sources, run.mixture.shares_at(run.step + 1))
     )

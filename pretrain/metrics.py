@@ -155,6 +155,13 @@ class MetricsLog:
             for logger in tuple(self._loggers):
                 self._attempt(logger, lambda its: its.log_metrics(metrics=numbers, step=step))
 
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Tell W&B what the run is, to find it by and to compare it with others; TensorBoard has no place for it."""
+        if self._lines is None:
+            return
+        for logger in tuple(self._loggers):
+            self._attempt(logger, lambda its: its.log_hyperparams(facts))
+
     def close(self) -> None:
         """Let the loggers write what they hold, and W&B upload it now: a launcher may not wait for an upload at the exit.
 
@@ -272,12 +279,13 @@ def make_loggers(config: Config) -> list[Logger]:
     """What `logger` in the configuration asks for, writing into the run's folder."""
     run_dir = Path(config.run_dir)
     if config.logger == "tensorboard":
-        return [TensorBoardLogger(root_dir=run_dir, name="tensorboard", version="")]
+        return [TensorBoardLogger(root_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)]
     if config.logger == "wandb":
         from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
 
         number = _kept_id(run_dir) or secrets.token_hex(4)
-        return [WandbLogger(project="cria", name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
+        project = os.environ.get("WANDB_PROJECT", "cria")
+        return [WandbLogger(project=project, name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
     return []
 
 

@@ -297,13 +297,21 @@ def test_the_same_wandb_run_after_a_restart_and_no_key_anywhere(datasets: Path, 
     tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 2}, optim={"warmup_steps": 1}, logger="wandb")
     config_file = write_config(tmp_path / "c.yaml", tree)
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_X_SERVICE_WAIT": "300"}
-    environment |= {"WANDB_CONFIG_DIR": str(tmp_path / "w"), "WANDB_CACHE_DIR": str(tmp_path / "w")}
+    environment |= {
+        "WANDB_CONFIG_DIR": str(tmp_path / "w"),
+        "WANDB_CACHE_DIR": str(tmp_path / "w"),
+        "WANDB_PROJECT": "herd",
+    }
     said = pretrain("train", "--config", config_file, env=environment)
     number = (tmp_path / "run" / "wandb-id.txt").read_text().splitlines()[0]
     again = pretrain("train", "--config", config_file, "--train.max_steps", 3, env=environment)
     folders = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{number}"))
     assert len(folders) == 2, "two parts of one run"
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    for folder in folders:
+        (kept,) = (path.read_bytes() for path in folder.glob("*.wandb"))
+        for known in (b"herd", b"optim.max_lr", b"parameters", b"train/loss"):
+            assert known in kept
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 10
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
