@@ -198,7 +198,7 @@ def _start_process(path: Path, *options: str) -> dict[str, float]:
 
 def first_step(path: Path, save_as: int | None) -> None:
     """What `pretrain train` does up to its first step, timed; or save a run of no steps as one of `save_as`."""
-    from pretrain import data, preparation, trainer
+    from pretrain import data, leaving, preparation, trainer
 
     imported_at, begun = time.time(), time.perf_counter()
     data_s = 0.0
@@ -223,7 +223,7 @@ def first_step(path: Path, save_as: int | None) -> None:
         run.step = save_as
         writer = saver.Saver(run.run_dir, settings.checkpoint, say=print)
         checkpoint.tensors_of(run.model, run.optimizer)
-        trainer._save(run, writer)
+        leaving.save(run, writer)
         writer.close()
         print("{}")
         return

@@ -269,7 +269,7 @@ def _data(cause: Cause, ranks: list[Rank], facts: Facts) -> str:
     """The command that shows the documents, and which slots of the step were this rank's."""
     steps = [rank.step for rank in cause.ranks or ranks if rank.step]
     if not steps:
-        return "none yet: it was before the first step"
+        return "none yet: it was before this start's first step"
     words = f"step {steps[0]}; its documents: pretrain order --config {facts.run_dir}/config.yaml --step {steps[0]}"
     B = facts.micro_batch_size
     if cause.ranks:

@@ -30,7 +30,7 @@ def log_start(run: Run, display: Display) -> None:
         "parameters": parameters,
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
-        "init_from": run.begun.init_from,
+        "init_from": run.taken_up.init_from,
         "tokens_per_step": tokens_per_step,
         "versions": run_versions(),
         "sources": validation.describe_sources(

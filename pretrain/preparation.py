@@ -35,7 +35,7 @@ from pretrain.memory import checkpoint_bytes
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.reading import json_mapping
-from pretrain.run import Begun, Run
+from pretrain.run import Run, TakenUp
 from pretrain.sharding import Sharding
 from pretrain.versions import RUN_PACKAGES, source_hash, versions
 from pretrain.watchdog import Watchdog, alive, at
@@ -100,14 +100,14 @@ def _build(
         ranks.on_rank_0(lambda: _make_room(run_dir, settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    begun = Begun(init_from=None if settings.init_from is None else str(Path(settings.init_from).resolve()))
+    taken_up = TakenUp(init_from=None if settings.init_from is None else str(Path(settings.init_from).resolve()))
     skipped_steps = torch.zeros((), device=fabric.device)
     skipped_in_a_row = torch.zeros((), device=fabric.device)
     at("loading the checkpoint")
     if found is not None:
         state = checkpoint.load(found, parallel.unwrap(model), optimizer)
-        begun = Begun(state["step"], state["tokens_per_source"], state.get("init_from"))
-        skipped_steps += begun.step - state["updates"]
+        taken_up = TakenUp(state["step"], state["tokens_per_source"], state["updates"], state.get("init_from"))
+        skipped_steps += taken_up.step - taken_up.updates
         skipped_in_a_row += state["skipped_in_a_row"]
         if settings.init_from is not None:
             say(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
@@ -128,10 +128,10 @@ def _build(
         log=log,
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
-        step=begun.step,
+        step=taken_up.step,
         skipped_steps=skipped_steps,
         skipped_in_a_row=skipped_in_a_row,
-        begun=begun,
+        taken_up=taken_up,
     )
 
 

@@ -17,12 +17,14 @@ from pretrain.sharding import Sharding
 
 
 @dataclass(frozen=True)
-class Begun:
+class TakenUp:
     """Where this process took the run up."""
 
     step: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """Taken from each source until then, by its name; the sources may have been replaced since."""
+    updates: int = 0
+    """How often the weights had been updated."""
     init_from: str | None = None
     """Where the run's first weights came from (path); None: they were drawn."""
 
@@ -48,14 +50,15 @@ class Run:
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
     """Names slow ranks, every `watchdog.stragglers_every` lines of metrics; this default never does."""
     at_end: ExitStack = field(default_factory=ExitStack)
-    """Closes what the run has open: display, log, readers, the watchdog; waits for a save; releases the run's folder last."""
+    """In this order: waits for a save and logs it; closes log and display; ends the readers' waiting; releases the run's folder;
+    parts from the watchdog, which may write a crash report then."""
     step: int = 0
     """Finished optimizer steps."""
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Steps of the run that were left out because the gradient was not finite, or 0; a scalar on the device."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
-    begun: Begun = field(default_factory=Begun)
+    taken_up: TakenUp = field(default_factory=TakenUp)
 
     def count_step(self, skipped: Tensor) -> None:
         """Count a step that is done; `skipped`: 1.0 if it updated nothing, else 0.0, a scalar on the device."""
@@ -70,9 +73,11 @@ class Run:
 
     def tokens_per_source(self) -> dict[str, int]:
         """Tokens taken from each source so far, by its name."""
-        then, now = self.mixture.drawn(self.begun.step), self.mixture.drawn(self.step)
+        then, now = self.mixture.drawn(self.taken_up.step), self.mixture.drawn(self.step)
         taken = {s.name: (b - a) * self.config.data.seq_len for s, a, b in zip(self.sources, then, now)}
-        return {name: self.begun.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.begun.tokens, **taken}}
+        return {
+            name: self.taken_up.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.taken_up.tokens, **taken}
+        }
 
 
 @dataclass

@@ -48,8 +48,13 @@ _REMEMBERED = 8
 class Saver:
     """Saves a run's checkpoints, one at a time. Every method is called by all ranks."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None]):
-        """`say` is told, on rank 0, what was saved and what could not be; it may be called from another thread."""
+    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None], step: int = 0):
+        """`say` is told, on rank 0, what was saved and what could not be; it may be called from another thread.
+
+        step: the one after which the run was taken up.
+        """
+        self.step = step
+        """After this step the newest copy was taken, which is saved, being written, or could not be."""
         cuda = torch.cuda.is_initialized()  # by this run: a GPU that it leaves alone is none of its business
         self._folder = run_dir / "checkpoints"
         self._config = config
@@ -87,6 +92,7 @@ class Saver:
         Returns when the copy is taken. Waits for an earlier save that is still being written.
         """
         self.wait()
+        self.step = step
         self._saved = time.perf_counter()
         cuda = next(model.parameters()).is_cuda
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)

@@ -1,6 +1,6 @@
 """The step, and the loop around it.
 
-    prepare(config) ─> Run ─> train(run): optimizer_step ... log, validate, save, stop ─> exit status
+    prepare(config) ─> Run ─> train(run): optimizer_step ─> log, validate, save, each where it is due ─> leave ─> exit status
 
 `train` runs to the last step, or until a stop is asked for (`scheduler`: a signal, the end of the job's time): then all ranks
 finish the step they are in, save, and leave. Started again with the same configuration, the run goes on where it was
@@ -9,21 +9,23 @@ finish the step they are in, save, and leave. Started again with the same config
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from pretrain import data, logbook, parallel, ranks, validation
-from pretrain.hosts import this_host
+from pretrain.leaving import Loop, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
-from pretrain.scheduler import LATER, OUT_OF_TIME, TAKEN, UNSAVED, Stop
+from pretrain.scheduler import TAKEN, UNSAVED, Stop
 from pretrain.sharding import before_micro_step
-from pretrain.versions import run_versions
-from pretrain.watchdog import alive, at, first_step_done
+from pretrain.watchdog import at, first_step_done
+
+_RANKS_AGREE = 128
+"""Fewer ranks than this agree before every step: it takes them ten milliseconds, by gloo's ring, beside the GPU's work. From
+here on they agree before every second, from twice as many on before every third step, and so on."""
 
 
 def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
@@ -72,87 +74,71 @@ def train(run: Run, stop: Stop | None = None) -> int:
         at_end.callback(data.leave, run.sources)
         at_end.callback(display.close)
         at_end.callback(run.log.close)
-        return _train(run, stop or Stop(), display)
+        at("starting")
+        stop = stop or Stop()
+        stop.listen_to_ctrl_c()
+        saver = Saver(run.run_dir, run.config.checkpoint, display.say, run.step)
+        at_end.callback(log_saves, run, saver)
+        if run.fabric.world_size == 1:  # one of several that fails would wait for the others' part of the save
+            at_end.callback(saver.wait)  # before the folder is free for another job
+        return _train(Loop(run, stop, display, saver))
 
 
-def _train(run: Run, stop: Stop, display: Display) -> int:
-    settings = run.config
-    at("starting")
-    stop.listen_to_ctrl_c()
-    saver = Saver(run.run_dir, settings.checkpoint, say=display.say)
-    run.at_end.callback(_log_saves, run, saver)
-    if run.fabric.world_size == 1:  # one of several that fails would wait for the others' part of the save
-        run.at_end.callback(saver.wait)  # before the folder is free for another job
-    saved_step, begun_updates = run.step, run.updates()
+def _train(loop: Loop) -> int:
+    """Step after step, and what is due after each, until the last one or until the ranks agree to stop."""
+    run, settings = loop.run, loop.run.config
     micro_batches = make_loader(run)
-    logbook.log_start(run, display)
-    if run.step == 0 and not _stop_agreed(run, stop, saver, display):
-        _validate(run, display)
+    logbook.log_start(run, loop.display)
+    if run.step == 0 and not _stop_agreed(loop):
+        _validate(loop)
     run.clock.reset()
-    while run.step < settings.train.max_steps and not _stop_agreed(run, stop, saver, display):
-        try:
-            result = optimizer_step(run, micro_batches)
-        except OSError:  # the data cannot be read; nothing of this step has reached the weights
-            if run.fabric.world_size == 1 and saved_step < run.step:  # of several ranks the others wait in the backward
-                _save(run, saver)
-            raise
-        first_step_done()
-        display.step(run.step)
-        last = run.step == settings.train.max_steps
-        if last or run.step % settings.train.log_every == 0:
-            problem = logbook.log_step(run, display, result)
-            if problem is not None:  # on all ranks
-                if run.updates() > begun_updates:  # else each restart would save the same, and prune good ones
-                    _save(run, saver)
-                try:
-                    saver.close()
-                except OSError as error:
-                    problem += f"; and {error}"
-                raise FloatingPointError(problem)
-        if _due(run.step, settings.validation.every_steps, last):
-            _validate(run, display)
-        if stop.save_now or _due(run.step, settings.checkpoint.every_steps, last):
-            _save(run, saver)
-            saved_step = run.step
-        _log_saves(run, saver)
+    while run.step < settings.train.max_steps and not _stop_agreed(loop):
+        result = _step(loop, micro_batches)
+        if _due(run, settings.train.log_every):
+            _log(loop, result)
+        if _due(run, settings.validation.every_steps):
+            _validate(loop)
+        if loop.stop.save_now or _due(run, settings.checkpoint.every_steps):
+            save(run, loop.saver)
+        log_saves(run, loop.saver)
+    return leave(loop)
+
+
+def _due(run: Run, every_steps: int) -> bool:
+    """Whether what is done every so many steps, and after the last one, is to be done now; 0: never."""
+    last = run.step == run.config.train.max_steps
+    return every_steps > 0 and (last or run.step % every_steps == 0)
+
+
+def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
+    """One optimizer step; where its data cannot be read, what was trained before is saved."""
+    run = loop.run
     try:
-        saved = stop.reason != TAKEN and _save_last(run, saver, saved_step, stop, display)
+        result = optimizer_step(run, micro_batches)
+    except OSError:  # nothing of this step has reached the weights
+        if (
+            run.fabric.world_size == 1 and loop.saver.step < run.step
+        ):  # of several ranks the others wait in the backward
+            save(run, loop.saver)
+        raise
+    first_step_done()
+    loop.display.step(run.step)
+    return result
+
+
+def _log(loop: Loop, result: StepResult) -> None:
+    """A line of metrics; on all ranks the end, where too many steps in a row had no gradient that could be used."""
+    run = loop.run
+    problem = logbook.log_step(run, loop.display, result)
+    if problem is None:
+        return
+    if run.updates() > run.taken_up.updates:  # else each restart would save the same, and prune good ones
+        save(run, loop.saver)
+    try:
+        loop.saver.close()
     except OSError as error:
-        display.say(f"ended after step {run.step}: {error}")
-        _log_saves(run, saver)
-        run.log.write("stop", run.step, {"reason": "a save that failed"})
-        return LATER
-    _log_saves(run, saver)
-    return _ended(run, stop, display) if saved else _taken(run, saver, stop, display)
-
-
-def _ended(run: Run, stop: Stop, display: Display) -> int:
-    """The run is saved. Returns the exit status."""
-    settings = run.config
-    if run.step == settings.train.max_steps:  # a signal that came after the last step changes nothing
-        run.log.write("stop", run.step, {"reason": "finished"})
-        return 0
-    if stop.reason == OUT_OF_TIME:
-        _compare_clocks(time.time(), display)
-    run.log.write("stop", run.step, {"reason": stop.why})
-    command = "the same command" + (" without --resume" if settings.resume else "")
-    display.say(f"stopped by {stop.why} after step {run.step}; {command} goes on from there")
-    return stop.status(run.step - run.begun.step)
-
-
-def _compare_clocks(now_s: float, display: Display) -> None:
-    """Say it where one host's clock is ahead, which ends the job's time for all too soon; called by all."""
-    clocks = sorted(ranks.gather((now_s, f"rank {ranks.rank()} on {this_host()}")))
-    (least_s, last), (most_s, first) = clocks[0], clocks[-1]
-    if most_s - least_s > _CLOCKS_S:
-        display.say(f"the clock of {first} is {most_s - least_s:.0f} s ahead of that of {last}: one of them is wrong")
-
-
-def _taken(run: Run, saver: Saver, stop: Stop, display: Display) -> int:
-    """Another job has the run's folder. Returns the exit status."""
-    stop.reason = TAKEN
-    display.say(f"stopped after step {run.step}, and not to be saved: {saver.wait()}")
-    return stop.status(run.step - run.begun.step)
+        problem += f"; and {error}"
+    raise FloatingPointError(problem)
 
 
 def make_loader(run: Run) -> Iterator[data.MicroBatch]:
@@ -165,33 +151,26 @@ def make_loader(run: Run) -> Iterator[data.MicroBatch]:
     return data.train_loader(micro_batches, *steps, settings.data.num_workers, run.fabric.device)
 
 
-def _due(step: int, every_steps: int, last: bool) -> bool:
-    return every_steps > 0 and (last or step % every_steps == 0)
-
-
-_RANKS_AGREE = 128
-"""Fewer ranks than this agree before every step: it takes them ten milliseconds, by gloo's ring, beside the GPU's work. From
-here on they agree before every second, from twice as many on before every third step, and so on."""
-
-
-def _stop_agreed(run: Run, stop: Stop, saver: Saver, display: Display) -> bool:
+def _stop_agreed(loop: Loop) -> bool:
     """Whether any rank was asked to stop; all ranks get the same answer, and the reason, and whether to save after this step."""
+    run, stop, saver = loop.run, loop.stop, loop.saver
     if run.step % (1 + int(run.fabric.world_size / _RANKS_AGREE)):
         stop.save_now = False
         return False
-    at("agreeing on whether to stop")
+    at("agreeing on whether to stop", run.step)
     settings = run.config.train
     mine = stop.asked(saver.longest_s, settings.max_hours, settings.stop_margin_s)
     mine = TAKEN if saver.taken else UNSAVED if saver.given_up() else mine
     for line in stop.warnings(saver.longest_s, settings.stop_margin_s):
-        display.say(line)
+        loop.display.say(line)
     agreed = ranks.all_reduce_max(torch.tensor([mine, saver.overdue()]))  # on the CPU: the GPU's queue goes on
     stop.reason, stop.save_now = int(agreed[0]), bool(agreed[1])
     return stop.reason != 0
 
 
-def _validate(run: Run, display: Display) -> None:
-    if run.config.validation.every_steps == 0:
+def _validate(loop: Loop) -> None:
+    run, settings = loop.run, loop.run.config
+    if settings.validation.every_steps == 0:
         return
     at("validation", run.step)
     run.clock.pause()
@@ -199,72 +178,12 @@ def _validate(run: Run, display: Display) -> None:
         run.fabric,
         run.model,
         run.sources,
-        run.config.data.seq_len,
-        run.config.validation,
-        run.config.train.micro_batch_size,
+        settings.data.seq_len,
+        settings.validation,
+        settings.train.micro_batch_size,
     )
     if losses:
         run.log.write("validation", run.step, {"losses": losses})
         figures = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        display.say(f"step {run.step}: validation loss  {figures}")
-    run.clock.go_on()
-
-
-_CLOCKS_S = 60.0
-"""Hosts' clocks that differ by more are wrong (seconds)."""
-_PAUSES_S = (5.0, 15.0, 25.0)
-"""Before the last save is tried again, while there is time."""
-
-
-def _save_last(run: Run, saver: Saver, saved_step: int, stop: Stop, display: Display) -> bool:
-    """Save what was trained since the last save; where the disk is in the way, again while the job has time.
-
-    Returns False where another job has the folder.
-
-    Raises:
-        OSError: it could not be saved.
-    """
-    if saved_step < run.step:
-        _save(run, saver)
-    for pause_s in _PAUSES_S:
-        at("waiting for the last checkpoint to be written", run.step)
-        if saver.wait() is None:
-            break
-        if ranks.broadcast(saver.taken):
-            return False
-        left_s = stop.left_s(run.config.train.max_hours)
-        if not ranks.broadcast(left_s is None or left_s > pause_s + saver.longest_s):
-            break
-        display.say(f"the last checkpoint is tried again in {pause_s:.0f} s")
-        for _ in range(int(pause_s)):
-            time.sleep(1)
-            alive()
-        _save(run, saver)
-    saver.close()
-    return True
-
-
-def _log_saves(run: Run, saver: Saver) -> None:
-    """A line of metrics for each save that has ended, well or not."""
-    while saver.outcomes:
-        outcome = saver.outcomes.popleft()
-        run.log.write("save", outcome.pop("step"), outcome)
-
-
-def _save(run: Run, saver: Saver) -> None:
-    """Everything that the next step depends on. No random number is drawn in training, so no generator's state is in it."""
-    at("save", run.step)
-    run.clock.pause()
-    state = {
-        "step": run.step,
-        **run.facts,
-        "init_from": run.begun.init_from,
-        "tokens_per_source": run.tokens_per_source(),
-        "skipped_in_a_row": int(run.skipped_in_a_row),
-        "world_size": run.fabric.world_size,
-        "operations": [asdict(choice) for choice in parallel.unwrap(run.model).operations.choices],
-        "config": asdict(run.config),
-        "versions": run_versions(),
-    }
-    saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
+        loop.display.say(f"step {run.step}: validation loss  {figures}")
     run.clock.go_on()

@@ -51,6 +51,8 @@ def _watchdog() -> "Watchdog | None":
 def at(place: str, step: int | None = None) -> None:
     """Say where this rank is: at `place`, working on optimizer step `step`. Called by all ranks alike, in the main thread.
 
+    step: None, the one of the place before.
+
     Nothing happens where no watchdog is on.
     """
     if (watchdog := _watchdog()) is not None:
@@ -135,8 +137,8 @@ class Watchdog:
     def at(self, place: str, step: int | None = None) -> None:
         """See the function `at`."""
         self._beats += 1
-        self._step = step
-        self._write(place, step, self.limit_s)
+        self._step = self._step if step is None else step
+        self._write(place, self._step, self.limit_s)
 
     def alive(self) -> None:
         """See the function `alive`."""

@@ -42,7 +42,7 @@ LAYERS = [
     {"going_on", "run_folder"},
     {"init_from"},
     {"run"},
-    {"logbook"},
+    {"logbook", "leaving"},
     {"trainer", "preparation"},
     {"probe"},
     {"bench_step"},

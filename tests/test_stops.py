@@ -17,7 +17,7 @@ from conftest import records, trajectory, until
 from test_incidents import command, no_scheduler, status_of  # noqa: F401  no_scheduler: a fixture
 
 from data_prep.shard import TokenDataset
-from pretrain import checkpoint, history, saver, scheduler, trainer
+from pretrain import checkpoint, history, leaving, saver, scheduler, trainer
 from pretrain.__main__ import main
 
 
@@ -117,8 +117,8 @@ def test_the_last_save_is_tried_again_while_there_is_time(
         commit(self, *arguments)
 
     monkeypatch.setattr(saver.Saver, "_commit", hiccup)
-    assert sum(trainer._PAUSES_S) == 45, "as the README says"
-    monkeypatch.setattr(trainer, "_PAUSES_S", (1.0, 2.0))
+    assert sum(leaving._PAUSES_S) == 45, "as the README says"
+    monkeypatch.setattr(leaving, "_PAUSES_S", (1.0, 2.0))
     last = {"checkpoint": {"every_steps": 0}, "train": {"max_steps": 2, "max_hours": 1}, "optim": {"warmup_steps": 1}}
     assert main(command(datasets, tmp_path, **last)) == 0
     assert len(tries) == 3
@@ -127,7 +127,7 @@ def test_the_last_save_is_tried_again_while_there_is_time(
 
     tries.clear()
     (tmp_path / "late").mkdir()
-    monkeypatch.setattr(trainer, "_PAUSES_S", (4000.0,))  # more than the hour
+    monkeypatch.setattr(leaving, "_PAUSES_S", (4000.0,))  # more than the hour
     assert main(command(datasets, tmp_path / "late", **last)) == scheduler.LATER
     assert re.search(
         r"ended after step 2: the last checkpoint was not saved: .*Input/output error", capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_a_start_after_one_that_came_to_nothing_saves_first_and_ends_where_it_ca
 ) -> None:
     """A day that cannot be saved is a day lost; and a checkpoint that was to stay for good is made up for."""
     commit = saver.Saver._commit
-    monkeypatch.setattr(trainer, "_PAUSES_S", ())
+    monkeypatch.setattr(leaving, "_PAUSES_S", ())
     monkeypatch.setenv("CRIA_VAIN", "1")
     saves = {"every_steps": 10, "keep_last": 2, "keep_every": 10}
     words = command(datasets, tmp_path, checkpoint=saves, train={"max_steps": 40, "log_every": 1})
@@ -176,7 +176,7 @@ def test_a_start_after_one_that_came_to_nothing_saves_first_and_ends_where_it_ca
 
 
 def test_a_run_that_cannot_save_for_hours_ends(datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_PAUSES_S", ())
+    monkeypatch.setattr(leaving, "_PAUSES_S", ())
     monkeypatch.setattr(saver, "_GIVE_UP_S", 0.0)
     monkeypatch.setattr(saver.Saver, "_commit", Mock(side_effect=OSError(122, "Disk quota exceeded")))
     words = command(datasets, tmp_path, checkpoint={"every_steps": 5}, train={"max_steps": 5000, "log_every": 1})
@@ -190,11 +190,11 @@ def test_a_clock_that_ends_all_ranks_is_named(monkeypatch: pytest.MonkeyPatch) -
         [(1000.0, "rank 0 on a"), (91_000.0, "rank 1 on b"), (1001.0, "rank 2 on c")],
     )
     display.say = display.said.append
-    monkeypatch.setattr(trainer.ranks, "gather", lambda mine: clocks)
-    trainer._compare_clocks(0.0, display)
+    monkeypatch.setattr(leaving.ranks, "gather", lambda mine: clocks)
+    leaving._compare_clocks(0.0, display)
     assert display.said == ["the clock of rank 1 on b is 90000 s ahead of that of rank 0 on a: one of them is wrong"]
     clocks[1] = (1030.0, "rank 1 on b")
-    trainer._compare_clocks(0.0, display)
+    leaving._compare_clocks(0.0, display)
     assert len(display.said) == 1, "they agree"
 
 

@@ -238,6 +238,17 @@ def test_the_first_step_alone_may_take_longer(datasets: Path, tmp_path: Path, mo
     assert (limits["forward and backward"], limits["clipping and update"], limits["save"]) == (900.0, 900.0, 300.0)
 
 
+def test_a_place_without_a_step_belongs_to_the_one_before(datasets: Path, tmp_path: Path) -> None:
+    """Its rank's crash report names that step's documents, and not that there was none yet."""
+    settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run")))
+    with watchdog.Watchdog(settings) as guard:
+        steps = []
+        for place, step in (("preparing", None), ("validation", 7), ("validation on prose", None), ("save", 8)):
+            guard.at(place, step)
+            steps.append(CELL.unpack_from(guard._cell)[-1])
+    assert steps == [-1, 7, 7, 8]
+
+
 def test_a_full_temporary_folder_is_not_in_its_way(
     datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
