@@ -200,10 +200,11 @@ class TokenDataset:
         """Tokens in all shards."""
         self._file = lru_cache(max_open_files)(_OpenFile)  # by its path
         self._opened = False
-        """A file, once: what is missing then has gone missing."""
+        """Whether any file could be opened. Until then a missing one is a wrong path, and fails at once; afterwards its file
+        system may be away, and it is waited for."""
         self._leaving = threading.Event()
 
-    def leave(self) -> None:
+    def stop_waiting(self) -> None:
         """Wait no longer for what cannot be read: from now on it fails at once, in every thread."""
         self._leaving.set()
 
@@ -264,7 +265,8 @@ class TokenDataset:
     def signature(self, of_these_files: bool = False) -> str:
         """Changes when a shard's file is written: sizes and modification times, without reading a token.
 
-        of_these_files: a copy's is another one, though it was made with the times of the original.
+        of_these_files: count the change times too, which nobody can set, so that a copy has another signature even where it was
+        made with the times of the original.
         """
         lines = [self.manifest.fingerprint]
         for shard, facts in zip(self._shards, lstat_all(self._paths)):

@@ -25,7 +25,7 @@ class Back:
     step: int
     """Its step: what the run's folder has of later ones is no part of the run any more."""
     start: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Names the start that was sent back; the first checkpoint that comes of it has it, too."""
+    """Names the start that was sent back; every checkpoint that it saves has this mark."""
 
 
 def read(run_dir: Path) -> Back | None:

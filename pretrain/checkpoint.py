@@ -10,12 +10,11 @@
 A folder of another name is not a checkpoint, and one without a manifest is a corrupt one; step-00005000.old is one that a new
 step-00005000 is about to replace, so that at every moment there is one of the two. What does not match its manifest is set aside
 under another name, never deleted, and the one before is taken. DCP's index is a pickle: it is opened only after its checksum, by
-an unpickler that knows what an index is made of.
+`index.Reader`.
 """
 
 import hashlib
 import os
-import pickle
 import re
 import time
 import warnings
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pretrain import ranks
 from pretrain.hosts import suspect, this_host
+from pretrain.index import Reader
 from pretrain.reading import json_mapping
 from pretrain.watchdog import alive
 
@@ -40,7 +40,6 @@ T = TypeVar("T")
 
 FORMAT = "cria-checkpoint"
 VERSION = 1
-OTHER_VERSION = "its manifest is of version"
 _COMMITTED = re.compile(r"step-(\d{8,})(\.old)?")
 _PAUSES_S = (1.0, 5.0)
 """Before a checkpoint that cannot be read is tried again."""
@@ -74,15 +73,16 @@ def _optimizer_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[st
     return state
 
 
-def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Path | None:
+def find(run_dir: Path, warn: Callable[[str], None], or_none: bool = False) -> Path | None:
     """The newest checkpoint that is whole, or None where none was ever committed; called by all ranks, the same for all.
 
-    The ranks share the work of reading every file. Rank 0 names corrupt checkpoints to `warn` and sets them aside. Not `needed`,
-    where --resume names another one: None, too, where there are some and none is whole, or the newest is of another version.
+    The ranks share the work of reading every file. Rank 0 names corrupt checkpoints to `warn` and sets them aside.
+
+    or_none: the run goes back to another one and does not need it: None in place of the ValueError below.
 
     Raises:
-        ValueError: there are checkpoints, or were before they were set aside, and none is whole, or the newest is of another
-            version: nothing is begun anew then.
+        ValueError: no checkpoint is whole though there are, or were, some; or the newest was written by a newer Cria. A new
+            run is never begun then.
         OSError: on all ranks, as `committed` and verify_together, or where a corrupt one cannot be set aside.
     """
     folders = _seen_by_rank_0(lambda: [folder for _, folder in committed(run_dir)])
@@ -90,15 +90,15 @@ def find(run_dir: Path, warn: Callable[[str], None], needed: bool = True) -> Pat
         problem = verify_together(folder)
         if problem is None:
             return folder
-        if OTHER_VERSION in problem:
-            if not needed:
+        if _seen_by_rank_0(partial(_of_a_newer_cria, folder)):
+            if or_none:
                 return None
             raise ValueError(
                 f"{folder}: {problem}; go on with the version of Cria that wrote it, or take another run_dir"
             )
         ranks.on_rank_0(partial(_reject, folder, problem, warn))
     lost = _seen_by_rank_0(lambda: sorted(n for n in _names(run_dir / "checkpoints") if n.startswith("corrupt-")))
-    if lost and needed:
+    if lost and not or_none:
         raise ValueError(
             f"{run_dir} has no whole checkpoint left; in its checkpoints/ were set aside: {', '.join(lost)}. Bring one back, "
             "name one with --resume, or begin anew in another run_dir"
@@ -176,7 +176,7 @@ def _look_together(folder: Path, part: int | None) -> list[tuple[str, str | None
     found, unreadable, share = None, None, (part or 0, ranks.world_size())
     for pause_s in () if part is None else (*_PAUSES_S, None):
         try:
-            found, unreadable = verify(folder, share=share, sign=alive), None
+            found, unreadable = verify(folder, share=share, alive=alive), None
             break
         except OSError as error:
             unreadable = f"{folder} cannot be read on {this_host()}: {error}"
@@ -189,18 +189,19 @@ def _look_together(folder: Path, part: int | None) -> list[tuple[str, str | None
     return ranks.gather((this_host(), found))
 
 
-def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], None] = lambda: None) -> str | None:
+def verify(folder: Path, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:
     """Compare the files with the manifest. Returns None where all agree, else what is wrong, in a few words.
 
-    share: (k, n) reads every n-th file from the k-th on; 0 also compares the sizes of all. sign: called meanwhile.
+    share: (k, n) reads every n-th file from the k-th on; part 0 also compares the sizes of all. alive: called now and then, to
+    say that the work goes on.
 
     Raises:
         OSError: a file or folder is there and cannot be read now: a stale handle, no permission, a failing disk.
     """
     try:
         manifest = json_mapping((folder / "manifest.json").read_bytes())
-        if manifest["format"] == FORMAT and manifest["version"] > VERSION:
-            return f"{OTHER_VERSION} {manifest['version']}, and this is Cria of version {VERSION}"
+        if _is_newer(manifest):
+            return f"its manifest is of version {manifest['version']}, and this is Cria of version {VERSION}"
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             return f"its manifest is one of {manifest['format']} {manifest['version']}, not of {FORMAT} {VERSION}"
         named = _COMMITTED.fullmatch(folder.name)
@@ -214,13 +215,24 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1), sign: Callable[[], Non
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
         for name in sorted(files)[share[0] :: share[1]]:
-            if describe(folder / name, sign) != files[name]:
+            if describe(folder / name, alive) != files[name]:
                 return f"{name} has another checksum"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"it cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read: {error}"
     return None
+
+
+def _is_newer(manifest: dict[str, Any]) -> bool:
+    """Whether a later Cria has written a checkpoint, which this one cannot judge."""
+    return manifest["format"] == FORMAT and manifest["version"] > VERSION
+
+
+def _of_a_newer_cria(folder: Path) -> bool:
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # it is corrupt
+        return _is_newer(json_mapping((folder / "manifest.json").read_bytes()))
+    return False
 
 
 def hint(folder: Path) -> str:
@@ -289,7 +301,7 @@ def load_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
     Names are those of `tensors_of`. Without a process group.
     """
-    reader = _Reader(folder / "tensors")
+    reader = Reader(folder / "tensors")
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -300,53 +312,14 @@ def load_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    reader = _Reader(folder / "tensors")
+    reader = Reader(folder / "tensors")
     reader.read_metadata()  # what is wrong with it is raised as it is: DCP would take it for a file that is missing
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def tensor_files(folder: Path) -> set[str]:
     """Names of the files in tensors/ that DCP's index says hold tensors."""
-    return {place.relative_path for place in _Reader(folder / "tensors").read_metadata().storage_data.values()}
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, but its index, which is a pickle, may name only what an index is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises pickle.UnpicklingError for an index that names anything else, or leads elsewhere than to its own tensors."""
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        for entry in metadata.state_dict_metadata.values():
-            if type(entry) is not dcp.metadata.TensorStorageMetadata:  # DCP would unpickle its content, whatever it is
-                raise pickle.UnpicklingError(f"a checkpoint's index has a {type(entry).__name__} among its tensors")
-        for place in metadata.storage_data.values():
-            if place.relative_path != os.path.basename(place.relative_path) or place.transform_descriptors:
-                raise pickle.UnpicklingError(
-                    f"a checkpoint's index leads to {place.relative_path}, not into its folder"
-                )
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    ALLOWED: ClassVar[dict[str, set[str]]] = {
-        "torch.distributed.checkpoint.metadata": {
-            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64"},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"a checkpoint's index names {module}.{name}, which has no place there")
-        return super().find_class(module, name)
+    return {place.relative_path for place in Reader(folder / "tensors").read_metadata().storage_data.values()}
 
 
 def committed(run_dir: Path) -> list[tuple[int, Path]]:
@@ -389,11 +362,11 @@ def set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
-def describe(path: Path, sign: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """A file's entry in the manifest: its size in bytes and its sha256. `sign` is called while it is read."""
+def describe(path: Path, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """A file's entry in the manifest: its size in bytes and its sha256. `alive` is called while it is read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-            sign()
+            alive()
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

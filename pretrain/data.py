@@ -5,9 +5,9 @@
                  v
     TokenDataset.read_sequence ─> (B, T + 1) int64 ─> threads prefetch ─> trainer
 
-Nothing here has a state. Which sequences make up step k depends on the manifests, the mixture, the seed, the global batch
-size and k, and on nothing else; ranks and micro-steps only divide the slots among themselves. So there is nothing to save,
-and a run that starts at step 1,000,000 starts at once.
+Nothing here has a state that a resume needs. Which sequences make up step k depends on the manifests, the mixture, the seed,
+the global batch size and k, and on nothing else; ranks and micro-steps only divide the slots among themselves. So there is
+nothing to save, and a run that starts at step 1,000,000 starts at once.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ class Source:
     validation: TokenDataset | None
 
 
-def leave(sources: list[Source]) -> None:
+def stop_waiting(sources: list[Source]) -> None:
     """No more is needed of them: threads that read ahead, and wait for a file system that is away, are not to hold up the end."""
     for source in sources:
         for dataset in filter(None, (source.train, source.validation)):
-            dataset.leave()
+            dataset.stop_waiting()
 
 
 def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
@@ -136,11 +136,11 @@ class Stage:
 class Mixture:
     """The order of the data: step -> sequences, a pure function.
 
-    Slots are dealt by the sources' shares, rounded so that no error builds up. Of the k G slots of the first k steps, G being
-    the global batch size, source s is due D_s and has had round(D_1 + ... + D_s) - round(D_1 + ... + D_(s-1)): never more than
-    one sequence from its due. A single step's count is within one of that step's due, or within two with more than two sources.
-    Another stage changes no step before it: the counting goes on from what each source has had. Where a source leaves, what
-    it was off by is shared equally by those that stay, on top of their own one sequence.
+    Each step's slots go to the sources by their shares. What is rounded are running sums, so that no error builds up: of the
+    k G slots of the first k steps (G: global batch size) source s is due D_s and has had round(D_1 + ... + D_s) - round(D_1 +
+    ... + D_(s-1)), never more than one sequence from its due. One step's count is within one of that step's due, or within two
+    with three sources or more. A later stage changes no step before it. When a source drops out, its difference from its due
+    is divided equally among those that stay; they may then be off by that, too.
 
     A source's slot j, from 0 on, holds its sequence p_e(j mod n): of its n sequences, epoch e = j div n is a permutation p_e.
     """
@@ -231,7 +231,7 @@ def make_mixture(sources: list[Source], config: DataConfig, seed: int, global_ba
     ]
     prints = [source.train.manifest.fingerprint for source in sources]
     # A dataset that stands twice in the mixture is shuffled in two ways: its number among its equals makes the difference.
-    keys = [f"{seed}:{mark}" + (f":{n}" if (n := prints[:s].count(mark)) else "") for s, mark in enumerate(prints)]
+    keys = [f"{seed}:{one}" + (f":{n}" if (n := prints[:s].count(one)) else "") for s, one in enumerate(prints)]
     return Mixture(lengths, stages, keys, global_batch_size)
 
 
@@ -242,7 +242,7 @@ def _shares(weights: Mapping[str, float], sources: list[Source]) -> tuple[Fracti
 
 
 MicroBatch = tuple[torch.Tensor, int]
-"""Tokens, (B, T + 1) int64, and their fingerprint."""
+"""Tokens, (B, T + 1) int64, and their `data_hash`."""
 
 
 @dataclass
@@ -268,14 +268,14 @@ class MicroBatches:
         return self.mixture.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def __getitem__(self, item: int) -> MicroBatch:
-        """A micro-batch, (B, T + 1) int64, and its fingerprint (see `fingerprint`)."""
+        """A micro-batch, (B, T + 1) int64, and its `data_hash`."""
         step, micro_step = divmod(item, self.grad_accum_steps)
         source, sequence = (part[micro_step] for part in self._step(step + 1))
         rows = np.empty((self.micro_batch_size, self.seq_len + 1), self._dtype)
         for row, s, n in zip(rows, source.tolist(), sequence.tolist()):
             self.sources[s].train.read_sequence(n, row)
         batch = rows.astype(np.int64)
-        return torch.from_numpy(batch), fingerprint(batch)
+        return torch.from_numpy(batch), data_hash(batch)
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rank's part of a step: source and sequence, (grad_accum_steps, B) each.
@@ -293,8 +293,8 @@ class MicroBatches:
         return kept[1:]
 
 
-def fingerprint(batch: np.ndarray) -> int:
-    """A number that says which sequences a batch holds, in any order: fingerprints of its parts add up to its own.
+def data_hash(batch: np.ndarray) -> int:
+    """A number that says which sequences a batch holds, in any order: the hashes of its parts add up to its own.
 
     batch: (B, T + 1) int64. The sum of the rows' 64-bit hashes, modulo 2^63. Over the ranks and micro-steps of a step it does
     not depend on how they divide it. A row's hash is the sum of its tokens times fixed random weights, one a place, modulo
@@ -303,8 +303,8 @@ def fingerprint(batch: np.ndarray) -> int:
     return int(mix(np.einsum("bt,t->b", batch.view(np.uint64), _weights(batch.shape[1]))).sum()) % 2**63
 
 
-def log_fingerprint(total: int) -> str:
-    """How the log writes the sum of a step's fingerprints, modulo 2^64 or not: 16 hexadecimal digits."""
+def data_hash_in_words(total: int) -> str:
+    """How the log writes the sum of a step's hashes, modulo 2^64 or not: 16 hexadecimal digits."""
     return f"{total % 2**63:016x}"
 
 
@@ -325,8 +325,8 @@ def train_loader(
     """
 
     def read(item: int) -> MicroBatch:
-        batch, mark = micro_batches[item]
-        return (batch.pin_memory() if device.type == "cuda" else batch), mark
+        batch, its_hash = micro_batches[item]
+        return (batch.pin_memory() if device.type == "cuda" else batch), its_hash
 
     of_a_step = micro_batches.grad_accum_steps
     items = range((first_step - 1) * of_a_step, last_step * of_a_step)

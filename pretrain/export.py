@@ -76,6 +76,7 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
         )
     weights = {name: tensor.to(dtype) for name, tensor in checkpoint.load_weights(source).items()}
     made_of = {"run": run_dir.name, "step": taken, "init_from": state.get("init_from")}
+    made_of["branched_from"] = state.get("branched_from")
     with staged(out, {name: value for name, value in made_of.items() if value is not None}) as folder:
         facts = hf.write(folder, model, weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None

@@ -6,6 +6,8 @@ back.json ─> --resume of an earlier start that has saved nothing yet
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from pretrain import back, checkpoint, config, data, ranks, retention, scheduler
 from pretrain.back import Back
 from pretrain.versions import run_versions
+
+Say = Callable[[str], None]
 
 
 def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, dict[str, Any]]:
@@ -38,6 +42,8 @@ def tokenizer_of(sources: list[data.Source]) -> str:
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
 
+FREE_TO_CHANGE = {"max_position_embeddings"}
+"""Fields of the model's shape that no weight depends on."""
 CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
     "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
@@ -54,9 +60,25 @@ CONSEQUENCES = {
 }
 
 
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    state: dict[str, Any]
+    """Its state.json."""
+    branches: bool
+    """Whether the run begins here as a branch of another one, whose checkpoint this is."""
+
+    @property
+    def branched_from(self) -> str | None:
+        """The checkpoint of another run that this one began at (path); None: it is no branch."""
+        return str(self.folder.resolve()) if self.branches else self.state.get("branched_from")
+
+
 def choose(
-    run_dir: Path, settings: config.Config, now: dict[str, dict[str, Any]], sources: list[data.Source], say: Any
-) -> Path | None:
+    run_dir: Path, settings: config.Config, now: dict[str, dict[str, Any]], sources: list[data.Source], say: Say
+) -> Found | None:
     """The checkpoint to go on from, the same on all ranks: --resume, or the newest whole one of `run_dir`, or None.
 
     now: see `facts`.
@@ -65,41 +87,49 @@ def choose(
         ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`.
         OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
-    begun = ranks.on_rank_0(lambda: _begun_to_go_back(run_dir, say))
+    unfinished = ranks.on_rank_0(lambda: _unfinished_return(run_dir, say))
     asked_for = ranks.on_rank_0(lambda: settings.resume is not None and os.path.exists(settings.resume))
-    newest = checkpoint.find(run_dir, warn=say, needed=settings.resume is None and begun is None)
+    newest = checkpoint.find(run_dir, warn=say, or_none=settings.resume is not None or unfinished is not None)
     if asked_for and not ranks.on_rank_0(lambda: os.path.exists(str(settings.resume))):
         raise ValueError(
             f"--resume {settings.resume} is corrupt, as said above, and has been set aside: name another one"
         )
-    sent_back = _going_back(run_dir, settings.resume, begun, newest, say)
-    found = sent_back or newest
-    if found is None:
-        if ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
-            raise FileNotFoundError(
-                f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one with "
-                f"--resume, or begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"
-            )
+    sent_to = _where_sent_back(run_dir, settings.resume, unfinished, newest, say)
+    folder = sent_to or newest
+    branches = sent_to is not None and not ranks.on_rank_0(lambda: _is_within(sent_to, run_dir))
+    begins = newest is None and (folder is None or (branches and unfinished is None))
+    if begins and ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
+        raise FileNotFoundError(
+            f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one of them with "
+            f"--resume, or begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"
+        )
+    if folder is None:
         say(f"a new run begins in {run_dir.resolve()}")
         return None
-    before = checkpoint.read_state(found)
-    _say_differences(found, before, now, say)
-    if before["step"] > settings.train.max_steps:
+    state = checkpoint.read_state(folder)
+    _say_differences(folder, state, now, say)
+    if state["step"] > settings.train.max_steps:
         raise ValueError(
-            f"{found} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {before['step']}, or "
+            f"{folder} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {state['step']}, or "
             "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
         )
-    _check_same_run(found, before, now, settings, sources, say)
-    if sent_back is not None:
-        ranks.on_rank_0(lambda: _note(run_dir, sent_back, before["step"], newest))
-    return found
+    _check_same_run(folder, state, now, settings, sources, say)
+    if sent_to is not None:
+        ranks.on_rank_0(lambda: _note(run_dir, sent_to, state["step"], newest))
+    return Found(folder, state, branches)
 
 
-def _begun_to_go_back(run_dir: Path, say: Any) -> Back | None:
+def _is_within(folder: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run's own."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run_dir))
+
+
+def _unfinished_return(run_dir: Path, say: Say) -> Back | None:
     """Where an earlier start was sent back to; None where the run was not, or has saved since."""
     sent = back.read(run_dir)
-    if sent is None or not retention.leave_behind(run_dir, sent, say):
+    if sent is None or not retention.saved_since(run_dir, sent):
         return sent
+    retention.set_aside_what_was_left(run_dir, sent, say)
     try:  # it was killed before it did, or could not
         back.forget(run_dir)
     except OSError as error:
@@ -116,23 +146,27 @@ def _note(run_dir: Path, to: Path, step: int, newest: Path | None) -> None:
     back.write(run_dir, Back(str(place.relative_to(base) if place.is_relative_to(base) else place), step))
 
 
-def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: Path | None, say: Any) -> Path | None:
+def _where_sent_back(
+    run_dir: Path, resume: str | None, unfinished: Back | None, newest: Path | None, say: Say
+) -> Path | None:
     """The checkpoint that the run is sent back to, whole, or None: it goes on from the newest.
 
-    What lies after it is no part of the run any more, but stays the newest until the run has saved: `begun`, of an earlier
-    start, is in back.json until then. A scheduler that repeats a command with --resume goes on from what the job has saved since.
+    What lies after it is no part of the run any more, but stays the newest until the run has saved: `unfinished`, of an earlier
+    start, is in back.json until then.
     """
-    last = None if newest is None else checkpoint.read_state(newest)
-    if last is not None and resume is not None and begun is None:
-        its_own = (last["config"]["resume"], last["job"]) == (resume, scheduler.job())
-        if its_own and scheduler.repeated():
-            say(f"this job has gone back to {resume} before and has saved since: it goes on from there")
-            return None
-    before = None if begun is None else str(run_dir / begun.resume)
-    if resume is None and before is not None:
+    if (
+        resume is not None
+        and unfinished is None
+        and newest is not None
+        and ranks.on_rank_0(lambda: _has_been_there(run_dir, resume, newest))
+    ):
+        say(f"this run has begun at {resume}, or gone back to it, and has saved since: it goes on from there")
+        return None
+    earlier = None if unfinished is None else str(run_dir / unfinished.resume)
+    if resume is None and earlier is not None:
         instead = f" To go on from {newest} instead, name it with --resume" if newest is not None else ""
-        say(f"an earlier start was sent back to {before} and has saved nothing since: this one begins there.{instead}")
-    to = resume or before
+        say(f"an earlier start was sent back to {earlier} and has saved nothing since: this one begins there.{instead}")
+    to = resume or earlier
     if to is None:
         return None
     by = f"--resume {to}" if resume else f"{to}, to which the run was sent back (delete {back.NAME} to go on without),"
@@ -146,7 +180,17 @@ def _going_back(run_dir: Path, resume: str | None, begun: Back | None, newest: P
     return Path(to)
 
 
-def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Any) -> None:
+def _has_been_there(run_dir: Path, resume: str, newest: Path) -> bool:
+    """Whether --resume only repeats what has been done: a branch begins once; with one of the run's own checkpoints a person goes
+    back each time, and a scheduler that repeats the job's command does not.
+    """
+    last = checkpoint.read_state(newest)
+    if not _is_within(Path(resume), run_dir):
+        return last.get("branched_from") == str(Path(resume).resolve())
+    return scheduler.repeated() and (last["config"]["resume"], last["job"]) == (resume, scheduler.job())
+
+
+def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Say) -> None:
     """What may change figures and is no reason not to go on."""
     versions = {name: (was, run_versions().get(name, was)) for name, was in before["versions"].items()}
     if others := "; ".join(f"{name} {was}, now {now}" for name, (was, now) in versions.items() if was != now):
@@ -162,32 +206,37 @@ def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[st
 
 
 def _check_same_run(
-    found: Path,
-    before: dict[str, Any],
+    folder: Path,
+    state: dict[str, Any],
     now: dict[str, dict[str, Any]],
     settings: config.Config,
     sources: list[data.Source],
-    say: Any,
+    say: Say,
 ) -> None:
-    step = before["step"]
-    before, now = ({"model": facts["model"], "data": _begun(facts["data"], step)} for facts in (before, now))
-    for part, facts_now in now.items():
-        for key, value in facts_now.items():
-            was = before[part].get(key)
-            if was == value:
-                continue
-            change = f"{found} was trained {_difference(part, key, was, value, sources)}"
-            if part == "model":
-                raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
-            if not settings.data.allow_change:
-                raise ValueError(
-                    f"{change}; {CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
-                    "begin a new run with --init_from and another run_dir"
-                )
-            say(f"allowed: {change}; {CONSEQUENCES[key]}")
+    """state: of the checkpoint in `folder`."""
+    step = state["step"]
+    unlike = [
+        (key, state["model"].get(key), value)
+        for key, value in now["model"].items()
+        if state["model"].get(key) != value and key not in FREE_TO_CHANGE
+    ]
+    for key, was, value in unlike:
+        change = f"{folder} was trained {_difference('model', key, was, value, sources)}"
+        raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
+    was, is_now = _facts_of_steps(state["data"], step), _facts_of_steps(now["data"], step)
+    for key, value in is_now.items():
+        if was.get(key) == value:
+            continue
+        change = f"{folder} was trained {_difference('data', key, was.get(key), value, sources)}"
+        if not settings.data.allow_change:
+            raise ValueError(
+                f"{change}; {CONSEQUENCES[key]}. Go back to that, or go on all the same with --data.allow_change true, or "
+                "begin a new run with --init_from and another run_dir"
+            )
+        say(f"allowed: {change}; {CONSEQUENCES[key]}")
 
 
-def _begun(facts: dict[str, Any], step: int) -> dict[str, Any]:
+def _facts_of_steps(facts: dict[str, Any], step: int) -> dict[str, Any]:
     """What the first `step` steps hang on: later stages may change, and sources be added at the end that come in with them."""
     stages = [stage for stage in facts["mixture"] if stage[0] <= step]
     sources = len(facts["manifests"])

@@ -1,5 +1,8 @@
 """What rank 0's watcher does for all: it hears of every rank, finds who hangs or failed first, and ends the others.
 
+To a watcher it says: alive; dump (send stacks); calm (rank 0 has left); end, and why; over. From one it hears: token, where the
+rank is and since when, error, gone, stacks, collectives, left, unwatched.
+
 Standard library only, as `pretrain.watcher`.
 """
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
 from pretrain import checkpoint, config, data, hf
-from pretrain.going_on import CONSEQUENCES, tokenizer_of
+from pretrain.going_on import CONSEQUENCES, FREE_TO_CHANGE, Say, tokenizer_of
 from pretrain.model import fill
 from pretrain.reading import read_json, read_tokenizer
 
@@ -37,7 +37,7 @@ def check(settings: config.Config) -> None:
     _check_shape(source, hf.Weights(source).model.shape(), settings.model)
 
 
-def load(settings: config.Config, sources: list[data.Source], model: nn.Module, say: Any) -> None:
+def load(settings: config.Config, sources: list[data.Source], model: nn.Module, say: Say) -> None:
     """Take the weights of a Cria checkpoint or of a Hugging Face folder into the model, sharded as it is; called by all ranks.
 
     Raises:
@@ -78,15 +78,16 @@ def _is_checkpoint(source: Path) -> bool:
 
 
 def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
-    free = {"max_position_embeddings"}  # no weight depends on it
-    unlike = {key: value for key, value in expected.shape().items() if found.get(key) != value and key not in free}
+    unlike = {
+        key: value for key, value in expected.shape().items() if found.get(key) != value and key not in FREE_TO_CHANGE
+    }
     if unlike:
         its = ", ".join(f"{key} = {found.get(key)}" for key in unlike)
         ours = ", ".join(f"model.{key} = {value}" for key, value in unlike.items())
         raise ValueError(f"--init_from {source} has {its} and the configuration says {ours}: give the model its shape")
 
 
-def _check_tokens(source: Path, same: bool, allowed: bool, say: Any) -> None:
+def _check_tokens(source: Path, same: bool, allowed: bool, say: Say) -> None:
     if same:
         return
     change = (

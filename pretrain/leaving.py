@@ -39,6 +39,7 @@ def save(run: Run, saver: Saver) -> None:
         "step": run.step,
         **run.facts,
         "init_from": run.taken_up.init_from,
+        "branched_from": run.taken_up.branched_from,
         "tokens_per_source": run.tokens_per_source(),
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "world_size": run.fabric.world_size,

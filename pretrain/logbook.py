@@ -31,6 +31,7 @@ def log_start(run: Run, display: Display) -> None:
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
         "init_from": run.taken_up.init_from,
+        "branched_from": run.taken_up.branched_from,
         "tokens_per_step": tokens_per_step,
         "versions": run_versions(),
         "sources": validation.describe_sources(
@@ -74,7 +75,7 @@ def log_step(run: Run, display: Display, result: StepResult) -> str | None:
         "grad_norm": figures[1],
         "lr": run.optimizer.param_groups[0]["lr"],
         "skipped_steps": int(figures[2]),
-        "data_hash": data.log_fingerprint(int(data_hash)),
+        "data_hash": data.data_hash_in_words(int(data_hash)),
         "tokens": sum(run.tokens_per_source().values()),
         **metrics.train_metrics(
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device

@@ -177,8 +177,8 @@ def logits_bytes(model: ModelConfig, seq_len: int, layout: Layout) -> int:
 def tokens_at_a_time(model: ModelConfig, seq_len: int, layout: Layout) -> int:
     """How many of a micro-step's tokens have their logits in memory at the same time."""
     tokens = layout.micro_batch_size * seq_len
-    kept = tokens * model.hidden_size if layout.compile else 0
-    return min(ops.logits_chunk(model.vocab_size, "cuda", kept), tokens)
+    hidden_elements = tokens * model.hidden_size if layout.compile else 0
+    return min(ops.logits_chunk(model.vocab_size, "cuda", hidden_elements), tokens)
 
 
 def layer_backward(model: ModelConfig, seq_len: int, layout: Layout) -> int:

@@ -173,15 +173,15 @@ LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Memory for fp32 logits in `linear_cross_entropy`, by type of device: what a CPU's cache holds, what fills a GPU (bytes)."""
 
 
-def logits_chunk(vocab_size: int, device_type: str, kept: int = 0) -> int:
+def logits_chunk(vocab_size: int, device_type: str, hidden_elements: int = 0) -> int:
     """How many tokens' logits exist at a time: a multiple of 128, which fits the tiles of a GPU's products.
 
-    kept: N D, the elements of `hidden`, where a compiler keeps each chunk's part of the weight's gradient, (V, D), and adds them
-    up at the end; else 0. With C tokens a chunk, bf16 logits and their gradient take 4 V C bytes, the N / C parts 2 V D N / C:
-    together least at C^2 = N D / 2.
+    hidden_elements: N D, where the compiler keeps every chunk's part of the weight's gradient, (V, D), until the end (CUDA,
+    compiled); 0 where they are added up at once. With C tokens a chunk, bf16 logits and their gradient take 4 V C bytes, the
+    N / C parts 2 V D N / C: together least at C^2 = N D / 2.
     """
     chunk = max(256, LOGITS_BYTES[device_type] // (4 * vocab_size) // 128 * 128)
-    return max(chunk, -(-math.isqrt(kept // 2) // 128) * 128)
+    return max(chunk, -(-math.isqrt(hidden_elements // 2) // 128) * 128)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -194,6 +194,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     z_loss: the gradient, not the value, is that of the mean of cross-entropy + z_loss * log(sum exp logits)^2 (PaLM,
     arXiv 2204.02311, section 5).
     """
+    # PyTorch 2.13 has a function of this name: its chunked path breaks a compiled graph, and it has no z-loss.
     # A function's inputs want gradients even under no_grad: it has to be told.
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), z_loss, wanted)
@@ -244,7 +245,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _minus_one_hot(softmax: Tensor, index: Tensor, counted: Tensor) -> Tensor:
-    """softmax: (N, V); index: (N, 1) int64; counted: (N, 1) bool. In place, or where it is compiled within the pass before."""
+    """Softmax - one_hot(index) in the rows that count; softmax: (N, V); index: (N, 1) int64; counted: (N, 1) bool.
+
+    In place; compiled, by a comparison, which Inductor does in the same pass as the exp before it.
+    """
     if torch.compiler.is_compiling():
         hit = torch.arange(softmax.shape[1], device=softmax.device) == index
         return torch.where(hit & counted, softmax - 1, softmax)

@@ -43,9 +43,8 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     """
     if step <= config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
-    decay_from = (
-        max_steps - config.lr_decay_steps if config.lr_decay_steps else config.warmup_steps
-    )  # the last at max_lr
+    decay_steps = config.lr_decay_steps or max_steps - config.warmup_steps
+    decay_from = max_steps - decay_steps  # the last step at max_lr
     if step <= decay_from:
         return config.max_lr
     progress = min(1.0, (step - decay_from) / max(1, max_steps - decay_from))

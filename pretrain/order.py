@@ -86,7 +86,7 @@ def compare_with_log(
     if logged is None:
         return None
     whole_step = data.MicroBatches(sources, mixture, settings.data.seq_len, settings.train.global_batch_size, 0, 1)
-    found = data.log_fingerprint(whole_step[step - 1][1])
+    found = data.data_hash_in_words(whole_step[step - 1][1])
     if found != logged:
         raise ValueError(
             f"{run_dir} has read other sequences in step {step}: it logged data_hash {logged}, and these have {found}. Its "

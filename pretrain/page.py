@@ -69,6 +69,8 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         figures.append(("last step that is saved", f"{history.saved:,}"))
     if about.get("init_from"):
         figures.append(("first weights from", str(about["init_from"])))
+    if about.get("branched_from"):
+        figures.append(("a branch of", str(about["branched_from"])))
     if "parameters" in about:
         figures.append(("parameters", f"{about['parameters']:,}"))
     skipped = max((record.get("skipped_steps") or 0 for record in history.train), default=0)

@@ -86,7 +86,7 @@ def _build(
     at("choosing a checkpoint")
     say = partial(_say, fabric)
     found = going_on.choose(run_dir, settings, facts, sources, say)
-    before = None if found is None else checkpoint.read_state(found)
+    before = None if found is None else found.state
     eos_id = _eos_id(sources) if settings.data.intra_document else None
     at("building the model")
     model = parallel.build(fabric, settings.model, settings.parallel, settings.seed, settings.train.z_loss, eos_id)
@@ -100,19 +100,8 @@ def _build(
         ranks.on_rank_0(lambda: _make_room(run_dir, settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
-    taken_up = TakenUp(init_from=None if settings.init_from is None else str(Path(settings.init_from).resolve()))
-    skipped_steps = torch.zeros((), device=fabric.device)
-    skipped_in_a_row = torch.zeros((), device=fabric.device)
     at("loading the checkpoint")
-    if found is not None:
-        state = checkpoint.load(found, parallel.unwrap(model), optimizer)
-        taken_up = TakenUp(state["step"], state["tokens_per_source"], state["updates"], state.get("init_from"))
-        skipped_steps += taken_up.step - taken_up.updates
-        skipped_in_a_row += state["skipped_in_a_row"]
-        if settings.init_from is not None:
-            say(f"{run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
-    elif settings.init_from is not None:
-        init_from.load(settings, sources, parallel.unwrap(model), say)
+    taken_up = _take_up(found, settings, sources, parallel.unwrap(model), optimizer, say)
     return Run(
         config=settings,
         run_dir=run_dir,
@@ -129,9 +118,36 @@ def _build(
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=taken_up.step,
-        skipped_steps=skipped_steps,
-        skipped_in_a_row=skipped_in_a_row,
+        skipped_steps=torch.full((), float(taken_up.step - taken_up.updates), device=fabric.device),
+        skipped_in_a_row=torch.full((), float(before["skipped_in_a_row"] if before else 0), device=fabric.device),
         taken_up=taken_up,
+    )
+
+
+def _take_up(
+    found: going_on.Found | None,
+    settings: config.Config,
+    sources: list[data.Source],
+    model: torch.nn.Module,
+    optimizer: torch.optim.AdamW,
+    say: Callable[[str], None],
+) -> TakenUp:
+    """Put into the model and the optimizer what they go on from, or begin with."""
+    if found is None:
+        if settings.init_from is None:
+            return TakenUp()
+        init_from.load(settings, sources, model, say)
+        return TakenUp(init_from=str(Path(settings.init_from).resolve()))
+    state = checkpoint.load(found.folder, model, optimizer)
+    if settings.init_from is not None:
+        say(f"{settings.run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
+    return TakenUp(
+        step=state["step"],
+        tokens=state["tokens_per_source"],
+        updates=state["updates"],
+        init_from=state.get("init_from"),
+        branched_from=found.branched_from,
+        branches=found.branches,
     )
 
 
@@ -155,14 +171,14 @@ def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None
     checkpoints = run_dir / "checkpoints"
     retention.clear(checkpoints, say)  # what a killed save left takes room, too
     try:
-        gone = (
-            retention.prune(run_dir, settings.checkpoint) if back.read(run_dir) is None else []
-        )  # keep_last may be lower
-        if gone:
-            say(f"older checkpoints were deleted: {', '.join(gone)}")
+        # Sent back, the newest may be what the run was sent back from: nothing goes before it saves.
+        if back.read(run_dir) is None:
+            gone = retention.prune(run_dir, settings.checkpoint)  # keep_last may be lower than it was
+            if gone:
+                say(f"older checkpoints were deleted: {', '.join(gone)}")
     except OSError as error:
         say(f"older checkpoints could not be deleted: {error}")
-    number, size = retention.set_aside_ones(checkpoints)
+    number, size = retention.count_set_aside(checkpoints)
     if number:
         say(f"{checkpoints} holds {number} that were set aside, {size / 2**20:,.1f} MiB, which nothing deletes")
     retention.check_room(checkpoints, checkpoint_bytes(settings.model))

@@ -1,6 +1,6 @@
 """Which checkpoints stay on the disk, and whether another one fits; nothing here is a collective: rank 0 does it.
 
-killed saves ─> clear       the newest and the milestones stay ─> prune       a run that went back ─> leave_behind
+killed saves ─> clear       the newest and the milestones stay ─> prune       a run that went back ─> set_aside_what_was_left
 """
 
 import os
@@ -38,7 +38,7 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def set_aside_ones(folder: Path) -> tuple[int, int]:
+def count_set_aside(folder: Path) -> tuple[int, int]:
     """How many of its checkpoints were set aside, corrupt or because the run went back, and their bytes: nothing deletes them."""
     names = [path for why in ("replaced", "corrupt") for path in folder.glob(f"{why}-*") if path.is_dir()]
     size = 0
@@ -49,16 +49,16 @@ def set_aside_ones(folder: Path) -> tuple[int, int]:
 
 
 def _beside(folder: Path) -> str:
-    number, size = set_aside_ones(folder)
+    number, size = count_set_aside(folder)
     return f", such as the {number} that were set aside, {size / 2**20:,.1f} MiB" if number else ""
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
-    """Delete the committed checkpoints that are neither among the newest `keep_last` nor of a `keep_every`-th step.
+    """Delete the committed checkpoints that nothing keeps; returns their names.
 
-    Those between two `every_steps`-th steps, which a signal or the clock has made, do not count among the `keep_last`: they
-    stay while they are among the two newest (with keep_last 1: the newest). The newest is never deleted, nor is one that was to
-    be kept for good when it was saved; `keep_last` 0 deletes none. Returns the names of those that are gone.
+    These stay: the newest `keep_last` of those at a multiple of `every_steps`; the two newest of any step (with keep_last 1: the
+    newest), so that one made by a signal or by the clock is there until the next; those of a `keep_every`-th step; those that
+    were marked `keep` when they were saved. With `keep_last` 0 nothing is deleted.
     """
     if config.keep_last == 0:
         return []
@@ -82,17 +82,23 @@ def is_milestone(step: int, config: CheckpointConfig) -> bool:
     return config.keep_every > 0 and step % config.keep_every == 0
 
 
-def leave_behind(run_dir: Path, sent: Back, say: Callable[[str], None]) -> bool:
-    """Once a run has saved that was sent back, set aside what it had from there on before; returns whether it has saved."""
-    later = [folder for step, folder in checkpoint.committed(run_dir) if step > sent.step]
-    its_own = [folder for folder in later if _said_by(folder, "back") == sent.start]
-    left = [folder for folder in later if folder not in its_own] if its_own else []
+def saved_since(run_dir: Path, sent: Back) -> bool:
+    """Whether a run that was sent back has saved since."""
+    return any(_said_by(folder, "back") == sent.start for folder in _later(run_dir, sent))
+
+
+def set_aside_what_was_left(run_dir: Path, sent: Back, say: Callable[[str], None]) -> None:
+    """A run that was sent back has saved since: what it had from there on before goes aside."""
+    left = [folder for folder in _later(run_dir, sent) if _said_by(folder, "back") != sent.start]
     aside = [checkpoint.set_aside(folder, "replaced").name for folder in left]
     if aside:
         say(
             f"the run went back to step {sent.step}; what it left was set aside, and nothing deletes it: {', '.join(aside)}"
         )
-    return bool(its_own)
+
+
+def _later(run_dir: Path, sent: Back) -> list[Path]:
+    return [folder for step, folder in checkpoint.committed(run_dir) if step > sent.step]
 
 
 def _said_by(folder: Path, key: str) -> Any:

@@ -27,6 +27,10 @@ class TakenUp:
     """How often the weights had been updated."""
     init_from: str | None = None
     """Where the run's first weights came from (path); None: they were drawn."""
+    branched_from: str | None = None
+    """The checkpoint of another run at which this one began (path); None: it is no branch."""
+    branches: bool = False
+    """Whether it begins here, as a branch of another run."""
 
 
 @dataclass
@@ -89,4 +93,4 @@ class StepResult:
     grad_norm: Tensor
     """The L2 norm of the whole gradient before clipping; a scalar on the device."""
     data_hash: int
-    """Fingerprint of this rank's sequences; the sum over the ranks says which sequences the step was made of."""
+    """`data.data_hash` of this rank's sequences; the sum over the ranks says which sequences the step was made of."""

@@ -67,11 +67,11 @@ class Saver:
         self._pending: futures.Future[str | None] | None = None
         self._problem: str | None = None
         """Why the last save failed, the same on all ranks; None: it did not."""
-        self._saved = time.perf_counter()
-        """When the last save was taken, then when it had ended."""
-        self._failing: float | None = None
+        self._last_try_at = time.perf_counter()
+        """When the last save began or, once it is over, ended, well or not; at first, when this was made."""
+        self._failing_since: float | None = None
         """Since when saves have failed; None: the last one did not."""
-        self._unproven = scheduler.in_vain()
+        self._unproven = scheduler.last_start_in_vain()
         """Whether nothing may be trained before a save succeeds: the last start may have ended because none did."""
         self._owed = False
         """Whether a checkpoint that was to stay for good could not be saved: the next one stays in its place."""
@@ -83,7 +83,7 @@ class Saver:
         """Where this start was sent back to: all that it saves has its mark."""
         self._signs = 0
         """Grows while the thread gets on."""
-        self._took_s = self._remembered() if ranks.rank() == 0 else ()
+        self._last_saves_s = self._remembered() if ranks.rank() == 0 else ()
         """Seconds that each of the last saves took on this rank, from the copy to the commit; on rank 0 of earlier starts too."""
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Saver:
         """
         self.wait()
         self.step = step
-        self._saved = time.perf_counter()
+        self._last_try_at = time.perf_counter()
         cuda = next(model.parameters()).is_cuda
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
         if cuda:
@@ -107,7 +107,7 @@ class Saver:
     @property
     def longest_s(self) -> float:
         """The longest of the last saves on this rank (seconds); rank 0 knows those of earlier starts, too."""
-        return max(self._took_s, default=0.0)
+        return max(self._last_saves_s, default=0.0)
 
     def _remembered(self) -> tuple[float, ...]:
         """What the newest checkpoint knows of the saves up to its own."""
@@ -126,7 +126,7 @@ class Saver:
         # without keep_last the clock would fill the disk
         by_clock = 60 * self._config.every_minutes if self._config.keep_last else 0.0
         every_s = by_clock if problem is None else _AGAIN_S
-        return 0 < every_s < time.perf_counter() - self._saved
+        return 0 < every_s < time.perf_counter() - self._last_try_at
 
     def given_up(self) -> bool:
         """Whether saves have failed for too long, or that by which a start had to prove that it can; on rank 0, as `overdue`."""
@@ -134,7 +134,9 @@ class Saver:
             return False
         if self._last_problem() is None:
             return False
-        return self._unproven or (self._failing is not None and time.perf_counter() - self._failing > _GIVE_UP_S)
+        return self._unproven or (
+            self._failing_since is not None and time.perf_counter() - self._failing_since > _GIVE_UP_S
+        )
 
     def _last_problem(self) -> str | None:
         """Of the last save, where none is being written."""
@@ -156,7 +158,7 @@ class Saver:
         self._problem = pending.result()
         return self._problem
 
-    def _sign(self) -> None:
+    def _alive(self) -> None:
         self._signs += 1
 
     def close(self) -> None:
@@ -181,9 +183,9 @@ class Saver:
             self._rank_0(lambda: self._make_room(staging, sum(sizes)))
             self._all_ranks(lambda: self._write_tensors(staging, tensors))
             names = self._all_ranks(lambda: _files_of(staging) if ranks.rank() == 0 else [])[0]  # it commits
-            parts = self._all_ranks(lambda: _hash_share(staging, names, self._sign))
+            parts = self._all_ranks(lambda: _hash_share(staging, names, self._alive))
             entries = {name: entry for part in parts for name, entry in part.items()}
-            state = {**state, "last_saves_s": self._took_s_with(time.perf_counter() - started)}
+            state = {**state, "last_saves_s": self._last_saves_s_with(time.perf_counter() - started)}
             self._rank_0(lambda: self._commit(staging, target, state, entries))
         except _Failed as failure:
             if ranks.rank() == 0 and not self.taken:  # else the folder may be the other job's
@@ -191,20 +193,20 @@ class Saver:
             self._say(f"step {step}: NOT saved, training goes on: {failure}")
             self._ended(step, started, str(failure))
             self._owed = self._owed or state["keep"]
-            self._failing = self._failing or self._saved
+            self._failing_since = self._failing_since or self._last_try_at
             return str(failure)
         if ranks.rank() == 0:
             self._tidy(step, target)
         size = sum(entry["bytes"] for entry in entries.values())
         took = self._ended(step, started, None)
-        self._failing, self._unproven, self._owed = None, False, False
-        self._took_s = self._took_s_with(took)
+        self._failing_since, self._unproven, self._owed = None, False, False
+        self._last_saves_s = self._last_saves_s_with(took)
         self._say(f"step {step}: saved {target} ({size / 2**20:,.1f} MiB in {took:.1f} s)")
         return None
 
     def _ended(self, step: int, started: float, problem: str | None) -> float:
-        self._saved = time.perf_counter()
-        took = self._saved - started
+        self._last_try_at = time.perf_counter()
+        took = self._last_try_at - started
         if ranks.rank() == 0:
             self.outcomes.append({"step": step, "seconds": took, "problem": problem})
         return took
@@ -214,8 +216,8 @@ class Saver:
         run_dir = self._folder.parent
         try:
             if self._back is not None:
-                retention.leave_behind(run_dir, self._back, self._say)
-            for number, folder in checkpoint.committed(run_dir):  # its own .old, or what nobody was sent back from
+                retention.set_aside_what_was_left(run_dir, self._back, self._say)
+            for number, folder in checkpoint.committed(run_dir):  # its .old; newer ones, where back.json was lost
                 if number >= step and folder != target:
                     checkpoint.set_aside(folder, "replaced")
         except OSError as error:
@@ -245,7 +247,7 @@ class Saver:
         except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
             problem = _describe_error(error)
         outcomes = ranks.gather((problem, value), self._group)
-        self._sign()
+        self._alive()
         for number, (found, _) in enumerate(outcomes):
             if found is not None:
                 raise _Failed(found if len(outcomes) == 1 else f"rank {number}: {found}")
@@ -280,15 +282,15 @@ class Saver:
         writer = synced.Writer(
             staging / "tensors", thread_count=1, per_thread_copy_ahead=0, sync_files=True, overwrite=True
         )
-        writer.fs = synced.Files(self._sign)
+        writer.fs = synced.Files(self._alive)
         gc.disable()  # to collect what DCP makes of a large world's plans would hold up the training thread for seconds
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         finally:
             gc.enable()
 
-    def _took_s_with(self, seconds: float) -> tuple[float, ...]:
-        return (*self._took_s, seconds)[-_REMEMBERED:]
+    def _last_saves_s_with(self, seconds: float) -> tuple[float, ...]:
+        return (*self._last_saves_s, seconds)[-_REMEMBERED:]
 
     def _commit(self, staging: Path, target: Path, state: dict[str, Any], entries: dict[str, Any]) -> None:
         self._check_lock()
@@ -351,6 +353,6 @@ def _use_device(device: int | None) -> None:
         torch.cuda.set_device(device)
 
 
-def _hash_share(staging: Path, names: list[str], sign: Callable[[], None]) -> dict[str, Any]:
+def _hash_share(staging: Path, names: list[str], alive: Callable[[], None]) -> dict[str, Any]:
     """Name -> manifest entry of this rank's share of the files."""
-    return {name: checkpoint.describe(staging / name, sign) for name in names[ranks.rank() :: ranks.world_size()]}
+    return {name: checkpoint.describe(staging / name, alive) for name in names[ranks.rank() :: ranks.world_size()]}

@@ -7,7 +7,19 @@
 
     failed, started again ─> check_restarts: a new checkpoint since the last time? ─> go on, or refuse after some times without
 
-`launch/slurm.sbatch` requeues its job after REQUEUE, LATER and a crash, and never after 0, 2 (refused) or 130.
+`launch/slurm.sbatch` requeues its job after REQUEUE, LATER and a crash, and never after 0, 2 (refused) or 130. It tells the run:
+
+    CRIA_FAILURES   failures of this job so far, without preemptions      failures
+    CRIA_VAIN       starts in a row that came to nothing                  last_start_in_vain
+    CRIA_TRAINED    1: a start of this job has trained                    check_restarts
+    CRIA_JOB        the same in all starts of a job and its successors    job
+    CRIA_RESTARTS   how often it has submitted itself (no scontrol)       restarts
+    CRIA_CHAIN      1: the tasks of the array are links of one run        repeated
+    CRIA_WARNING_S  from its warning to the end (seconds)                 Stop.warnings
+    CRIA_CONFIG     the file that --config named before it was copied     train
+
+and has it answer in files: CRIA_BEGUN, made when training begins (note_training); CRIA_SUSPECT, the host to blame
+(hosts.suspect).
 """
 
 import json
@@ -24,7 +36,8 @@ from pretrain.reading import json_mapping
 REQUEUE = 75
 """Exit status of a run that was stopped, has saved, and is to be started again (EX_TEMPFAIL of sysexits.h)."""
 LATER = 69
-"""Exit status of a start that came to nothing, though the job has been started before: later it may (EX_UNAVAILABLE)."""
+"""Exit status of a start that may do better later (EX_UNAVAILABLE): no step was done, what was trained last could not be saved,
+or, at a restart, a machine, the data or a file system was away."""
 OUT_OF_TIME = 90
 """What `Stop.asked` gives for the time limit; numbers of signals lie below."""
 RECORD = "restarts.json"
@@ -63,7 +76,9 @@ class Stop:
         self.signalled = 0
         """The number of the signal that this rank got, or 0."""
         self._started = time.time()
-        self._intervals = -3  # the first validation and the first step, which compiles, say nothing of the later ones
+        self._intervals = (
+            -3
+        )  # start-up, the first validation and the first step, which compiles, are unlike all later ones
         self._asked_before = time.monotonic()
         self._longest_s = 0.0
         self._at_first_s: float | None = None
@@ -188,7 +203,7 @@ def repeated() -> bool:
     return restarts() > 0 or (bool(os.environ.get("CRIA_CHAIN")) and int(task) > int(first))
 
 
-def in_vain() -> bool:
+def last_start_in_vain() -> bool:
     """Whether launch/slurm.sbatch knows that the job's last start came to nothing."""
     return int(os.environ.get("CRIA_VAIN") or 0) > 0
 
@@ -234,13 +249,13 @@ def check_restarts(run_dir: Path, updates: int, limit: int) -> None:
         return
     seen = _recorded(run_dir)
     # Another newest one is progress, an earlier one too: the run was sent back, and went on from there.
-    in_vain = failures() - seen["restart"] if updates == seen["updates"] else 0
-    if in_vain > limit:
+    without_progress = failures() - seen["restart"] if updates == seen["updates"] else 0
+    if without_progress > limit:
         raise ValueError(
-            f"{in_vain - 1} restarts have saved nothing beyond {updates} updates (train.max_restarts {limit}), and "
+            f"{without_progress - 1} restarts have saved nothing beyond {updates} updates (train.max_restarts {limit}), and "
             "this one is not tried; mend what the logs say, then submit the job anew"
         )
-    if in_vain == 0 and os.environ.get("RANK", "0") == "0":
+    if without_progress == 0 and os.environ.get("RANK", "0") == "0":
         _record(run_dir, updates)
 
 

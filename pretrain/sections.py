@@ -88,7 +88,8 @@ class SourceConfig:
     """Folder with the manifest of the training split (path)."""
     weight: float | None = None
     """This source's share of every step (sequences), relative to the other sources' weights: 7 and 3 is 7:3. 0: it comes in
-    with a stage. none (then for all sources): by size, so that every sequence is drawn equally often."""
+    with a stage. none, which must then hold for all
+    sources: in proportion to their sizes, so that every sequence is drawn equally often."""
     validation: str | None = None
     """Folder with the manifest of the validation split (path); none: this source is not validated."""
 

@@ -27,23 +27,23 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Files(FileSystem):
-    """DCP's files, but what is written is synced on the way, and each time a sign of life is given."""
+    """DCP's files, but what is written is synced on the way, and each time a alive of life is given."""
 
-    def __init__(self, sign: Callable[[], None]):
-        self._sign = sign
+    def __init__(self, alive: Callable[[], None]):
+        self._alive = alive
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
         """A file that is open as long as the block."""
         with super().create_stream(path, mode) as stream:
-            yield _Stream(stream, self._sign)
+            yield _Stream(stream, self._alive)
 
 
 class _Stream:
     """A file to write; all but `write` and `fileno` is the file's own."""
 
-    def __init__(self, file: Any, sign: Callable[[], None]):
-        self._file, self._sign, self._unsynced = file, sign, 0
+    def __init__(self, file: Any, alive: Callable[[], None]):
+        self._file, self._alive, self._unsynced = file, alive, 0
 
     def write(self, data: Any) -> int:
         """Returns how many bytes."""
@@ -53,7 +53,7 @@ class _Stream:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._unsynced = 0
-            self._sign()
+            self._alive()
         return written
 
     def fileno(self) -> int:

@@ -33,8 +33,8 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
     loss_sum = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):
-        input_ids, targets, fingerprint = next_micro_batch(run, micro_batches)  # (B, T) int64 each
-        data_hash += fingerprint
+        input_ids, targets, batch_hash = next_micro_batch(run, micro_batches)  # (B, T) int64 each
+        data_hash += batch_hash
 
         at("forward and backward", run.step + 1)
         before_micro_step(parallel.unwrap(run.model), run.sharding, last=micro_step == run.grad_accum_steps - 1)
@@ -52,13 +52,13 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
 
 
 def next_micro_batch(run: Run, micro_batches: Iterator[data.MicroBatch]) -> tuple[Tensor, Tensor, int]:
-    """Tokens and the tokens that follow them, (B, T) int64 each, on the device, and their sequences' fingerprint."""
+    """Tokens and the tokens that follow them, (B, T) int64 each, on the device, and their sequences' `data_hash`."""
     at("waiting for data", run.step + 1)
     waiting = time.perf_counter()
-    batch, fingerprint = next(micro_batches)  # (B, T + 1) int64
+    batch, batch_hash = next(micro_batches)  # (B, T + 1) int64
     run.clock.data_wait_s += time.perf_counter() - waiting
     batch = batch.to(run.fabric.device, non_blocking=True)
-    return batch[:, :-1], batch[:, 1:], fingerprint
+    return batch[:, :-1], batch[:, 1:], batch_hash
 
 
 def train(run: Run, stop: Stop | None = None) -> int:
@@ -71,7 +71,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
-        at_end.callback(data.leave, run.sources)
+        at_end.callback(data.stop_waiting, run.sources)
         at_end.callback(display.close)
         at_end.callback(run.log.close)
         at("starting")
@@ -89,7 +89,7 @@ def _train(loop: Loop) -> int:
     run, settings = loop.run, loop.run.config
     micro_batches = make_loader(run)
     logbook.log_start(run, loop.display)
-    if run.step == 0 and not _stop_agreed(loop):
+    if (run.step == 0 or run.taken_up.branches) and not _stop_agreed(loop):
         _validate(loop)
     run.clock.reset()
     while run.step < settings.train.max_steps and not _stop_agreed(loop):

@@ -3,7 +3,7 @@
     trainer: at("waiting for data", step) ──> 256 bytes of shared memory ──> watcher (`pretrain.watcher`, a child process)
     an exception ──> control socket ──────────────────────────────────────>    │ every rank's, over TCP
                                                                                v
-       _exit(86) <── "exit" <── control socket <────────────── the verdict of rank 0's watcher ─> crash-report.txt
+       _exit(86) <── EXIT <── control socket <──────────────── the verdict of rank 0's watcher ─> crash-report.txt
 
 A thread could not do it: one that is to notice a hang must not need the interpreter's lock that a hanging C call may hold,
 and a process that is stopped (SIGSTOP) or killed notices nothing. So each rank has a small child that only watches. It costs
@@ -38,7 +38,7 @@ from pretrain.crash import Facts
 from pretrain.scheduler import torchrun_agent
 from pretrain.sections import Config
 from pretrain.versions import RUN_PACKAGES, versions
-from pretrain.watcher import ABOUT, CELL, CELL_BYTES, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
+from pretrain.watcher import ABOUT, ASK, CELL, CELL_BYTES, EXIT, EXIT_STATUS, STACK_SIGNAL, go_on_unwatched
 
 _current: "weakref.ref[Watchdog] | None" = None
 """The one that is on, weakly: a run that is forgotten, in a notebook say, is not watched any more."""
@@ -231,12 +231,12 @@ def _obey(
     word = b""
     with suppress(OSError):
         word = control.recv(1)
-        while word == b"c":
+        while word == ASK:
             with suppress(Exception):  # PyTorch's own affairs, which may change: the verdict comes without them
                 _send(control, {"collectives": collectives.recorded()})
             word = b""
             word = control.recv(1)
-    if word == b"x":
+    if word == EXIT:
         os._exit(EXIT_STATUS)
     verdict.set()
     if not word and not leaving.is_set():

@@ -39,6 +39,9 @@ STACK_SIGNAL = signal.SIGUSR2
 CELL = struct.Struct("<QQdq")
 """Beats, signs of life, the limit of this place (seconds), the step or -1; the place's name follows."""
 CELL_BYTES = 256
+ASK, EXIT, SPEAK, UNWATCHED = b"c", b"x", b"v", b"u"
+"""What a watcher says to its rank, in one byte: tell me which collectives are open; leave with EXIT_STATUS; print your exception
+and leave; nobody watches you any more. The last two need no answer."""
 
 
 class Watcher:
@@ -109,7 +112,7 @@ class Watcher:
             where = self._where()
             self._said = True  # a stopped rank goes on for its stack: that is no new place
             with suppress(OSError):
-                self._control.socket.sendall(b"c")  # a thread of the rank answers, if it can
+                self._control.socket.sendall(ASK)  # a thread of the rank answers, if it can
             patience_s = self._timing.stacks_s / 4
             stacks = processes.stacks(self._parent, self._stacks, STACK_SIGNAL, patience_s)
             self._hub.send({**where, "stacks": stacks})
@@ -158,7 +161,7 @@ class Watcher:
         if not self._left and _answers(*self._address):
             go_on_unwatched(self._rank, "rank 0's watcher is gone")
             with suppress(OSError):
-                self._control.socket.sendall(b"u")
+                self._control.socket.sendall(UNWATCHED)
             return
         rank = Rank(
             0, place="unknown", gone="nothing is heard of its watcher: its host, or all of the job on it, was ended"
@@ -175,7 +178,7 @@ class Watcher:
         """End the rank: by its own hand with our status; if it does not, by force."""
         if self._failed:
             with suppress(OSError):
-                self._control.socket.sendall(b"v")  # it prints its exception and goes
+                self._control.socket.sendall(SPEAK)  # it prints its exception and goes
             if not self._alone:  # and what it leaves running does not hold it
                 self._wait_for_death(8.0)
                 processes.kill([self._parent] if os.getppid() == self._parent else [])
@@ -183,7 +186,7 @@ class Watcher:
         print(f"watchdog: {line}. This is rank {self._rank}: it exits with {EXIT_STATUS}", file=sys.stderr, flush=True)
         family = processes.descendants(self._parent) if os.getppid() == self._parent else []
         with suppress(OSError):
-            self._control.socket.sendall(b"x")
+            self._control.socket.sendall(EXIT)
         self._wait_for_death(self._timing.end_s)
         processes.kill([*family, *([self._parent] if os.getppid() == self._parent else [])])
 
@@ -238,7 +241,7 @@ def main() -> int:
     except OSError as error:
         if os.getppid() == about["pid"]:
             go_on_unwatched(about["rank"], str(error))
-            socket.socket(fileno=about["control"]).sendall(b"u")
+            socket.socket(fileno=about["control"]).sendall(UNWATCHED)
         return 1
     watcher.run()
     if hub is not None:

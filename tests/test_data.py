@@ -39,8 +39,8 @@ def test_ranks_and_micro_batches_only_divide_a_step(datasets: Path, world_size: 
     assert got == expected
     whole, fingerprint = data.MicroBatches(sources, mixture, 32, 24, 0, 1)[2]
     assert fingerprints % 2**63 == fingerprint
-    assert data.fingerprint(whole.numpy()[::-1]) == fingerprint
-    assert data.fingerprint(np.roll(whole.numpy(), 1)) != fingerprint
+    assert data.data_hash(whole.numpy()[::-1]) == fingerprint
+    assert data.data_hash(np.roll(whole.numpy(), 1)) != fingerprint
 
 
 def ranks_sources(weights: list[int], world_size: int, micro_batch: int, whole: int, step: int) -> np.ndarray:

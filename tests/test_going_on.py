@@ -7,10 +7,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from conftest import pretrain, records, tiny_config, write_config, write_dataset
 
-from pretrain import back, checkpoint, going_on, scheduler, trainer
+from pretrain import back, checkpoint, export, going_on, scheduler, trainer
 from pretrain.__main__ import main
 
 HALF = {"train": {"max_steps": 10}}
@@ -28,10 +29,16 @@ def state(run_dir: Path) -> dict[str, Any]:
     return checkpoint.read_state(checkpoint.latest(run_dir, pytest.fail))
 
 
+def step_5_of_its_own(straight: Path, run_dir: Path) -> tuple[str, str]:
+    """The words that send a run back, which has 20 steps."""
+    shutil.copytree(straight, run_dir)
+    return ("--resume", str(run_dir / "checkpoints" / "step-00000005"))
+
+
 def test_a_scheduler_that_repeats_the_command_does_not_go_back_again(
     datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    back = ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    back = step_5_of_its_own(straight, tmp_path / "run")
     assert train(datasets, tmp_path / "run", *back, train={"max_steps": 12}) == 0
     assert "resumed after step 5" in capsys.readouterr().out
     monkeypatch.setenv("CRIA_RESTARTS", "1")
@@ -55,7 +62,8 @@ def crash(monkeypatch: pytest.MonkeyPatch, datasets: Path, run_dir: Path, *words
 def test_a_start_that_was_sent_back_and_saved_nothing_does_not_fall_to_the_branch_it_left(
     datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir, back = tmp_path / "run", ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    run_dir = tmp_path / "run"
+    back = step_5_of_its_own(straight, run_dir)
     assert train(datasets, run_dir, *back, optim={"max_lr": 0.03}, train={"max_steps": 12}) == 0
     crash(monkeypatch, datasets, run_dir, *back, train={"max_steps": 12})
     capsys.readouterr()
@@ -75,7 +83,8 @@ def test_a_job_whose_first_start_never_came_to_the_checkpoints_goes_back_at_its_
     datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest is of a job before, with the same --resume."""
-    run_dir, to = tmp_path / "run", ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    run_dir = tmp_path / "run"
+    to = step_5_of_its_own(straight, run_dir)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert train(datasets, run_dir, *to, train={"max_steps": 12}) == 0
     monkeypatch.setenv("SLURM_JOB_ID", "2")
@@ -85,7 +94,7 @@ def test_a_job_whose_first_start_never_came_to_the_checkpoints_goes_back_at_its_
     assert "resumed after step 5" in capsys.readouterr().out
     assert train(datasets, run_dir, *to, train={"max_steps": 9}) == 0
     said = capsys.readouterr().out
-    assert "this job has gone back to" in said
+    assert "or gone back to it, and has saved since: it goes on from there" in said
     assert "resumed after step 8" in said
 
 
@@ -201,7 +210,7 @@ def test_a_copied_folders_own_configuration_does_not_act_on_the_original(
 
 
 def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
-    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And goes on itself: its own folder is not touched, and the branch has its steps where the mixture is the same."""
     stable: dict[str, Any] = {"optim": {"lr_decay": "linear", "lr_decay_steps": 4}, "checkpoint": {"every_steps": 4}}
@@ -220,6 +229,24 @@ def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
     assert [of_trunk[step]["lr"] for step in (5, 12)] == [3e-3] * 2
     assert [of_trunk[s]["data_hash"] == of_branch[s]["data_hash"] for s in of_branch] == [True, True, False, False]
     assert of_trunk[9]["loss"] == of_branch[9]["loss"], "the same weights on the same sequences"
+    assert [*records(branch, "validation")] == [8, 10, 12], "where it begins, too"
+    assert state(branch)["branched_from"] == back[1]
+    assert records(branch, "start")[8]["branched_from"] == back[1]
+
+    capsys.readouterr()
+    for name in ("SLURM_JOB_ID", "CRIA_RESTARTS"):  # another job, or one that is repeated: it is the same branch
+        monkeypatch.setenv(name, "7")
+        assert train(datasets, branch, *back, train={"max_steps": 13}, **stable, **better) == 0
+        assert "resumed after step 1" in capsys.readouterr().out
+    assert train(datasets, branch, train={"max_steps": 14}, **stable, **better) == 0
+    assert state(branch)["branched_from"] == back[1], "though --resume is not said any more"
+    assert not list((branch / "checkpoints").glob("replaced-*"))
+    export.export(branch, tmp_path / "model", None, torch.float32, check=False)
+    assert json.loads((tmp_path / "model" / "cria.json").read_text())["branched_from"] == back[1]
+    shutil.rmtree(branch / "checkpoints")
+    with pytest.raises(SystemExit):
+        train(datasets, branch, *back, train={"max_steps": 14}, **stable, **better)
+    assert f"{branch} has had checkpoints and there is none now" in capsys.readouterr().err
 
 
 def test_what_has_changed_is_told_by_what_was_trained(

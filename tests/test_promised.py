@@ -87,7 +87,7 @@ def test_half_a_sequence_goes_to_the_source_that_is_named_first(folder: Path) ->
 
 
 def test_the_fingerprint_of_a_batch_is_the_promised_one() -> None:
-    assert data.fingerprint(np.arange(15).reshape(3, 5)) == 1543159687772998417
+    assert data.data_hash(np.arange(15).reshape(3, 5)) == 1543159687772998417
 
 
 def test_what_is_held_out_is_the_promised_part() -> None:

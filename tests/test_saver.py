@@ -77,7 +77,7 @@ def test_a_slow_disk_gives_signs_of_life_and_a_stuck_one_none(tmp_path: Path, mo
     def slow_write(self: saver.Saver, *args: object) -> None:
         while not noticed.wait(0.01):
             assert len(signs) < 6000, "nobody looks"
-            signs.append(self._sign())
+            signs.append(self._alive())
         before = self._signs
         write(self, *args)
         signs.append(self._signs - before)

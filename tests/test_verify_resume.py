@@ -251,7 +251,7 @@ def test_order_shows_what_a_step_is_made_of(verified: tuple[Path, str]) -> None:
     rows = [(s, int(i)) for s, i in zip(columns["source"], columns["sequence"]) if s]
     assert len(rows) == settings.train.global_batch_size
     by_name = {source.name: source.train for source in sources}
-    total = sum(data.fingerprint(by_name[s].sequences([i], settings.data.seq_len)) for s, i in rows)
+    total = sum(data.data_hash(by_name[s].sequences([i], settings.data.seq_len)) for s, i in rows)
     logged = verify_resume.read_trajectory(folder / "out" / "straight")[7]["data_hash"]
     assert f"{total % 2**63:016x}" == logged
     assert set(columns["file"]) <= {f"part-{n}.txt" for n in range(3)}
