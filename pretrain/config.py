@@ -269,6 +269,10 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number of at least 0")
     if optim.min_lr > optim.max_lr:
         problems.append(f"optim.min_lr {optim.min_lr} must lie between 0 and optim.max_lr {optim.max_lr}")
+    if not 0 <= train.stop_after_step <= train.max_steps:
+        problems.append(
+            f"train.stop_after_step {train.stop_after_step} must lie between 0 and train.max_steps {train.max_steps}"
+        )
     if not 0 <= optim.warmup_steps <= train.max_steps:
         problems.append(
             f"optim.warmup_steps {optim.warmup_steps} must lie between 0 and train.max_steps {train.max_steps}"

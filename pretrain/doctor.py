@@ -270,7 +270,7 @@ def _needs(settings: config.Config, layout: Layout, flops: list[float], free_byt
     by_clock_s = 60 * saves.every_minutes if saves.every_minutes and saves.keep_last else None
     return Needs(
         checkpoint_bytes=checkpoint_bytes(settings.model),
-        kept=checkpoints_kept(saves, settings.train.max_steps),
+        kept=checkpoints_kept(saves, settings.train.max_steps, settings.optim.lr_decay_steps),
         free_bytes=free_bytes,
         save_every_s=min((s for s in (by_steps_s, by_clock_s) if s is not None), default=None),
         read_bytes_per_s=G * (T + 1) * 4 / step_s / len(flops),  # at most four bytes an id

@@ -97,8 +97,8 @@ def choose(
     sent_to = _where_sent_back(run_dir, settings.resume, unfinished, newest, say)
     folder = sent_to or newest
     branches = sent_to is not None and not ranks.on_rank_0(lambda: _is_within(sent_to, run_dir))
-    begins = newest is None and (folder is None or (branches and unfinished is None))
-    if begins and ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
+    begins_anew = folder is None or (branches and unfinished is None and scheduler.repeated())
+    if newest is None and begins_anew and ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
         raise FileNotFoundError(
             f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one of them with "
             f"--resume, or begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"

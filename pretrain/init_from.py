@@ -29,12 +29,12 @@ def check(settings: config.Config) -> None:
     if not source.exists():
         raise FileNotFoundError(f"--init_from {source} is not there")
     if _is_checkpoint(source):
-        _check_shape(source, checkpoint.read_state(source)["model"], settings.model)
+        _check_shape(source, checkpoint.read_state(source)["model"], settings)
         return
     within = source if source.name == "checkpoints" else source / "checkpoints"
     if not (source / "config.json").is_file() and within.is_dir():
         raise ValueError(f"--init_from {source} is no checkpoint; name one of those in {within}")
-    _check_shape(source, hf.Weights(source).model.shape(), settings.model)
+    _check_shape(source, hf.Weights(source).model.shape(), settings)
 
 
 def load(settings: config.Config, sources: list[data.Source], model: nn.Module, say: Say) -> None:
@@ -52,6 +52,7 @@ def load(settings: config.Config, sources: list[data.Source], model: nn.Module, 
             raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
         state = checkpoint.read_state(source)
         _check_tokens(source, state["data"].get("tokenizer") == tokenizer_of(sources), allowed, say)
+        _say_what_it_has_seen(source, state, settings.seed, sources, say)
         checkpoint.load_into(source, model)
         say(f"the weights are those of {source}, after its step {state['step']}")
         return
@@ -73,18 +74,37 @@ def load(settings: config.Config, sources: list[data.Source], model: nn.Module, 
     say(f"the weights are those of {source}")
 
 
+def _say_what_it_has_seen(source: Path, state: dict[str, Any], seed: int, sources: list[data.Source], say: Say) -> None:
+    """A new run begins at the start of each source's order, which the same seed makes the same for the same shards."""
+    trained_on = set(state["data"]["manifests"]) if state["data"]["seed"] == seed else set()
+    again = [one.name for one in sources if one.train.manifest.fingerprint in trained_on]
+    if again:
+        say(
+            f"{source} was trained on {' and '.join(again)} in the order of seed {seed}: this run reads the same sequences "
+            "again, from the first one on. Another seed mixes them anew; to go on behind them with another schedule or mixture, "
+            f"begin with --resume {source} in place of --init_from"
+        )
+
+
 def _is_checkpoint(source: Path) -> bool:
     return (source / "manifest.json").is_file()
 
 
-def _check_shape(source: Path, found: dict[str, Any], expected: config.ModelConfig) -> None:
-    unlike = {
-        key: value for key, value in expected.shape().items() if found.get(key) != value and key not in FREE_TO_CHANGE
-    }
-    if unlike:
-        its = ", ".join(f"{key} = {found.get(key)}" for key in unlike)
-        ours = ", ".join(f"model.{key} = {value}" for key, value in unlike.items())
-        raise ValueError(f"--init_from {source} has {its} and the configuration says {ours}: give the model its shape")
+_ROPE = {"rope_theta"}
+"""What a model that is to see longer texts may be given anew: every weight fits, and has to learn what its positions mean."""
+
+
+def _check_shape(source: Path, found: dict[str, Any], settings: config.Config) -> None:
+    shape = settings.model.shape()
+    unlike = {key: value for key, value in shape.items() if found.get(key) != value and key not in FREE_TO_CHANGE}
+    if not unlike or (settings.data.allow_change and unlike.keys() <= _ROPE):
+        return
+    its = ", ".join(f"{key} = {found.get(key)}" for key in unlike)
+    ours = ", ".join(f"model.{key} = {value}" for key, value in unlike.items())
+    or_else = ", or go on with other positions by --data.allow_change true" if unlike.keys() <= _ROPE else ""
+    raise ValueError(
+        f"--init_from {source} has {its} and the configuration says {ours}: give the model its shape{or_else}"
+    )
 
 
 def _check_tokens(source: Path, same: bool, allowed: bool, say: Say) -> None:

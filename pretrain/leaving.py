@@ -6,7 +6,7 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 import time
 from dataclasses import asdict, dataclass
 
-from pretrain import parallel, ranks
+from pretrain import config, parallel, ranks
 from pretrain.hosts import this_host
 from pretrain.progress import Display
 from pretrain.run import Run
@@ -47,8 +47,15 @@ def save(run: Run, saver: Saver) -> None:
         "config": asdict(run.config),
         "versions": run_versions(),
     }
-    saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state)
+    saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state, keep=run.step == branch_point(run.config))
     run.clock.go_on()
+
+
+def branch_point(settings: config.Config) -> int:
+    """The last step before the learning rate falls in `lr_decay_steps`; 0: none. From its checkpoint, which is kept for good, the
+    run can be made longer, or cooled down on other data.
+    """
+    return settings.train.max_steps - settings.optim.lr_decay_steps if settings.optim.lr_decay_steps else 0
 
 
 def log_saves(run: Run, saver: Saver) -> None:
@@ -108,8 +115,13 @@ def _save_last(loop: Loop) -> bool:
 def _ended(loop: Loop) -> int:
     """The run is saved. Returns the exit status."""
     run, stop = loop.run, loop.stop
-    if run.step == run.config.train.max_steps:  # a signal that came after the last step changes nothing
-        run.log.write("stop", run.step, {"reason": "finished"})
+    settings = run.config.train
+    if run.step >= settings.last_step:  # a signal that came after the last step changes nothing
+        finished = run.step == settings.max_steps
+        reason = "finished" if finished else f"train.stop_after_step {settings.stop_after_step}"
+        run.log.write("stop", run.step, {"reason": reason})
+        if not finished:
+            loop.display.say(f"ended after step {run.step} of {settings.max_steps}, by {reason}")
         return 0
     if stop.reason == OUT_OF_TIME:
         _compare_clocks(time.time(), loop.display)

@@ -248,7 +248,7 @@ def _communication(model: ModelConfig, layout: Layout) -> float:
     return c * gathered + (c + FP32) * (counts.layer + max(counts.layer, model.vocab_size * model.hidden_size))
 
 
-def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
+def checkpoints_kept(config: CheckpointConfig, max_steps: int, lr_decay_steps: int) -> int:
     """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `retention.prune`.
 
     The clock and signals make some between the regular ones. With keep_last 0 each signal's adds one, not counted here.
@@ -258,7 +258,7 @@ def checkpoints_kept(config: CheckpointConfig, max_steps: int) -> int:
         return saves + 1
     kept = config.keep_last + (max_steps // config.keep_every if config.keep_every else 0)
     between = min(2, config.keep_last) if config.every_steps else 0
-    return kept + between + 1
+    return kept + between + 1 + (lr_decay_steps > 0)
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

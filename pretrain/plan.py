@@ -241,7 +241,7 @@ def days(settings: config.Config, found: Outcome) -> float:
 
 def disk(settings: config.Config) -> tuple[int, int]:
     """Checkpoints that are there at most, the one that is being written included, and their bytes."""
-    kept = checkpoints_kept(settings.checkpoint, settings.train.max_steps)
+    kept = checkpoints_kept(settings.checkpoint, settings.train.max_steps, settings.optim.lr_decay_steps)
     return kept, kept * checkpoint_bytes(settings.model)
 
 

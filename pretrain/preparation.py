@@ -96,7 +96,7 @@ def _build(
         for needed in ("config", "operations"):  # by rank 0 alone; where one is missing, all ranks raise alike
             before[needed]
     ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
-    if saves and (before is None or before["step"] < settings.train.max_steps):
+    if saves and (before is None or before["step"] < settings.train.last_step):
         ranks.on_rank_0(lambda: _make_room(run_dir, settings, say))
     log = metrics.MetricsLog(run_dir, fabric)
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)

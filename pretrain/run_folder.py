@@ -23,7 +23,7 @@ from pretrain.sections import OptimConfig
 
 _SHARED_S = 60.0
 """How long a file of rank 0's may stay unseen by another rank, before run_dir is taken for two different folders (seconds)."""
-_NO_CHANGE = ("run_dir", "resume", "init_from", "data.allow_change")
+_NO_CHANGE = ("run_dir", "resume", "init_from", "data.allow_change", "train.stop_after_step")
 """Keys that say where a run is and how it begins, and not what it is."""
 
 
@@ -121,8 +121,13 @@ def _keep_config(
 
     What has changed is told by what the checkpoint was trained with: another start, which trained nothing, may have come between.
     """
-    # A run started from this file goes on, and neither goes back once more nor passes over another change.
-    settings = replace(settings, resume=None, data=replace(settings.data, allow_change=False))
+    # A run started from this file goes on: it neither goes back once more, nor passes over another change, nor ends early.
+    settings = replace(
+        settings,
+        resume=None,
+        data=replace(settings.data, allow_change=False),
+        train=replace(settings.train, stop_after_step=0),
+    )
     kept = ""
     if path.exists() and path.read_bytes() != config.as_yaml(settings):
         kept = f"; the one before is kept as {checkpoint.set_aside(path, 'before').name}"

@@ -86,8 +86,12 @@ class Saver:
         self._last_saves_s = self._remembered() if ranks.rank() == 0 else ()
         """Seconds that each of the last saves took on this rank, from the copy to the commit; on rank 0 of earlier starts too."""
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any], keep: bool = False
+    ) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
+
+        keep: it stays for good, as those of `keep_every` do.
 
         Returns when the copy is taken. Waits for an earlier save that is still being written.
         """
@@ -99,7 +103,7 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        keep = self._config.keep_last == 0 or retention.is_milestone(step, self._config) or self._owed
+        keep = keep or self._config.keep_last == 0 or retention.is_milestone(step, self._config) or self._owed
         start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)

@@ -135,6 +135,9 @@ class TrainConfig:
 
     max_steps: int = 1_430_512
     """Optimizer steps in the whole run (steps). The schedule ends there."""
+    stop_after_step: int = 0
+    """End after this step, saved and with status 0, though the schedule goes on to max_steps: to try the first part of a long
+    run, which then goes on with another value (steps); 0: end at max_steps."""
     global_batch_size: int = 1024
     """Sequences an optimizer step takes, over all ranks."""
     micro_batch_size: int = 8
@@ -157,6 +160,11 @@ class TrainConfig:
     """Refuse to start after so many failed restarts in a row that added no update to the newest checkpoint; preemptions do not
     count under launch/slurm.sbatch."""
 
+    @property
+    def last_step(self) -> int:
+        """The step after which training ends here."""
+        return self.stop_after_step or self.max_steps
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -172,7 +180,8 @@ class OptimConfig:
     """How the learning rate falls from max_lr to min_lr: half a cosine, a line, or 1 - the root of the way (fast at first)."""
     lr_decay_steps: int = 0
     """How many steps it falls for, the last ones of the run; before them it stays at max_lr (steps). 0: all after the warm-up.
-    With a number, what is trained before them does not depend on max_steps."""
+    With a number, what is trained before them does not depend on max_steps, and the checkpoint that lies before them is kept
+    for good."""
     beta1: float = 0.9
     """Decay of the gradient's running mean (per step)."""
     beta2: float = 0.95

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain import data, logbook, parallel, ranks, validation
-from pretrain.leaving import Loop, leave, log_saves, save
+from pretrain.leaving import Loop, branch_point, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -92,13 +92,13 @@ def _train(loop: Loop) -> int:
     if (run.step == 0 or run.taken_up.branches) and not _stop_agreed(loop):
         _validate(loop)
     run.clock.reset()
-    while run.step < settings.train.max_steps and not _stop_agreed(loop):
+    while run.step < settings.train.last_step and not _stop_agreed(loop):
         result = _step(loop, micro_batches)
         if _due(run, settings.train.log_every):
             _log(loop, result)
         if _due(run, settings.validation.every_steps):
             _validate(loop)
-        if loop.stop.save_now or _due(run, settings.checkpoint.every_steps):
+        if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == branch_point(settings):
             save(run, loop.saver)
         log_saves(run, loop.saver)
     return leave(loop)
@@ -106,7 +106,7 @@ def _train(loop: Loop) -> int:
 
 def _due(run: Run, every_steps: int) -> bool:
     """Whether what is done every so many steps, and after the last one, is to be done now; 0: never."""
-    last = run.step == run.config.train.max_steps
+    last = run.step == run.config.train.last_step
     return every_steps > 0 and (last or run.step % every_steps == 0)
 
 
@@ -147,7 +147,7 @@ def make_loader(run: Run) -> Iterator[data.MicroBatch]:
     micro_batches = data.MicroBatches(
         run.sources, run.mixture, settings.data.seq_len, settings.train.micro_batch_size, rank, world_size
     )
-    steps = (run.step + 1, settings.train.max_steps)
+    steps = (run.step + 1, settings.train.last_step)
     return data.train_loader(micro_batches, *steps, settings.data.num_workers, run.fabric.device)
 
 

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from conftest import pretrain, records, tiny_config, write_config, write_dataset
+from conftest import pretrain, records, tiny_config, trajectory, write_config, write_dataset
 
 from pretrain import back, checkpoint, export, going_on, scheduler, trainer
 from pretrain.__main__ import main
@@ -247,6 +247,30 @@ def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
     with pytest.raises(SystemExit):
         train(datasets, branch, *back, train={"max_steps": 14}, **stable, **better)
     assert f"{branch} has had checkpoints and there is none now" in capsys.readouterr().err
+
+
+def test_the_checkpoint_before_the_decay_stays(datasets: Path, tmp_path: Path) -> None:
+    sections = {"optim": {"lr_decay": "sqrt", "lr_decay_steps": 7}, "checkpoint": {"every_steps": 5, "keep_last": 1}}
+    assert train(datasets, tmp_path / "run", **sections) == 0
+    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [20, 13]
+
+
+def test_the_first_part_of_a_run_is_that_of_the_whole_run(
+    datasets: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(datasets, run_dir, "--train.stop_after_step", "7") == 0
+    assert "ended after step 7 of 20, by train.stop_after_step 7" in capsys.readouterr().out
+    assert state(run_dir)["step"] == 7
+    assert [*records(run_dir, "validation")][-1] == 7, "as after a last step"
+    assert train(datasets, run_dir, "--train.stop_after_step", "7") == 0
+    assert max(records(run_dir, "train")) == 7, "nothing more"
+    capsys.readouterr()
+    assert main(["train", "--config", str(run_dir / "config.yaml")]) == 0
+    assert "configuration changed" not in capsys.readouterr().out
+    ours, theirs = ([r for r in trajectory(folder) if len(r) > 2] for folder in (run_dir, straight))
+    assert ours == theirs
+    assert len(ours) == 20
 
 
 def test_what_has_changed_is_told_by_what_was_trained(

@@ -114,6 +114,7 @@ def _catches(status: Path, number: signal.Signals) -> bool:
         (["--train.global_batch_size", "9"], ["9 is not a multiple", "2 x world_size 1 = 2", "nearest: 8 or 10"]),
         (["--model.num_key_value_heads", "3"], ["num_attention_heads 4", "num_key_value_heads 3"]),
         (["--data.seq_len", "64"], ["64 tokens is longer than", "max_position_embeddings 32"]),
+        (["--train.stop_after_step", "21"], ["stop_after_step 21", "0 and train.max_steps 20"]),
         (["--optim.warmup_steps", "21"], ["warmup_steps 21", "max_steps 20"]),
         (["--optim.lr_decay_steps", "17"], ["lr_decay_steps 17", "0 and the 16", "max_steps 20", "warmup_steps 4"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "exist"]),

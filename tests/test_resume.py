@@ -260,7 +260,14 @@ def test_init_from_weights_that_mean_something_else_is_refused_by_name(
         main([*words, "--model.rope_theta", "20000"])
     said = capsys.readouterr().err
     assert f"{source} has rope_theta = 10000.0 and the configuration says model.rope_theta = 20000.0" in said
+    assert "give the model its shape, or go on with other positions by --data.allow_change true" in said
+    longer = ["--model.rope_theta", "20000", "--data.allow_change", "true", "--run_dir", str(tmp_path / "longer")]
+    assert main([*words, *longer]) == 0
+    capsys.readouterr()
     assert main([*words, "--model.max_position_embeddings", "48"]) == 0
+    again = f"{source} was trained on a and b in the order of seed 1337: this run reads the same sequences again"
+    assert (again in capsys.readouterr().out) == (kind == "checkpoint")
+    assert main([*words, "--model.max_position_embeddings", "64", "--train.max_steps", "2"]) == 0, "going on, too"
     first, last = records(tmp_path / "run", "validation")[0], records(straight, "validation")[20]
     assert first["losses"] == pytest.approx(last["losses"], abs=1e-5)
 
