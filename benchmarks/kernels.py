@@ -3,9 +3,11 @@
     python benchmarks/kernels.py [--device cuda] [--config configs/tinyllama-1.1b.yaml] [--micro_batch_size 16]
 
 Of each product forward, the gradient of its input, and that of its weight; on a GPU by cuBLAS and by cuBLASLt, which
-TORCH_BLAS_PREFER_CUBLASLT=1 has a whole run use. Attention, forward and backward, by each of PyTorch's fused kernels that runs.
-Times are medians; TFLOP/s count two for a multiply-add, and half of attention, which is causal. The lines `a step` add up what a
-step of one micro-step takes, all layers and the head: what is left of its time is not in these kernels.
+TORCH_BLAS_PREFER_CUBLASLT=1 has a whole run use. The rows `q` and `k, v` are `q, k, v` by two products, and not in the sum.
+Attention, forward and backward, by each of PyTorch's fused kernels that runs. On a GPU the calls are queued one behind the other
+after a second of work, so that the chip is as warm, and its clocks are as low, as in a step. Times are medians; TFLOP/s count two
+for a multiply-add, and half of attention, which is causal. The lines `a step` add up what a step of one micro-step takes, all
+layers and the head: what is left of its time is not in these kernels.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,38 +24,49 @@ from torch.nn.attention import SDPBackend
 from pretrain import config, ops
 from pretrain.sections import ModelConfig
 
-HEAD_TOKENS = 4096
-"""About as many as the loss takes at a time."""
 SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, times: int) -> float:
     """The median of so many times, after three that warm up."""
-    taken = []
-    for number in range(times + 3):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            ms = begin.elapsed_time(end)
-        else:
-            started = time.perf_counter()
-            work()
-            ms = 1000 * (time.perf_counter() - started)
-        if number >= 3:
-            taken.append(ms)
-    return statistics.median(taken)
+    for _ in range(3):
+        work()
+    if device.type == "cpu":
+        return statistics.median(_seconds(work) * 1000 for _ in range(times))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(events))
 
 
-def products(model: ModelConfig, tokens: int) -> list[tuple[str, int, int, int, float]]:
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def warm_up(device: torch.device) -> None:
+    """A second of products."""
+    x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    until = time.perf_counter() + 1
+    while time.perf_counter() < until:
+        for _ in range(10):
+            x @ x
+        torch.cuda.synchronize()
+
+
+def products(model: ModelConfig, tokens: int, device: torch.device) -> list[tuple[str, int, int, int, float]]:
     """Name, tokens, width of the result, width of the input, and how often a step has it."""
     D, I, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers  # noqa: E741
     kv = 2 * model.num_key_value_heads * model.head_dim
-    head = min(tokens, HEAD_TOKENS)
+    head = min(tokens, ops.logits_chunk(model.vocab_size, device.type, tokens * D if device.type == "cuda" else 0))
     return [
         ("q, k, v", tokens, D + kv, D, layers),
+        ("q", tokens, D, D, 0),
+        ("k, v", tokens, kv, D, 0),
         ("attention's output", tokens, D, D, layers),
         ("gate, up", tokens, 2 * I, D, layers),
         ("down", tokens, D, I, layers),
@@ -66,9 +80,10 @@ def time_products(model: ModelConfig, tokens: int, device: torch.device, times: 
     for library in libraries:
         if device.type == "cuda":
             torch.backends.cuda.preferred_blas_library(library)
+            warm_up(device)
         print(f"| {library} | forward | input's gradient | weight's gradient |\n| --- | --- | --- | --- |")
         total = 0.0
-        for name, N, out, width, often in products(model, tokens):
+        for name, N, out, width, often in products(model, tokens, device):
             x, y, w = (
                 torch.randn(shape, device=device, dtype=torch.bfloat16)
                 for shape in ((N, width), (N, out), (out, width))

@@ -94,6 +94,9 @@ def obstacle(operation: str, backend: str, situation: Situation) -> str | None:
         return None
     if situation.capability is None:
         return "it needs a CUDA device, and this runs on the CPU"
+    if backend == "torch_flash":
+        masked = "it takes no mask, which data.intra_document needs: use torch" if situation.documents else None
+        return masked or _flash_attention(situation, "")
     found = installed(backend)
     if found is None:
         return f"{PACKAGES[backend]} is not installed: {INSTALL[backend]}"
@@ -172,7 +175,7 @@ def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
             backend, why = asked, f"model.ops.{operation} asks for it"
             if problem := obstacle(operation, backend, situation):
                 problems.append(f"model.ops.{operation} is {backend}: {problem}")
-        kernel = "PyTorch" if backend == "torch" else f"{PACKAGES[backend]} {installed(backend)}"
+        kernel = "PyTorch" if backend in ("torch", "torch_flash") else f"{PACKAGES[backend]} {installed(backend)}"
         choices.append(Choice(operation, backend, kernel, why))
     if problems:
         raise ValueError("; ".join(problems))
@@ -237,7 +240,7 @@ def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) 
     named = []
     for choice in choices:
         functions |= _MADE.get((choice.operation, choice.backend), {})
-        if choice.operation == "attention" and choice.backend == "torch":
+        if choice.operation == "attention" and choice.backend in ("torch", "torch_flash"):
             bound, choice = _torch_attention(choice, situation, shape)
             functions |= bound
         elif choice.operation == "attention":
@@ -258,7 +261,8 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
             choice, kernel="flex_attention"
         )
     refused: list[str] = []
-    for kernel in sdpa_order(s, torch.backends.cudnn.version() or 0):
+    flash_alone = choice.backend == "torch_flash"
+    for kernel in (SDPBackend.FLASH_ATTENTION,) if flash_alone else sdpa_order(s, torch.backends.cudnn.version() or 0):
         attention = partial(ops.attention, kernel=kernel)
         problem = _refusal(attention, ops.document_mask, s, shape)
         if problem is None:
@@ -267,7 +271,8 @@ def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[
             return {"attention": attention}, replace(choice, kernel=name, why=why)
         refused.append(f"not {kernel.name.removesuffix('_ATTENTION').lower()}: {problem}")
     raise ValueError(
-        f"PyTorch has no fused attention for heads of {s.head_dim} features in {_name(s.dtype)} on this GPU: {'; '.join(refused)}"
+        f"PyTorch has no {'flash' if flash_alone else 'fused'} attention for heads of {s.head_dim} features in {_name(s.dtype)} "
+        f"on this GPU: {'; '.join(refused)}"
     )
 
 
@@ -298,7 +303,9 @@ def _refusal(
     """Try it forward and backward on the current GPU; what it says where it does not work. Raises OSError where the GPU fails."""
     T = 128
     q, k, v = (
-        torch.randn(1, heads, T, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True)
+        torch.randn(1, T, heads, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True).transpose(
+            1, 2
+        )  # as in the model
         for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     )
     mask = make_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None

@@ -208,7 +208,8 @@ class Sweep:
 
 
 def _libraries(settings: config.Config) -> list[str]:
-    """Those that are installed; on a CPU there is PyTorch alone."""
-    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
-    others = [name for name in ("liger", "flash_attn", "xformers") if backends.installed(name)] if on_gpu else []
-    return ["torch", *others]
+    """Those that are installed; on a CPU there is PyTorch alone, where it takes cuDNN's attention its flash kernel, too."""
+    if settings.parallel.accelerator == "cpu" or not torch.cuda.is_available():
+        return ["torch"]
+    flash = ["torch_flash"] if torch.cuda.get_device_capability() >= (9, 0) else []
+    return ["torch", *flash, *(name for name in ("liger", "flash_attn", "xformers") if backends.installed(name))]

@@ -40,7 +40,15 @@ class Linear(nn.Linear):
 
 
 def linears(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """Each layer's product with the same x, (..., D) -> (..., out_features) each; by one product where that is for free.
+    """Each layer's product with the same x, (..., D) -> (..., out_features) each; by one product where that is for free."""
+    side_by_side = _joined(x, *layers)
+    if side_by_side is None:
+        return [layer(x) for layer in layers]
+    return side_by_side.split([len(cast(Tensor, layer.weight)) for layer in layers], dim=-1)
+
+
+def _joined(x: Tensor, *layers: nn.Module) -> Tensor | None:
+    """The products with the same x side by side, by one product; None where that is not for free.
 
     k_proj and v_proj alone are too narrow to fill a GPU, and each further product reads x, and writes a gradient for it, once
     more. Compiled, the cast of the weights writes them side by side at no cost. Where nothing is cast (fp32; weights gathered by
@@ -48,9 +56,8 @@ def linears(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """
     free = torch.compiler.is_compiling() and all(type(layer) is Linear for layer in layers)
     if not free or cast(Tensor, layers[0].weight).dtype == x.dtype:
-        return [layer(x) for layer in layers]
-    weights = [cast(Tensor, layer.weight).to(x.dtype) for layer in layers]
-    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        return None
+    return F.linear(x, torch.cat([cast(Tensor, layer.weight).to(x.dtype) for layer in layers]))
 
 
 # --- norm, rotary embedding, SwiGLU ----------------------------------------------------------------------------------
@@ -80,10 +87,13 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
     x: (B, H, T, d); table: (2, T, d) from `rope_table`, or (2, B, T, d) where positions differ. The result has x's type.
     """
-    cos, sin = table.unsqueeze(-2)  # (T, 1, d) or (B, T, 1, d) each: the same for all heads
+    cos, sin = table[..., : x.shape[-1] // 2].unsqueeze(
+        -2
+    )  # (T, 1, d/2) or (B, T, 1, d/2) each: the same for all heads
     x = x.transpose(1, 2)  # (B, T, H, d), as the product left it and its backward wants the gradient: nothing is moved
     left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype).transpose(1, 2)
+    # By halves, and not x * cos + (-right, left) * sin: of that the compiled backward is bound by its instructions.
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype).transpose(1, 2)
 
 
 def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,16 +106,50 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_side_by_side(gate_and_up: Tensor) -> Tensor:
+    """`swiglu` of gate and up that stand in one tensor, (..., 2 F) -> (..., F)."""
+    return _SwiGLU.apply(gate_and_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """For the compiler: by itself it joins the two gradients by computing both of them for each element of either half, and the
+    pass is bound by its instructions; here a half computes what is its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        """(..., 2 F) -> (..., F)."""
+        ctx.save_for_backward(gate_and_up)
+        return swiglu(*gate_and_up.chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:  # type: ignore[override]
+        """Both gradients side by side, (..., 2 F), computed in fp32."""
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.unflatten(-1, (2, -1)).float().split(1, dim=-2)  # (..., 1, F) each
+        d_out = d_out.float().unsqueeze(-2)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        of_gate = torch.arange(2, device=gate.device)[:, None] == 0  # (2, 1)
+        d_both = d_out * torch.where(of_gate, up * (sigmoid + silu * (1 - sigmoid)), silu)  # (..., 2, F)
+        return d_both.flatten(-2).to(gate_and_up.dtype)
+
+
 def swiglu_block(
     x: Tensor,
     gate_proj: nn.Module,
     up_proj: nn.Module,
     down_proj: nn.Module,
-    elementwise: Callable[[Tensor, Tensor], Tensor] = swiglu,
+    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda elementwise: elementwise,
 ) -> Tensor:
-    """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products."""
-    gate, up = linears(x, gate_proj, up_proj)
-    return down_proj(elementwise(gate, up))
+    """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products.
+
+    wrap: makes of the elementwise part what is to be called in its place.
+    """
+    side_by_side = _joined(x, gate_proj, up_proj)
+    if side_by_side is not None:
+        return down_proj(wrap(swiglu_side_by_side)(side_by_side))
+    return down_proj(wrap(swiglu)(gate_proj(x), up_proj(x)))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

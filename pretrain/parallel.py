@@ -222,8 +222,7 @@ def _recompute_part(layer: Layer, parallel: ParallelConfig) -> None:
     if parallel.compile:
         _replace(layer.post_attention_layernorm, "forward")
     if layer.mlp.operations.swiglu is ops.swiglu_block:  # the other libraries' keep what their own backward wants
-        elementwise = partial(ops.swiglu_block, elementwise=_again(ops.swiglu))
-        layer.mlp.operations = replace(layer.mlp.operations, swiglu=elementwise)
+        layer.mlp.operations = replace(layer.mlp.operations, swiglu=partial(ops.swiglu_block, wrap=_again))
 
 
 def _replace(module: nn.Module, method: str) -> None:

@@ -16,8 +16,9 @@ class OpsConfig:
     `model.ops: torch` is short for torch in each that has it, and auto in the others.
     """
 
-    attention: Literal["auto", "torch", "flash_attn", "xformers"] = "auto"
-    """torch is its fused attention (cuDNN's on Hopper and later, FlashAttention-2 on Ampere); flash_attn is FlashAttention-2."""
+    attention: Literal["auto", "torch", "torch_flash", "flash_attn", "xformers"] = "auto"
+    """torch is its fused attention (cuDNN's on Hopper and later, FlashAttention-2 on Ampere); torch_flash is its
+    FlashAttention-2 on any GPU, flash_attn the library's."""
     swiglu: Literal["auto", "torch", "xformers", "liger"] = "auto"
     """xformers has it before 0.0.34 only, and takes the whole block; liger fuses the elementwise part (Triton)."""
     rope: Literal["auto", "torch", "flash_attn", "liger"] = "auto"

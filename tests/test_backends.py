@@ -202,13 +202,40 @@ def test_a_gpu_that_fails_is_no_lack_of_a_kernel(
 def test_what_can_be_had_is_taken_as_asked(versions: dict) -> None:
     situation = on(A100)
     for field in dataclasses.fields(OpsConfig):
-        for backend in ("torch", "flash_attn", "xformers", "liger"):
-            if backend in str(field.type):
+        for backend in ("torch", "torch_flash", "flash_attn", "xformers", "liger"):
+            if f"'{backend}'" in str(field.type):
                 assert obstacle(field.name, backend, situation) is None
                 (choice,) = (
                     c for c in decide(OpsConfig(**{field.name: backend}), situation) if c.operation == field.name
                 )
                 assert (choice.backend, choice.why) == (backend, f"model.ops.{field.name} asks for it")
+
+
+def test_pytorchs_flash_kernel_is_to_be_had_on_any_gpu(
+    versions: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Hopper, too, where auto takes cuDNN's: to compare the two in a whole step."""
+    tried = []
+
+    def attention(q: torch.Tensor, *_: object, kernel: SDPBackend, **__: object) -> torch.Tensor:
+        tried.append(kernel)
+        return q
+
+    randn = torch.randn
+    monkeypatch.setattr(backends.torch, "randn", lambda *shape, **_: randn(*shape, requires_grad=True))
+    monkeypatch.setattr(backends.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(backends.ops, "attention", attention)
+    monkeypatch.setattr(backends.torch.backends.cudnn, "version", lambda: 91900)
+    for backend, kernel in (("auto", "SDPA cudnn"), ("torch_flash", "SDPA flash")):
+        operations = backends.choose(ModelConfig(ops=OpsConfig(attention=backend)), on(H100))
+        assert operations.choices[0].kernel == kernel
+    assert tried == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    for situation, why in (
+        (on(H100, documents=True), "no mask"),
+        (on(H100, dtype=torch.float32), "bf16, not in fp32"),
+        (on(None), "needs a CUDA device"),
+    ):
+        assert why in str(obstacle("attention", "torch_flash", situation))
 
 
 def test_all_problems_are_named_at_once(versions: dict) -> None:

@@ -104,8 +104,10 @@ def test_the_products_that_are_timed_are_those_of_a_step() -> None:
     kernels = runpy.run_path(str(ROOT / "benchmarks" / "kernels.py"))
     for name in ("tinyllama-1.1b", "llama-7b", "demo"):
         model, tokens = config.load(ROOT / "configs" / f"{name}.yaml").model, 16 * 2048
-        flops = sum(6 * N * out * width * often for _, N, out, width, often in kernels["products"](model, tokens))
-        assert flops == 6 * count(model).in_products * tokens
+        for device in map(torch.device, ("cuda", "cpu")):
+            products = kernels["products"](model, tokens, device)
+            flops = sum(6 * N * out * width * often for _, N, out, width, often in products)
+            assert flops == pytest.approx(6 * count(model).in_products * tokens, rel=1e-12)
 
 
 @pytest.mark.long

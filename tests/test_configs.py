@@ -93,7 +93,9 @@ def test_one_word_says_who_computes_all_operations(tmp_path: Path) -> None:
     everything["model"]["ops"] = "trch"
     file.write_text(yaml.safe_dump(everything))
     for wrong in (["--config", str(file)], [*demo, "--model.ops=trch"]):
-        with pytest.raises(ValueError, match=r"model.ops is trch; .* one of auto, torch, flash_attn, xformers, liger"):
+        with pytest.raises(
+            ValueError, match=r"model.ops is trch; .* one of auto, torch, torch_flash, flash_attn, xformers, liger"
+        ):
             config.parse(wrong)
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import ops
+from pretrain import ops, parallel
 
 
 def plain_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -210,3 +211,39 @@ def test_products_of_one_input_are_one_where_that_costs_no_copy(
         assert ours.dtype == plain.dtype
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 if x is torch.bfloat16 else 1e-6)
     assert counted == (products + 3 if compiled else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu_of_gate_and_up_side_by_side(dtype: torch.dtype) -> None:
+    """The same value; its own backward is off by no more than the rounding of its result."""
+    generator = torch.Generator().manual_seed(2)
+    both = (3 * torch.randn(4, 5, 2 * 24, generator=generator)).to(dtype).requires_grad_()
+    d_out = torch.randn(4, 5, 24, generator=generator).to(dtype)
+    out = ops.swiglu_side_by_side(both)
+    assert torch.equal(out, ops.swiglu(*both.chunk(2, dim=-1)))
+    out.backward(d_out)
+    exact = both.detach().double().requires_grad_()
+    ops.swiglu(*exact.chunk(2, dim=-1)).backward(d_out.double())
+    assert both.grad is not None
+    assert both.grad.dtype == dtype
+    torch.testing.assert_close(both.grad.double(), exact.grad, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_compiled_block_of_swiglu_is_the_eager_one(again: bool) -> None:
+    """By one product and by a backward of its own, which the eager one does not have."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    layers = [ops.Linear(16, 40), ops.Linear(16, 40), ops.Linear(40, 16)]
+    data, results = torch.randn(2, 9, 16).bfloat16(), []
+    whole = partial(ops.swiglu_block, wrap=parallel._again) if again else ops.swiglu_block
+    for block in (ops.swiglu_block, torch.compile(lambda *args: whole(*args), fullgraph=True)):
+        x = data.clone().requires_grad_()
+        out = block(x, *layers)
+        out.float().square().sum().backward()
+        results.append([out, x.grad, *(layer.weight.grad for layer in layers)])
+        for layer in layers:
+            layer.weight.grad = None
+    for eager, compiled in zip(*results):
+        difference = (eager - compiled).norm() / eager.norm()
+        assert difference < 0.01

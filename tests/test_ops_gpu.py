@@ -46,7 +46,7 @@ def check_all(cases: object, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "flash_attn", "xformers"])
+@pytest.mark.parametrize("backend", ["torch", "torch_flash", "flash_attn", "xformers"])
 def test_attention(backend: str, documents: bool, dtype: torch.dtype) -> None:
     situation = here(dtype, documents=documents)
     need("attention", backend, situation)
