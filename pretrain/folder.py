@@ -44,6 +44,20 @@ def staged(directory: Path, origin: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def made_of(directory: Path) -> dict[str, Any] | None:
+    """What the mark of a folder says; None where it is none of ours, or a file that the mark names is missing."""
+    mark = _mark(directory / MARK)
+    if mark is None or not all((directory / name).is_file() for name in mark["files"]):
+        return None
+    return mark
+
+
+def clear(parent: Path, names: str) -> None:
+    """Remove what killed writers of the folders `names` (a pattern) in `parent` have left; the caller is the only one alive."""
+    for left_over in parent.glob(f".{names}.*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
 def _finish(folder: Path) -> None:
     """Give the modes that the user's umask asks for (mkdtemp and safetensors shut others out), and flush to the disk."""
     umask = os.umask(0)
@@ -61,7 +75,8 @@ def _refuse_foreign(directory: Path) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a folder")
     present = {path.name for path in directory.iterdir()}
-    foreign = present - {MARK, *_marked(directory / MARK)}
+    mark = _mark(directory / MARK)
+    foreign = present - {MARK, *(mark["files"] if mark else ())}
     if foreign:
         raise ValueError(
             f"{directory} holds {sorted(foreign)[0]!r}, which Cria did not put there; "
@@ -69,11 +84,12 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _marked(mark: Path) -> list[str]:
+def _mark(mark: Path) -> dict[str, Any] | None:
     try:
-        return list(json.loads(mark.read_text(encoding="utf-8"))["files"])
+        content = json.loads(mark.read_text(encoding="utf-8"))
+        return {**content, "files": [str(name) for name in content["files"]]}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # no mark that can be read: nothing there is known to be ours
+        return None  # nothing there is known to be ours
 
 
 def _rename(folder: Path, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""One job at a time in a run's folder."""
+"""One job at a time in a run's folder, or in one of exports."""
 
 import fcntl
 import os
@@ -21,8 +21,11 @@ class Lock:
     ours: ClassVar[dict[Path, str]] = {}
     """What this process wrote into the locks that it holds, by folder."""
 
-    def __init__(self, folder: Path):
-        """Raises BlockingIOError where another process has it, and says which; OSError where the file system has no locks."""
+    def __init__(self, folder: Path, option: str = "run_dir"):
+        """Raises BlockingIOError where another process has it, and says which; OSError where the file system has no locks.
+
+        option: what the user calls the folder.
+        """
         self._folder = folder.resolve()
         self._file = open(folder / NAME, "a+")  # noqa: SIM115
         try:
@@ -32,13 +35,13 @@ class Lock:
             holder = self._file.read().strip() or "unknown"
             self._file.close()
             raise BlockingIOError(
-                f"another job ({holder}) is writing into {folder}; wait for it, or give this one another run_dir"
+                f"another job ({holder}) is writing into {folder}; wait for it, or give this one another {option}"
             ) from None
         except OSError as error:
             self._file.close()
             raise OSError(
                 f"{folder} cannot be locked against a second job ({error.strerror}); mount its file system with locks (Lustre: "
-                "flock, NFS: local_lock=none), or take a run_dir on another one"
+                f"flock, NFS: local_lock=none), or take a {option} on another one"
             ) from None
         self.mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}\n"
         try:

@@ -38,7 +38,7 @@ LAYERS = [
     {"backends", "sharding"},
     {"float8", "memory"},
     {"parallel", "hf", "saver", "speed"},
-    {"validation", "published"},
+    {"validation", "published", "snapshot"},
     {"going_on", "run_folder"},
     {"init_from"},
     {"run"},

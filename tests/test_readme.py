@@ -39,11 +39,13 @@ MINIATURE = [
     (r"^data-prep starcoder .* --out data/", "--holdout 0.3"),
     (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
     (r"^data-prep slimpajama", ""),
-    (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", MINIATURE_MODEL),
+    (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", f"{MINIATURE_MODEL} --checkpoint.every_steps 1"),
     (r"^torchrun .* -m pretrain doctor", "--seconds 1"),
     (r"^sbatch --nodes=2 launch/slurm.sbatch", f"{MINIATURE_MODEL} {ON_THE_CPU}"),
     (r"^NNODES=2 .* launch/torchrun.sh", f"{MINIATURE_MODEL} {ON_THE_CPU} --run_dir runs/torchrun"),
-    (r"^pretrain (export|report)", ""),
+    (r"^pretrain export .* --average", "--average '[2,3]'"),
+    (r"^pretrain export (?!.* --average)", ""),
+    (r"^pretrain report", ""),
     (r"^pretrain (order|plan)", ""),
     (r"^pretrain bench", f"--steps 1 --warmup 1 {MINIATURE_MODEL}"),
     (
@@ -169,11 +171,16 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
     outputs |= {command: job.result() for command, job in jobs.items()}
     waiting.shutdown()
-    assert len(outputs) == (29 if slurm.available() else 28)  # of those that were run
+    assert len(outputs) == (31 if slurm.available() else 30)  # of those that were run
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
     assert len(generated.strip()) > len("The file object")
+    assert [path.name for path in sorted((folder / "runs/demo/exports").glob("step-*"))] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    assert json.loads((folder / "runs/demo/mean/cria.json").read_text())["steps"] == [2, 3]
     report = outputs["pretrain report runs/demo/run"]
     assert "slimpajama" in report
     assert (folder / "runs/demo/run/report/index.html").is_file()
@@ -222,10 +229,10 @@ def test_the_source_that_is_added_on_the_page_works(tmp_path: Path) -> None:
     assert 0 < len(kept["validation"]) < 10
 
 
-def test_commands_that_are_not_run_are_those_of_an_array() -> None:
-    """With dots for what stands above them; tests/test_prepare_slurm.py runs their like."""
+def test_commands_that_are_not_run_are_those_of_an_array_and_of_others() -> None:
+    """An array's have dots for what stands above them, and tests/test_prepare_slurm.py runs their like; lm_eval downloads."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    words = ("sbatch", "data-prep", "pretrain", "torchrun", "python", "make", "pip")
+    words = ("sbatch", "data-prep", "pretrain", "torchrun", "python", "make", "pip", "lm_eval")
     hidden = [
         line.split() for kind, block in fences if not kind for line in block.splitlines() if line.startswith(words)
     ]
@@ -233,4 +240,5 @@ def test_commands_that_are_not_run_are_those_of_an_array() -> None:
         ("sbatch", "..."),
         ("sbatch", "..."),
         ("data-prep", "data/shards/slimpajama/train"),
+        ("lm_eval", "hellaswag,openbookqa,winogrande,arc_challenge,arc_easy,boolq,piqa"),
     ]
