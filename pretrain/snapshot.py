@@ -21,7 +21,6 @@ from torch import Tensor
 from pretrain import checkpoint, hf
 from pretrain.sections import ModelConfig
 
-
 LINEAGE = ("init_from", "branched_from")
 """Where a run came from, as its checkpoints' states say."""
 

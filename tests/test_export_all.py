@@ -159,14 +159,14 @@ def test_one_that_is_deleted_between_two_of_its_tensors_is_passed_over(
     run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Inside DCP, which makes an error of its own of it."""
-    read = checkpoint._Reader.read_data
+    read = checkpoint.Reader.read_data
 
     def deleted_before(reader: Any, *arguments: Any) -> Any:
         if of_step(run, 9).exists():
             delete(of_step(run, 9))
         return read(reader, *arguments)
 
-    monkeypatch.setattr(checkpoint._Reader, "read_data", deleted_before)
+    monkeypatch.setattr(checkpoint.Reader, "read_data", deleted_before)
     assert export_all(run, out) == 0
     assert "step-00000009 is passed over" in capsys.readouterr().out
     assert names(out) == ["step-00000010", "step-00000012"]
@@ -175,14 +175,14 @@ def test_one_that_is_deleted_between_two_of_its_tensors_is_passed_over(
 def test_a_file_that_cannot_be_read_now_is_no_reason_to_say_that_it_was_deleted(
     run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read = checkpoint._Reader.read_data
+    read = checkpoint.Reader.read_data
 
     def fails(reader: Any, *arguments: Any) -> Any:
         if "step-00000010" in str(reader.path):
             raise OSError("Input/output error")
         return read(reader, *arguments)
 
-    monkeypatch.setattr(checkpoint._Reader, "read_data", fails)
+    monkeypatch.setattr(checkpoint.Reader, "read_data", fails)
     assert export_all(run, out) == 1
     assert "step-00000010 is NOT exported: " in (said := capsys.readouterr().out)
     assert "Input/output error" in said

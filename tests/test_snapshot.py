@@ -185,13 +185,13 @@ def test_a_checkpoint_that_is_not_like_the_others_is_named(
 
 def test_ctrl_c_while_tensors_are_read_is_ctrl_c(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DCP makes an error of its own out of whatever is raised in it."""
-    read = checkpoint._Reader.read_data
+    read = checkpoint.Reader.read_data
 
     def interrupted(*args: object) -> None:
         read(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint._Reader, "read_data", interrupted)
+    monkeypatch.setattr(checkpoint.Reader, "read_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         snapshot.take(run / "checkpoints" / "step-00000009")
 
