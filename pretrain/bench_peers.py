@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain import bench_result, bench_step, config, hf
+from pretrain import bench_result, bench_step, config
 from pretrain.bench_result import Result, Row, SoFar
 from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command, take_turns
+from pretrain.hf_config import to_hf_config
 from pretrain.model import Llama
 from pretrain.optim import learning_rate
 
@@ -189,7 +190,7 @@ class Bench:
         folder.mkdir()
         weights = {name: p.detach().to(stored) for name, p in model.named_parameters()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(hf.to_hf_config(settings.model, stored, None, None)))
+        (folder / "config.json").write_text(json.dumps(to_hf_config(settings.model, stored, None, None)))
         save_file({"batches": bench_step.batches(settings, self.steps).int()}, self.scratch / "batches.safetensors")
         config.write(replace(settings, init_from=str(folder)), self.scratch / "config.yaml")
 

@@ -116,7 +116,7 @@ def subject(settings: Config, world_size: int, data: str = "random") -> dict[str
         "chip": _chip(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
-        "model": asdict(settings.model),
+        "model": {**settings.model.shape(), "ops": asdict(settings.model.ops)},
         "seq_len": settings.data.seq_len,
         "micro_batch_size": settings.train.micro_batch_size,
         "global_batch_size": settings.train.global_batch_size,

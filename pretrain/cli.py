@@ -18,6 +18,7 @@ PATIENCE_S = 5.0
 """How long a rank waits for what the first one has to say (seconds)."""
 
 _NO_KEYS = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[[^\]]*'pretrain.*Given value: (.*)|"
     r"Not a valid subclass of \w+\.\s+Got value: (.*?)\s+Subclass types expect.*|Expected a dot import path string: (.*)",
     re.DOTALL,
 )
@@ -40,7 +41,7 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` as one line and exit with status 2."""
         message = re.sub(r"<class '(\w+)'>", r"\1", str(message)).replace("typing.Literal", "one of ")
-        message = re.sub(_NO_KEYS, r"it has \1\2 where keys must stand", message)
+        message = re.sub(_NO_KEYS, r"it has \1\2\3 where keys must stand", message)
         fail(self.command, message + self._suggestion(message) + f" ({self.explained_by} --help explains every key)")
 
     def _suggestion(self, message: str) -> str:

@@ -28,6 +28,7 @@ from pretrain.sections import (
     OpsConfig,
     OptimConfig,
     ParallelConfig,
+    RopeScaling,
     StageConfig,
     TrainConfig,
 )
@@ -215,6 +216,21 @@ def model_problems(model: ModelConfig) -> list[str]:
         )
     if H % H_kv:
         problems.append(f"num_attention_heads {H} is not a multiple of num_key_value_heads {H_kv}")
+    if model.rope_scaling is not None:
+        problems += [f"rope_scaling.{problem}" for problem in _scaling_problems(model.rope_scaling)]
+    return problems
+
+
+def _scaling_problems(scaling: RopeScaling) -> list[str]:
+    problems = []
+    if not (isfinite(scaling.factor) and scaling.factor >= 1):
+        problems.append(f"factor is {scaling.factor}; it must be a number of at least 1")
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if not (isfinite(high) and 0 < low < high):
+        problems.append(f"low_freq_factor {low} must lie between 0 and high_freq_factor {high}")
+    length, most = scaling.original_max_position_embeddings, _MODEL_AT_MOST["max_position_embeddings"]
+    if not 1 <= length <= most:
+        problems.append(f"original_max_position_embeddings is {length} tokens; it must lie between 1 and {most}")
     return problems
 
 

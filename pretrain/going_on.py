@@ -215,9 +215,9 @@ def _check_same_run(
 ) -> None:
     """state: of the checkpoint in `folder`."""
     step = state["step"]
-    unlike = [
+    unlike = [  # a shape names rope_scaling only where there is one: it may have been taken away as well as added
         (key, state["model"].get(key), value)
-        for key, value in now["model"].items()
+        for key, value in {"rope_scaling": None, **now["model"]}.items()
         if state["model"].get(key) != value and key not in FREE_TO_CHANGE
     ]
     for key, was, value in unlike:

@@ -1,14 +1,13 @@
 """To and from Hugging Face: a folder that transformers loads as it is.
 
-    ModelConfig ── to_hf_config ──> config.json, generation_config.json ─┐
+    ModelConfig ── hf_config ─────> config.json, generation_config.json ─┐
     weights ── our names are theirs ────────────────> model*.safetensors ├─ write ─> FOLDER ─ load ─> ModelConfig, weights
     tokenizer/ ────────────────> tokenizer.json, tokenizer_config.json ──┘             └─ compared with what was meant
 
-A folder that transformers' `save_pretrained` wrote for a Llama loads the same way. What Cria cannot represent (scaled
-rotary embeddings, biases, other head sizes ...) is refused by name: a model that loads and is wrong is worse than none.
+A folder that transformers' `save_pretrained` wrote for a Llama loads the same way. What Cria cannot represent (biases, other
+head sizes ...) is refused by name: a model that loads and is wrong is worse than none.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.config import model_problems
+from pretrain.hf_config import from_hf_config, to_hf_config
 from pretrain.model import Llama
 from pretrain.reading import read_json, read_tokenizer
 from pretrain.sections import ModelConfig
@@ -53,102 +52,6 @@ class TokenizerFacts:
     """Begin of sequence; None: there is none."""
     eos_id: int | None
     """End of sequence; None: there is none."""
-
-
-# --- the configuration -----------------------------------------------------------------------------------------------
-
-
-def to_hf_config(model: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The content of config.json: LlamaConfig's keys, for transformers 4 and 5 alike."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **model.shape(),  # our fields have their names
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "use_cache": True,
-        # Left out, these two would become LlamaConfig's defaults, 1 and 2: wrong ids for a tokenizer without them.
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        # transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
-    }
-
-
-def from_hf_config(config: dict[str, Any]) -> ModelConfig:
-    """The shape that a config.json describes.
-
-    Raises:
-        ValueError: with everything in it that Cria cannot represent, and every key that is missing or of another type.
-    """
-    problems = _not_representable(config)
-    # What a LlamaConfig leaves out has transformers' default, which is not always ours.
-    defaults = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    values: dict[str, Any] = {**defaults, **config, "rope_theta": _rope_theta(config)}
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = values.get("num_attention_heads")
-    fields: dict[str, Any] = {}
-    for field in (f for f in dataclasses.fields(ModelConfig) if f.compare):
-        value: Any = values.get(field.name)
-        if field.type is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)  # JSON writers drop the ".0"
-        if type(value) is not field.type:
-            problems.append(f"{field.name} is {value!r}, and must be {getattr(field.type, '__name__', field.type)}")
-        fields[field.name] = value
-    if not problems:
-        problems = model_problems(ModelConfig(**fields))
-        D, H, head_dim = fields["hidden_size"], fields["num_attention_heads"], config.get("head_dim")
-        if not problems and head_dim is not None and head_dim != D // H:
-            problems = [f"head_dim is {head_dim!r}; Cria's is hidden_size / num_attention_heads = {D} / {H}"]
-    if problems:
-        raise ValueError("not a Llama that Cria can represent: " + "; ".join(problems))
-    return ModelConfig(**fields)
-
-
-def _rope_theta(config: dict[str, Any]) -> Any:
-    return _rope(config, "rope_parameters").get("rope_theta", config.get("rope_theta", 10000.0))
-
-
-def _rope(config: dict[str, Any], key: str) -> dict[str, Any]:
-    rope = config.get(key)
-    return rope if isinstance(rope, dict) else {}  # anything else `_not_representable` names
-
-
-def _not_representable(config: dict[str, Any]) -> list[str]:
-    """Settings that change what the model computes, away from what `pretrain.model` computes."""
-    needed = {
-        "model_type": ("llama", None),
-        "hidden_act": ("silu", "silu"),
-        "attention_bias": (False, False),
-        "mlp_bias": (False, False),
-        "attention_dropout": (0.0, 0.0),
-        "quantization_config": (None, None),
-    }
-    problems = [
-        f"{key} is {config.get(key, default)!r}, and must be {value!r}"
-        for key, (value, default) in needed.items()
-        if config.get(key, default) != value
-    ]
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = _rope(config, key)
-        if not isinstance(config.get(key), dict | None):
-            problems.append(f"{key} is {config[key]!r}, and must be an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{key} asks for {kind!r} rotary embeddings; Cria's are not scaled")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            problems.append(f"{key} rotates {rope['partial_rotary_factor']} of each head; Cria rotates all of it")
-    theta = _rope_theta(config)
-    for place, said in (("", config), (" in rope_scaling", _rope(config, "rope_scaling"))):
-        if said.get("rope_theta", theta) != theta:
-            problems.append(f"rope_theta is {said['rope_theta']}{place} and elsewhere {theta}")
-    return problems
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------

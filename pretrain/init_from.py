@@ -90,12 +90,12 @@ def _is_checkpoint(source: Path) -> bool:
     return (source / "manifest.json").is_file()
 
 
-_ROPE = {"rope_theta"}
+_ROPE = {"rope_theta", "rope_scaling"}
 """What a model that is to see longer texts may be given anew: every weight fits, and has to learn what its positions mean."""
 
 
 def _check_shape(source: Path, found: dict[str, Any], settings: config.Config) -> None:
-    shape = settings.model.shape()
+    shape = {"rope_scaling": None, **settings.model.shape()}
     unlike = {key: value for key, value in shape.items() if found.get(key) != value and key not in FREE_TO_CHANGE}
     if not unlike or (settings.data.allow_change and unlike.keys() <= _ROPE):
         return

@@ -204,7 +204,9 @@ class Llama(nn.Module):
         """Give every parameter, sharded or not, memory on `device` (with garbage in it), and compute the rotary table."""
         self.to_empty(device=device)
         config = self.config
-        self.model.rope = ops.rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta, device)
+        self.model.rope = ops.rope_table(
+            config.max_position_embeddings, config.head_dim, config.rope_theta, device, config.rope_scaling
+        )
 
     def init_weights(self, seed: int, device: torch.device | None = None) -> None:
         """TinyLlama's initialisation, the same for every sharding: each parameter is drawn from (seed, its own name).

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from pretrain.sections import RopeScaling
+
 IGNORE_INDEX = -100
 """A target that does not count (PyTorch's and Hugging Face's convention)."""
 
@@ -71,12 +73,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864, eq. 34), fp32.
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Angle from one position to the next of each pair of features (radians), (d/2,) fp32: theta^(-2j / d), scaled or not.
 
-    Returns (2, length, head_dim): [0] cosines, [1] sines, for feature j the angle position * theta^(-2 (j mod d/2) / d).
+    scaling: Llama 3.1's (`apply_scaling` in Meta's llama-models, `_compute_llama3_parameters` in transformers). By how often a
+    pair turns within the original length: up to low_freq_factor times, its frequency is divided by factor; from
+    high_freq_factor times on it stays; between them its share of staying grows linearly in the number of turns.
     """
     inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling is None:
+        return inv_freq
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # In transformers' order of operations, for the same last bits.
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / inv_freq)
+    stays = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - stays) * inv_freq / scaling.factor + stays * inv_freq
+
+
+def rope_table(
+    length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScaling | None = None
+) -> Tensor:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864, eq. 34), fp32.
+
+    Returns (2, length, head_dim): [0] cosines, [1] sines, for feature j the angle position * theta^(-2 (j mod d/2) / d), or with
+    the frequency that `rope_frequencies` makes of it.
+    """
+    inv_freq = rope_frequencies(head_dim, theta, scaling, device)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
     angle = torch.cat((angle, angle), dim=-1)
     return torch.stack((angle.cos(), angle.sin()))

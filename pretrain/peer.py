@@ -66,6 +66,7 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
     from litgpt.utils import chunked_cross_entropy
 
     hf = _untied(spec)
+    scaling = hf.get("rope_scaling")
     config = Config(
         name="cria-bench",
         block_size=hf["max_position_embeddings"],
@@ -77,6 +78,7 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
         vocab_size=hf["vocab_size"],
         padded_vocab_size=hf["vocab_size"],
         rope_base=int(hf["rope_theta"]),
+        rope_adjustments=scaling and {**scaling, "original_max_seq_len": scaling["original_max_position_embeddings"]},
         rotary_percentage=1.0,
         parallel_residual=False,
         bias=False,
@@ -93,7 +95,7 @@ def litgpt(spec: Spec) -> tuple[nn.Module, Loss]:
 
 
 def torchtitan(spec: Spec) -> tuple[nn.Module, Loss]:
-    """The Llama 3 of torchtitan 0.2, without Llama 3's scaling of RoPE; compiled as it does, each layer and the loss."""
+    """The Llama 3 of torchtitan 0.2, its RoPE scaled only where ours is; compiled as it does, each layer and the loss."""
     # Its package imports its reading of data too, which is not used.
     if importlib.util.find_spec("datasets") is None:
         sys.modules |= {name: MagicMock() for name in ("datasets", "datasets.distributed")}
@@ -103,6 +105,8 @@ def torchtitan(spec: Spec) -> tuple[nn.Module, Loss]:
     from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
     hf = _untied(spec)
+    scaling = hf.get("rope_scaling", {"factor": 1.0})
+    names = {"factor": "scaling_factor"}  # the others are called alike
     args = TransformerModelArgs(
         dim=hf["hidden_size"],
         n_layers=hf["num_hidden_layers"],
@@ -113,7 +117,7 @@ def torchtitan(spec: Spec) -> tuple[nn.Module, Loss]:
         multiple_of=hf["intermediate_size"],
         norm_eps=hf["rms_norm_eps"],
         rope_theta=hf["rope_theta"],
-        rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
+        rope_scaling_args=RoPEScalingArgs(**{names.get(k, k): v for k, v in scaling.items() if k != "rope_type"}),
         max_seq_len=hf["max_position_embeddings"],
     )
     with torch.device(spec["device"]):

@@ -198,6 +198,8 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
     for path in ("run_dir", "data.sources"):  # which nodes may have in different places
         del mine[path]
     mine["data.sources"] = [(entry.name, entry.weight) for entry in settings.data.sources]
+    # Where one rank has none, the keys below it are not compared.
+    mine["model.rope_scaling"] = settings.model.rope_scaling
     for source in sources:
         mine[f"the shards of {source.name}"] = source.train.manifest.fingerprint
         mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint

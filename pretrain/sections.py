@@ -4,7 +4,7 @@ What computes takes its own section, or the values that it needs; the whole tree
 run. `pretrain.config` reads and checks them.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 
@@ -43,6 +43,20 @@ class OpsConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are scaled: Hugging Face's rope_type llama3. It acts on short texts as on long ones."""
+
+    factor: float
+    """Low frequencies are divided by it (no unit): 8 in Llama 3.1, 32 in Llama 3.2."""
+    low_freq_factor: float = 1.0
+    """Low is what turns at most so many times within the original length (no unit)."""
+    high_freq_factor: float = 4.0
+    """What turns at least so many times within it stays as it is; between the two there is a passage (no unit)."""
+    original_max_position_embeddings: int = 8192
+    """The original length, of the sequences before the model was made to read longer ones (tokens)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Llama-family decoder, in Hugging Face's names. The defaults are TinyLlama-1.1B's."""
 
@@ -62,6 +76,9 @@ class ModelConfig:
     """Longest sequence that the rotary table covers (tokens)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies (no unit)."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's and 3.2's scaling of the rotary frequencies: factor (8 in Llama 3.1, 32 in Llama 3.2), low_freq_factor and
+    high_freq_factor (1 and 4), original_max_position_embeddings (8192 tokens). none: not scaled."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square before its root (no unit)."""
     tie_word_embeddings: bool = False
@@ -75,8 +92,19 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def shape(self) -> dict[str, Any]:
-        """What the weights and what they mean depend on: every field but `ops`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        """What the weights and what they mean depend on: every field but `ops`, as JSON has them.
+
+        `rope_scaling` is left out where there is none, as by versions of Cria that did not know it.
+        """
+        shape = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        scaling = shape.pop("rope_scaling")
+        return shape if scaling is None else {**shape, "rope_scaling": asdict(scaling)}
+
+    @classmethod
+    def of_shape(cls, shape: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `shape`."""
+        scaling = shape.get("rope_scaling")
+        return cls(**{**shape, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def take(folder: Path, verified: bool = False) -> Snapshot:
         if problem is not None:
             raise ValueError(f"checkpoint {folder} is corrupt ({problem}); take another")
         state = checkpoint.read_state(folder)
-        model, weights = ModelConfig(**state["model"]), checkpoint.load_weights(folder)
+        model, weights = ModelConfig.of_shape(state["model"]), checkpoint.load_weights(folder)
         hf.check_weights(model, weights)
         made_of = {"step": state["step"], "checkpoint": its_seal, **{key: state.get(key) for key in LINEAGE}}
         return Snapshot(model, str(state["data"].get("tokenizer")), weights, made_of)
@@ -131,7 +131,7 @@ def mean(folders: list[Path]) -> Snapshot:
 def _check_alike(folder: Path, first: Snapshot, other: Path, one: Snapshot) -> None:
     if one.model != first.model:
         its = one.model.shape()
-        unlike = [f"{key} {its[key]} and {was}" for key, was in first.model.shape().items() if its[key] != was]
+        unlike = [f"{key} {its.get(key)} and {was}" for key, was in first.model.shape().items() if its.get(key) != was]
         raise ValueError(f"{other} and {folder} have {', '.join(unlike)}: models of other shapes have no mean")
     if one.tokenizer != first.tokenizer:
         raise ValueError(

@@ -16,6 +16,7 @@ from forks import finish, start_training
 
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, preparation, scheduler, versions
+from pretrain.sections import RopeScaling
 
 ROOT = Path(__file__).parent.parent
 Outcome = Callable[[Callable[[int, config.Config], None]], str]
@@ -71,6 +72,17 @@ def test_ranks_that_were_started_unlike_do_not_train(
     assert f"error: rank 1 on {socket.gethostname()} has {named}" in said
     assert "give all ranks the same configuration, data and code" in said
     assert not (tmp_path / "run" / "config.yaml").exists(), "before anything was written"
+
+
+def test_scaling_that_rank_0_alone_has_is_named(outcome: Outcome) -> None:
+    """A key whose section the other rank does not have at all."""
+
+    def unlike(rank: int, settings: config.Config) -> None:
+        if rank == 0:
+            scaled = replace(settings, model=replace(settings.model, rope_scaling=RopeScaling(8.0)))
+            config.parse = lambda argv: scaled  # type: ignore[assignment]
+
+    assert f"error: rank 1 on {socket.gethostname()} has model.rope_scaling = None, and rank 0 on" in outcome(unlike)
 
 
 def test_other_code_on_a_node_is_named(outcome: Outcome) -> None:

@@ -12,7 +12,7 @@ from hf_folder import HEADS, TINY, make_model, shape, weights_of, write_tokenize
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pretrain import hf
+from pretrain import hf, hf_config
 from pretrain.folder import MARK, staged
 from pretrain.sections import ModelConfig
 
@@ -141,11 +141,11 @@ def test_a_bos_that_training_never_saw_is_not_named(tmp_path: Path) -> None:
 
 
 def test_transformers_4_and_5_find_their_own_keys() -> None:
-    written = hf.to_hf_config(TINY, torch.bfloat16, 1, 2)
+    written = hf_config.to_hf_config(TINY, torch.bfloat16, 1, 2)
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == TINY.rope_theta
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
     for version_only in ({"rope_parameters"}, {"rope_theta"}):
-        assert hf.from_hf_config({key: v for key, v in written.items() if key not in version_only}) == TINY
+        assert hf_config.from_hf_config({key: v for key, v in written.items() if key not in version_only}) == TINY
 
 
 # --- what cannot be the same is refused ------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def test_transformers_4_and_5_find_their_own_keys() -> None:
     ],
 )
 def test_what_cria_cannot_represent_is_named(setting: dict[str, Any], named: str) -> None:
-    written = hf.to_hf_config(TINY, torch.float32, 1, 2)
-    assert hf.from_hf_config(written) == TINY
+    written = hf_config.to_hf_config(TINY, torch.float32, 1, 2)
+    assert hf_config.from_hf_config(written) == TINY
     with pytest.raises(ValueError, match=named):
-        hf.from_hf_config({**written, **setting})
+        hf_config.from_hf_config({**written, **setting})
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, tokenizer: Path) -> None:

@@ -33,7 +33,7 @@ LAYERS = [
     {"history", "bench_rows", "chips", "config", "joining", "pace", "peer", "hub"},
     {"watcher"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "devices", "watchdog"},
-    {"model", "kernels", "checkpoint"},
+    {"model", "kernels", "checkpoint", "hf_config"},
     {"retention"},
     {"backends", "sharding"},
     {"float8", "memory"},

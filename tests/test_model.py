@@ -1,5 +1,6 @@
 """It is a Llama: the same logits, gradients and training as transformers' model; TinyLlama's size and initialisation."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,12 +10,17 @@ import transformers
 
 from pretrain.model import KVCache, Llama, count
 from pretrain.ops import IGNORE_INDEX
-from pretrain.sections import ModelConfig
+from pretrain.sections import ModelConfig, RopeScaling
 
 CPU = torch.device("cpu")
 
+SCALED = RopeScaling(8.0, low_freq_factor=0.25, original_max_position_embeddings=32)
+"""Of four frequencies with base 5000 one stays, one lies in the passage and two are low."""
 
-def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformers.LlamaForCausalLM]:
+
+def make_pair(
+    heads_kv: int = 2, tied: bool = False, scaling: RopeScaling | None = None
+) -> tuple[Llama, transformers.LlamaForCausalLM]:
     """Our model and transformers' with the same random weights, large enough that every term matters."""
     config = ModelConfig(
         vocab_size=515,
@@ -25,6 +31,7 @@ def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformer
         num_key_value_heads=heads_kv,
         max_position_embeddings=64,
         rope_theta=5000.0,
+        rope_scaling=scaling,
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
@@ -34,6 +41,7 @@ def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformer
     with torch.no_grad():
         for p in ours.parameters():  # norms too: a weight of 1 would hide a norm that is left out
             p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.ndim > 1 else 0.3) + (p.ndim == 1))
+    rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=515,
@@ -45,7 +53,7 @@ def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformer
             max_position_embeddings=64,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            rope_parameters={**rope, "rope_theta": 5000.0},
         )
     )
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -54,10 +62,13 @@ def make_pair(heads_kv: int = 2, tied: bool = False) -> tuple[Llama, transformer
     return ours, theirs
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("heads_kv", [8, 2, 1])
-def test_logits_and_gradients_are_transformers(heads_kv: int, tied: bool) -> None:
-    ours, theirs = make_pair(heads_kv, tied)
+@pytest.mark.parametrize(
+    ("heads_kv", "tied", "scaling"),
+    [*((heads, tied, None) for heads in (8, 2, 1) for tied in (False, True)), (2, True, SCALED), (8, False, SCALED)],
+)
+def test_logits_and_gradients_are_transformers(heads_kv: int, tied: bool, scaling: RopeScaling | None) -> None:
+    """With scaled rotary frequencies too, on both sides of the original length."""
+    ours, theirs = make_pair(heads_kv, tied, scaling)
     tokens = torch.randint(0, 515, (3, 50), generator=torch.Generator().manual_seed(1))
     input_ids, targets = tokens[:, :-1], tokens[:, 1:]
     expected = theirs(input_ids).logits
@@ -72,6 +83,9 @@ def test_logits_and_gradients_are_transformers(heads_kv: int, tied: bool) -> Non
         torch.testing.assert_close(p.grad, reference[name].grad, atol=1e-4, rtol=0)
         compared += 1
     assert compared == len(reference)
+    if scaling is not None:
+        unscaled, _ = make_pair(heads_kv, tied)
+        assert (unscaled(input_ids) - expected).abs().max() > 0.1, "it changed nothing"
 
 
 def test_within_documents_each_is_computed_as_if_alone() -> None:

@@ -118,6 +118,17 @@ def _catches(status: Path, number: signal.Signals) -> bool:
         (["--optim.warmup_steps", "21"], ["warmup_steps 21", "max_steps 20"]),
         (["--optim.lr_decay_steps", "17"], ["lr_decay_steps 17", "0 and the 16", "max_steps 20", "warmup_steps 4"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "exist"]),
+        (["--model.rope_scaling.fctor", "8"], ["'fctor' is not accepted", "did you mean factor?"]),
+        (["--model.rope_scaling.low_freq_factor", "2"], ["required: factor"]),
+        (["--model.rope_scaling", "llama3"], ["model.rope_scaling", "it has llama3 where keys must stand ("]),
+        (["--model.rope_scaling.factor", "0.5"], ["model.rope_scaling.factor is 0.5", "at least 1"]),
+        (
+            ["--model.rope_scaling", "{factor: 8, low_freq_factor: 4, original_max_position_embeddings: 0}"],
+            [
+                "rope_scaling.low_freq_factor 4.0 must lie between 0 and high_freq_factor 4.0",
+                "rope_scaling.original_max_position_embeddings is 0 tokens; it must lie between 1 and 16777216",
+            ],
+        ),
         (["--model.vocab_size", "299"], ["300 tokens", "vocab_size is 299", "at least 300"]),
         (["--parallel.accelerator", "cuda"], ["cuda", "0 GPUs", "--parallel.accelerator cpu"]),
         (["--model.vocab_size", "1000000000000"], ["model.vocab_size is 1000000000000", "at most 16777216"]),
@@ -242,7 +253,8 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(
 
 def test_help_explains_every_field_with_its_unit() -> None:
     """The docstring under each field of the configuration is its help, and that of a number names the unit."""
-    printed = "".join(pretrain("train", "--help").stdout.split())
+    texts = (pretrain("train", option).stdout for option in ("--help", "--model.rope_scaling.help"))
+    printed = "".join("".join(texts).split())
     tree = ast.parse(inspect.getsource(sections))
     fields = 0
     for section in (
