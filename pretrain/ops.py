@@ -162,16 +162,18 @@ def swiglu_block(
     gate_proj: nn.Module,
     up_proj: nn.Module,
     down_proj: nn.Module,
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda elementwise: elementwise,
+    elementwise: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products.
 
-    wrap: makes of the elementwise part what is to be called in its place.
+    elementwise: takes the place of `swiglu`, as where its result is to be computed again in the backward; None: as is best.
     """
     side_by_side = _joined(x, gate_proj, up_proj)
-    if side_by_side is not None:
-        return down_proj(wrap(swiglu_side_by_side)(side_by_side))
-    return down_proj(wrap(swiglu)(gate_proj(x), up_proj(x)))
+    if side_by_side is None:
+        return down_proj((elementwise or swiglu)(gate_proj(x), up_proj(x)))
+    if elementwise is None:
+        return down_proj(swiglu_side_by_side(side_by_side))
+    return down_proj(elementwise(*side_by_side.chunk(2, dim=-1)))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

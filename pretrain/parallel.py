@@ -207,6 +207,7 @@ def recompute(model: Llama, parallel: ParallelConfig) -> None:
     for i, layer in enumerate(model.model.layers):
         assert isinstance(layer, Layer)
         if every and i % every == 0:
+            _set_swiglu(layer, ops.swiglu)
             _replace(layer, "forward")
         elif parallel.recompute != "none":
             _recompute_part(layer, parallel)
@@ -217,12 +218,21 @@ def _recompute_part(layer: Layer, parallel: ParallelConfig) -> None:
     if parallel.compile:
         _replace(layer.input_layernorm, "forward")
     if parallel.recompute == "mlp":
+        _set_swiglu(layer, ops.swiglu)
         _replace(layer, "feed_forward")
         return
     if parallel.compile:
         _replace(layer.post_attention_layernorm, "forward")
-    if layer.mlp.operations.swiglu is ops.swiglu_block:  # the other libraries' keep what their own backward wants
-        layer.mlp.operations = replace(layer.mlp.operations, swiglu=partial(ops.swiglu_block, wrap=_again))
+    _set_swiglu(layer, _again(ops.swiglu))
+
+
+def _set_swiglu(layer: Layer, elementwise: Callable[..., torch.Tensor]) -> None:
+    """Not PyTorch's with a backward of its own, whose result is kept although it is part of what is computed again; nor any other
+    library's, which keeps what its own backward wants.
+    """
+    if layer.mlp.operations.swiglu is ops.swiglu_block:
+        swiglu = partial(ops.swiglu_block, elementwise=elementwise)
+        layer.mlp.operations = replace(layer.mlp.operations, swiglu=swiglu)
 
 
 def _replace(module: nn.Module, method: str) -> None:

@@ -236,7 +236,7 @@ def test_the_compiled_block_of_swiglu_is_the_eager_one(again: bool) -> None:
     torch.manual_seed(3)
     layers = [ops.Linear(16, 40), ops.Linear(16, 40), ops.Linear(40, 16)]
     data, results = torch.randn(2, 9, 16).bfloat16(), []
-    whole = partial(ops.swiglu_block, wrap=parallel._again) if again else ops.swiglu_block
+    whole = partial(ops.swiglu_block, elementwise=parallel._again(ops.swiglu)) if again else ops.swiglu_block
     for block in (ops.swiglu_block, torch.compile(lambda *args: whole(*args), fullgraph=True)):
         x = data.clone().requires_grad_()
         out = block(x, *layers)
