@@ -7,11 +7,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 import yaml
-from conftest import pretrain, records, tiny_config, trajectory, write_config, write_dataset
+from conftest import pretrain, records, tiny_config, write_config, write_dataset
 
-from pretrain import back, checkpoint, export, going_on, scheduler, trainer
+from pretrain import back, checkpoint, going_on, scheduler, trainer
 from pretrain.__main__ import main
 
 HALF = {"train": {"max_steps": 10}}
@@ -207,70 +206,6 @@ def test_a_copied_folders_own_configuration_does_not_act_on_the_original(
     assert f"says run_dir {tmp_path / 'run'}, which is another one: was it moved or copied?" in capsys.readouterr().err
     assert main([*config, f"--run_dir={tmp_path / 'copy'}"]) == 0
     assert [state(tmp_path / name)["step"] for name in ("run", "copy")] == [10, 12]
-
-
-def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
-    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And goes on itself: its own folder is not touched, and the branch has its steps where the mixture is the same."""
-    stable: dict[str, Any] = {"optim": {"lr_decay": "linear", "lr_decay_steps": 4}, "checkpoint": {"every_steps": 4}}
-    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
-    assert train(datasets, trunk, train={"max_steps": 16}, **stable) == 0
-    before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
-    capsys.readouterr()
-    better = {"data": {"stages": [{"first_step": 11, "weights": {"a": 1, "b": 1}}]}}
-    back = ("--resume", str(trunk / "checkpoints" / "step-00000008"))
-    assert train(datasets, branch, *back, train={"max_steps": 12}, **stable, **better) == 0
-    assert "learning rate of step 9 is 0.00232 by the new schedule and was 0.003" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trunk.rglob("*")} == before
-    of_trunk, of_branch = (records(run_dir, "train") for run_dir in (trunk, branch))
-    assert list(of_branch) == [9, 10, 11, 12]
-    assert [of_branch[step]["lr"] / 3e-3 for step in of_branch] == pytest.approx([0.775, 0.55, 0.325, 0.1])
-    assert [of_trunk[step]["lr"] for step in (5, 12)] == [3e-3] * 2
-    assert [of_trunk[s]["data_hash"] == of_branch[s]["data_hash"] for s in of_branch] == [True, True, False, False]
-    assert of_trunk[9]["loss"] == of_branch[9]["loss"], "the same weights on the same sequences"
-    assert [*records(branch, "validation")] == [8, 10, 12], "where it begins, too"
-    assert state(branch)["branched_from"] == back[1]
-    assert records(branch, "start")[8]["branched_from"] == back[1]
-
-    capsys.readouterr()
-    for name in ("SLURM_JOB_ID", "CRIA_RESTARTS"):  # another job, or one that is repeated: it is the same branch
-        monkeypatch.setenv(name, "7")
-        assert train(datasets, branch, *back, train={"max_steps": 13}, **stable, **better) == 0
-        assert "resumed after step 1" in capsys.readouterr().out
-    assert train(datasets, branch, train={"max_steps": 14}, **stable, **better) == 0
-    assert state(branch)["branched_from"] == back[1], "though --resume is not said any more"
-    assert not list((branch / "checkpoints").glob("replaced-*"))
-    export.export(branch, tmp_path / "model", None, torch.float32, check=False)
-    assert json.loads((tmp_path / "model" / "cria.json").read_text())["branched_from"] == back[1]
-    shutil.rmtree(branch / "checkpoints")
-    with pytest.raises(SystemExit):
-        train(datasets, branch, *back, train={"max_steps": 14}, **stable, **better)
-    assert f"{branch} has had checkpoints and there is none now" in capsys.readouterr().err
-
-
-def test_the_checkpoint_before_the_decay_stays(datasets: Path, tmp_path: Path) -> None:
-    sections = {"optim": {"lr_decay": "sqrt", "lr_decay_steps": 7}, "checkpoint": {"every_steps": 5, "keep_last": 1}}
-    assert train(datasets, tmp_path / "run", **sections) == 0
-    assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [20, 13]
-
-
-def test_the_first_part_of_a_run_is_that_of_the_whole_run(
-    datasets: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    assert train(datasets, run_dir, "--train.stop_after_step", "7") == 0
-    assert "ended after step 7 of 20, by train.stop_after_step 7" in capsys.readouterr().out
-    assert state(run_dir)["step"] == 7
-    assert [*records(run_dir, "validation")][-1] == 7, "as after a last step"
-    assert train(datasets, run_dir, "--train.stop_after_step", "7") == 0
-    assert max(records(run_dir, "train")) == 7, "nothing more"
-    capsys.readouterr()
-    assert main(["train", "--config", str(run_dir / "config.yaml")]) == 0
-    assert "configuration changed" not in capsys.readouterr().out
-    ours, theirs = ([r for r in trajectory(folder) if len(r) > 2] for folder in (run_dir, straight))
-    assert ours == theirs
-    assert len(ours) == 20
 
 
 def test_what_has_changed_is_told_by_what_was_trained(

@@ -39,7 +39,15 @@ MINIATURE = [
     (r"^data-prep starcoder .* --out data/", "--holdout 0.3"),
     (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
     (r"^data-prep slimpajama", ""),
-    (r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml", f"{MINIATURE_MODEL} --checkpoint.every_steps 1"),
+    (
+        r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml(?!.* --optim.lr_decay)",
+        f"{MINIATURE_MODEL} --checkpoint.every_steps 1",
+    ),
+    (r"^pretrain train .* --run_dir runs/demo/stable", f"{MINIATURE_MODEL} --optim.lr_decay_steps 1"),
+    (
+        r"^pretrain train .* --run_dir runs/demo/cooled",
+        f"{MINIATURE_MODEL} --optim.lr_decay_steps 1 --resume runs/demo/stable/checkpoints/step-00000002",
+    ),
     (r"^torchrun .* -m pretrain doctor", "--seconds 1"),
     (r"^sbatch --nodes=2 launch/slurm.sbatch", f"{MINIATURE_MODEL} {ON_THE_CPU}"),
     (r"^NNODES=2 .* launch/torchrun.sh", f"{MINIATURE_MODEL} {ON_THE_CPU} --run_dir runs/torchrun"),
@@ -171,7 +179,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
     outputs |= {command: job.result() for command, job in jobs.items()}
     waiting.shutdown()
-    assert len(outputs) == (31 if slurm.available() else 30)  # of those that were run
+    assert len(outputs) == (33 if slurm.available() else 32)  # of those that were run
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
