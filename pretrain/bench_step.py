@@ -139,9 +139,7 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
         "flops_per_token": run.flops_per_token,
         "planned_mem_gib": _planned_mem_gib(run) if device.type == "cuda" else None,
         "backends": _backends(run),
-        "kernels": {
-            one.operation: f"{one.kernel} ({one.why})" for one in parallel.unwrap(run.model).operations.choices
-        },
+        "kernels": {one.operation: f"{one.kernel} ({one.why})" for one in run.llama.operations.choices},
     }
 
 
@@ -184,7 +182,7 @@ def _largest(figures: list[float]) -> list[float]:
 
 def _backends(run: trainer.Run) -> dict[str, str]:
     """Operation -> the library that computes it."""
-    return {choice.operation: choice.backend for choice in parallel.unwrap(run.model).operations.choices}
+    return {choice.operation: choice.backend for choice in run.llama.operations.choices}
 
 
 def _planned_mem_gib(run: trainer.Run) -> float | None:

@@ -7,8 +7,8 @@ The way of a setting:
                                          │
                                          └─> write() ─> RUN_DIR/config.yaml, the resolved whole
 
-The keys and their units stand in `pretrain.sections`. What depends on the number of ranks is derived once, in
-`grad_accum_steps`.
+The keys and their units stand in `pretrain.sections`. What depends on the number of ranks is checked and derived in
+`grad_accum_steps`; `data` and `slots`, which the crash report needs without torch, divide again.
 """
 
 import dataclasses

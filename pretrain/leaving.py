@@ -6,7 +6,7 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 import time
 from dataclasses import asdict, dataclass
 
-from pretrain import config, parallel, ranks
+from pretrain import config, ranks
 from pretrain.hosts import this_host
 from pretrain.progress import Display
 from pretrain.run import Run
@@ -43,11 +43,11 @@ def save(run: Run, saver: Saver) -> None:
         "tokens_per_source": run.tokens_per_source(),
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "world_size": run.fabric.world_size,
-        "operations": [asdict(choice) for choice in parallel.unwrap(run.model).operations.choices],
+        "operations": [asdict(choice) for choice in run.llama.operations.choices],
         "config": asdict(run.config),
         "versions": run_versions(),
     }
-    saver.save(run.step, parallel.unwrap(run.model), run.optimizer, state, keep=run.step == branch_point(run.config))
+    saver.save(run.step, run.llama, run.optimizer, state, keep=run.step == branch_point(run.config))
     run.clock.go_on()
 
 

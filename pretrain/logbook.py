@@ -21,7 +21,7 @@ def log_start(run: Run, display: Display) -> None:
     parameters = count(settings.model).total
     tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
     device = parallel.device_name(run.fabric.device)
-    operations = parallel.unwrap(run.model).operations.choices
+    operations = run.llama.operations.choices
     record = {
         "world_size": run.fabric.world_size,
         "device": device,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from lightning.fabric.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -35,11 +35,11 @@ from pretrain.sharding import Sharding, agree_on_weights
 
 
 def launch(
-    config: ParallelConfig, model: ModelConfig, loggers: list[Logger], deterministic: bool = False
+    parallel: ParallelConfig, shape: ModelConfig, loggers: list[Logger], deterministic: bool = False
 ) -> tuple[Fabric, Sharding]:
     """Join the processes that torchrun started, or run alone; returns the Fabric, and what of the model lies where.
 
-    model: its size decides the sharding. deterministic: the same bits every time, on a GPU too.
+    shape: the model's size decides the sharding. deterministic: the same bits every time, on a GPU too.
 
     Raises:
         ValueError: the accelerator is not there, the strategy does not fit the number of ranks, or SLURM's tasks were
@@ -49,53 +49,63 @@ def launch(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
-        if config.compile:
+        if parallel.compile:
             _compile_deterministically()
+    _refuse_tasks_without_numbers()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    accelerator = _choose_accelerator(parallel, local_world_size)
+    parameters = count(shape).total
+    # Only whether anything is sharded, before the ranks have joined and know their GPUs' memory.
+    chosen = sharding.choose(parallel, parameters, world_size, local_world_size, memory=None)
+
+    def shard(model: Llama, mesh: DeviceMesh) -> Llama:  # called by `build`: `chosen` is final by then
+        return sharding.shard(model, mesh["data_parallel"], chosen, _compute_dtype(parallel), parallel.cpu_offload)
+
+    alone = chosen.strategy == "single"
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # a start without it is meant
+    for name in ("lightning.fabric", "lightning.pytorch"):  # advice on TF32, which is none for bf16; banners
+        logging.getLogger(name).setLevel(logging.WARNING)
+    fabric = Fabric(
+        accelerator=accelerator,
+        strategy=_on_one_device(accelerator) if alone else _sharded(accelerator, world_size, shard),
+        devices=local_world_size,
+        num_nodes=world_size // local_world_size,
+        precision="32-true",  # the model's own business
+        loggers=loggers,
+        plugins=[LightningEnvironment()] if alone else None,  # not SLURM's, of all its tasks
+    )
+    joining.join(fabric, world_size)
+    if fabric.device.type == "cuda":  # the ranks must choose alike, so by the smallest device
+        memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
+        chosen = sharding.choose(parallel, parameters, world_size, local_world_size, memory)
+    return fabric, chosen
+
+
+def _refuse_tasks_without_numbers() -> None:
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             f"SLURM has {tasks} tasks and WORLD_SIZE is not set, so that each would run alone; start it through "
             "launch/slurm.sbatch (COMMAND=doctor or bench for these), or set WORLD_SIZE=1 for one process alone"
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    accelerator = _choose_accelerator(config, local_world_size)
-    parameters = count(model).total
-    # Only whether anything is sharded, before the ranks have joined and know their GPUs' memory.
-    chosen = sharding.choose(config, parameters, world_size, local_world_size, memory=None)
-    if chosen.strategy != "single":
-        # By default Fabric would shard within tensors over the node's devices; all of ours are data parallel.
-        # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
-        def parallelize(module: Llama, mesh: DeviceMesh) -> Llama:  # called by `build`: `chosen` is final by then
-            return sharding.shard(module, mesh["data_parallel"], chosen, _compute_dtype(config), config.cpu_offload)
 
-        strategy: Any = ModelParallelStrategy(
-            parallelize_fn=parallelize,
-            data_parallel_size=world_size,
-            tensor_parallel_size=1,
-            process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
-            timeout=ranks.JOIN_TIMEOUT,
-        )
-        joining.alone_is_a_world_of_one()
-    else:
-        strategy = SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
-    warnings.filterwarnings("ignore", "The `srun` command is available")  # a start without it is meant
-    for name in ("lightning.fabric", "lightning.pytorch"):  # advice on TF32, which is none for bf16; banners
-        logging.getLogger(name).setLevel(logging.WARNING)
-    fabric = Fabric(
-        accelerator=accelerator,
-        strategy=strategy,
-        devices=local_world_size,
-        num_nodes=world_size // local_world_size,
-        precision="32-true",  # the model's own business
-        loggers=loggers,
-        plugins=[LightningEnvironment()] if chosen.strategy == "single" else None,  # not SLURM's, of all its tasks
+
+def _on_one_device(accelerator: str) -> Strategy:
+    return SingleDeviceStrategy(torch.device("cuda", 0) if accelerator == "cuda" else torch.device("cpu"))
+
+
+def _sharded(accelerator: str, world_size: int, shard: Callable[[Llama, DeviceMesh], Llama]) -> Strategy:
+    """By default Fabric would shard within tensors over the node's devices; all of ours are data parallel."""
+    joining.alone_is_a_world_of_one()
+    return ModelParallelStrategy(
+        parallelize_fn=shard,
+        data_parallel_size=world_size,
+        tensor_parallel_size=1,
+        # gloo for CPU tensors beside nccl: ranks agree on stopping without touching the GPU's queue.
+        process_group_backend="gloo" if accelerator == "cpu" else "cpu:gloo,cuda:nccl",
+        timeout=ranks.JOIN_TIMEOUT,
     )
-    joining.join(fabric, world_size)
-    if fabric.device.type == "cuda":  # the ranks must choose alike, so by the smallest device
-        memory = min(ranks.gather(torch.cuda.get_device_properties(fabric.device).total_memory))
-        chosen = sharding.choose(config, parameters, world_size, local_world_size, memory)
-    return fabric, chosen
 
 
 def _compile_deterministically() -> None:
@@ -105,10 +115,10 @@ def _compile_deterministically() -> None:
     inductor.deterministic = True
 
 
-def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
+def _choose_accelerator(parallel: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if config.accelerator != "cpu" and gpus < min(int(given), local_world_size):
+    if parallel.accelerator != "cpu" and gpus < min(int(given), local_world_size):
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         each = f"; where SLURM shows each task one GPU (CUDA_VISIBLE_DEVICES {shown}), give srun --gpu-bind=none"
         suspect(this_host())
@@ -117,11 +127,11 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
             f"nvidia-smi on that host, and leave it out with sbatch --exclude{each if gpus == 1 else ''}; or set "
             "--parallel.accelerator cpu"
         )
-    accelerator = config.accelerator if config.accelerator != "auto" else ("cuda" if gpus else "cpu")
+    accelerator = parallel.accelerator if parallel.accelerator != "auto" else ("cuda" if gpus else "cpu")
     if accelerator == "cuda" and gpus < local_world_size:
         start = f"start {gpus} ranks (torchrun --nproc_per_node={gpus}), or " if gpus else ""
         raise ValueError(
-            f"parallel.accelerator is {config.accelerator}: this node has {gpus} GPUs for {local_world_size} ranks; "
+            f"parallel.accelerator is {parallel.accelerator}: this node has {gpus} GPUs for {local_world_size} ranks; "
             f"{start}set --parallel.accelerator cpu"
         )
     return accelerator
@@ -129,7 +139,7 @@ def _choose_accelerator(config: ParallelConfig, local_world_size: int) -> str:
 
 def build(
     fabric: Fabric,
-    config: ModelConfig,
+    shape: ModelConfig,
     parallel: ParallelConfig,
     seed: int,
     z_loss: float = 0.0,
@@ -143,11 +153,11 @@ def build(
         ValueError: an operation was asked for that cannot be had here.
     """
     sharded = isinstance(fabric.strategy, ModelParallelStrategy)
-    operations = choose_operations(config, parallel, fabric.device, eos_id is not None).with_z_loss(z_loss)
+    operations = choose_operations(shape, parallel, fabric.device, eos_id is not None).with_z_loss(z_loss)
     if parallel.compile and sharded:
         operations = operations.compiled_outside_of_layers()
     with torch.device("meta"):
-        model = Llama(config, operations, _compute_dtype(parallel), eos_id)
+        model = Llama(shape, operations, _compute_dtype(parallel), eos_id)
     if parallel.precision == "fp8":
         float8.convert(model, fabric.device)
     recompute(model, parallel)
@@ -166,7 +176,7 @@ def build(
 
 
 def choose_operations(
-    config: ModelConfig, parallel: ParallelConfig, device: torch.device, intra_document: bool
+    shape: ModelConfig, parallel: ParallelConfig, device: torch.device, intra_document: bool
 ) -> Operations:
     """What a model of this shape computes with on `device`; its `choices` say why.
 
@@ -175,12 +185,12 @@ def choose_operations(
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return backends.choose(config, situation(capability, config, parallel, intra_document, deterministic))
+    return backends.choose(shape, situation(capability, shape, parallel, intra_document, deterministic))
 
 
 def situation(
     capability: tuple[int, int] | None,
-    config: ModelConfig,
+    shape: ModelConfig,
     parallel: ParallelConfig,
     intra_document: bool,
     deterministic: bool,
@@ -189,7 +199,7 @@ def situation(
     return backends.Situation(
         capability=capability,
         dtype=_compute_dtype(parallel),
-        head_dim=config.head_dim,
+        head_dim=shape.head_dim,
         compiled=parallel.compile,
         documents=intra_document,
         float8=parallel.precision == "fp8",
@@ -197,8 +207,8 @@ def situation(
     )
 
 
-def _compute_dtype(config: ParallelConfig) -> torch.dtype:
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+def _compute_dtype(parallel: ParallelConfig) -> torch.dtype:
+    return torch.float32 if parallel.precision == "fp32" else torch.bfloat16
 
 
 def recompute(model: Llama, parallel: ParallelConfig) -> None:

@@ -12,7 +12,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from pretrain import config, data, metrics, pace
+from pretrain import config, data, metrics, pace, parallel
+from pretrain.model import Llama
 from pretrain.sharding import Sharding
 
 
@@ -63,6 +64,11 @@ class Run:
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
     taken_up: TakenUp = field(default_factory=TakenUp)
+
+    @property
+    def llama(self) -> Llama:
+        """The model inside Fabric's wrapper."""
+        return parallel.unwrap(self.model)
 
     def count_step(self, skipped: Tensor) -> None:
         """Count a step that is done; `skipped`: 1.0 if it updated nothing, else 0.0, a scalar on the device."""

@@ -38,15 +38,11 @@ REQUEUE = 75
 LATER = 69
 """Exit status of a start that may do better later (EX_UNAVAILABLE): no step was done, what was trained last could not be saved,
 or, at a restart, a machine, the data or a file system was away."""
-OUT_OF_TIME = 90
-"""What `Stop.asked` gives for the time limit; numbers of signals lie below."""
 RECORD = "restarts.json"
-ORPHANED = 91
-"""What `Stop.asked` gives when torchrun's agent has died."""
-UNSAVED = 92
-"""What the ranks agree on when nothing can be saved."""
-TAKEN = 93
-"""What the ranks agree on when another job has taken the run's folder, so that nothing can be saved any more."""
+OUT_OF_TIME, ORPHANED, UNSAVED, TAKEN = 90, 91, 92, 93
+"""Why a run stops, where it is no signal, whose numbers are lower: the end of the job's time, the death of torchrun's agent,
+saves that fail, another job that has the run's folder. The ranks agree on the largest: what leaves less to be done comes last.
+"""
 KILL_WAIT_S = 30
 """SLURM's KillWait, unless a site sets another: SIGKILL comes so long after the SIGTERM of scancel or a preemption (seconds)."""
 SAVES = 2.0
@@ -173,7 +169,6 @@ class Stop:
             OUT_OF_TIME: "the end of the job's time",
             ORPHANED: "the death of torchrun's agent",
             UNSAVED: "saves that fail",
-            TAKEN: "another job",
         }
         return words.get(self.reason) or signal.Signals(self.reason).name
 

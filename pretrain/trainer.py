@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pretrain import data, logbook, parallel, ranks, validation
+from pretrain import data, logbook, ranks, validation
 from pretrain.leaving import Loop, branch_point, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
@@ -37,7 +37,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
         data_hash += batch_hash
 
         at("forward and backward", run.step + 1)
-        before_micro_step(parallel.unwrap(run.model), run.sharding, last=micro_step == run.grad_accum_steps - 1)
+        before_micro_step(run.llama, run.sharding, last=micro_step == run.grad_accum_steps - 1)
         loss = run.model(input_ids, targets) / run.grad_accum_steps
         run.fabric.backward(loss)
         loss_sum += loss.detach()
