@@ -21,7 +21,7 @@ COMMANDS = {
     "order": ("pretrain.order", "which sequences and documents a step is made of; epochs of each source"),
     "verify-resume": ("pretrain.verify_resume", "prove on this machine that a killed run is the same run"),
     "bench": ("pretrain.benchmark", "how fast a configuration trains here, and against what else there is"),
-    "report": ("pretrain.report", "pictures and a page of a run"),
+    "report": ("pretrain.report", "pictures and a page of a run, or of several side by side"),
     "export": ("pretrain.export", "a run's model as a Hugging Face folder"),
     "generate": ("pretrain.generate", "text from an exported model"),
 }

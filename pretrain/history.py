@@ -27,7 +27,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
     **dict.fromkeys(("versions", "sources", "losses"), dict),
     "kind": str,
-    "problem": (str, type(None)),
+    **dict.fromkeys(("problem", "init_from", "branched_from"), (str, type(None))),
 }
 """Of the fields that a report reads."""
 
@@ -58,6 +58,12 @@ class History:
     def resumes(self) -> list[int]:
         """The steps after which the run was taken up again."""
         return [record["step"] for record in self.starts[1:] if record["step"]]
+
+    @property
+    def branch_step(self) -> int | None:
+        """The step of another run's checkpoint that this one begins at (steps); None: it is no branch."""
+        origin = self.about.get("branched_from")
+        return next(start["step"] for start in self.starts if start.get("branched_from") == origin) if origin else None
 
     @property
     def about(self) -> Record:

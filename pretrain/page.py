@@ -1,6 +1,7 @@
-"""One HTML page of a run, which needs nothing but itself.
+"""One HTML page of a run, or of several side by side, which needs nothing but itself.
 
     History, pictures, config.yaml ── render ──> index.html: key figures, sources, pictures, processes, configuration
+    Runs, pictures ── render_several ──> index.html: key figures, pictures, what differs in the configurations
 
 Pictures lie in the page as base64; there is no script and no address of anything elsewhere, so that the page can be
 mailed, archived, and opened on a machine without a network. Every string from the run is escaped.
@@ -8,10 +9,12 @@ mailed, archived, and opened on a machine without a network. Every string from t
 
 import base64
 import html
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pretrain.history import History, Record, short
+from pretrain.several import NOT_SET, Run, differences, origin
 
 _CSS = """
 :root { color-scheme: light; --ink: #22282f; --faint: #6b747d; --line: #e1e5e8; --blue: #0072b2; --paper: #f6f7f9; }
@@ -39,6 +42,18 @@ th { color: var(--faint); font-size: 13px; font-weight: 500; }
 .bad { color: #b84a00; font-weight: 600; }
 pre { margin: 12px 0; font: 13px/1.5 ui-monospace, monospace; }
 footer { margin-top: 36px; color: var(--faint); font-size: 13px; }
+"""
+
+_CSS_SEVERAL = """
+h1 { overflow-wrap: anywhere; }
+thead th { color: var(--ink); font-weight: 600; }
+th, td { white-space: normal; vertical-align: top; overflow-wrap: break-word; min-width: 110px; padding-right: 24px; }
+thead th + th { position: relative; padding-left: 18px; }
+td + td { padding-left: 18px; }
+th i { position: absolute; left: 0; top: 13px; width: 11px; height: 11px; border-radius: 3px; }
+td:first-child { color: var(--faint); }
+.key { font: 13px/1.7 ui-monospace, monospace; }
+.note { margin: 0 0 12px; color: var(--faint); font-size: 13px; }
 """
 
 Cell = tuple[str, str]
@@ -99,9 +114,84 @@ def render(name: str, history: History, pictures: dict[str, Path], config_text: 
         f"<footer>Drawn by <code>pretrain report</code> from the run's folder alone.{torn} Losses are in nats a token, "
         "over all ranks. The median of tokens/s leaves out the first line, which holds the warming up.</footer>",
     ]
+    return _document(name, _CSS, sections)
+
+
+def figures_of_several(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Names of the key figures, and the value of each in every run."""
+    columns: list[dict[str, str]] = []
+    for run in runs:
+        past = run.history
+        about = {"state": past.status, "last step": f"{past.last_step:,}"}
+        if past.about.get("branched_from"):
+            about["a branch of"] = str(origin(run, runs))
+        figures = {**about, **dict(key_figures(past)), **about}
+        for source in past.sources:
+            steps, losses = past.validation_series(source)
+            if len(steps):
+                figures[f"validation loss, {source}"] = f"{losses[-1]:.4f}" + (
+                    f" at step {steps[-1]:,.0f}" if steps[-1] < past.last_step else ""
+                )
+        if "device" in past.about:
+            figures["ranks"] = f"{past.about.get('world_size', NOT_SET)} x {past.about['device']}"
+        columns.append(figures)
+    names = dict.fromkeys(name for figures in columns for name in figures)
+    first = ["state", "a branch of", "last step", "tokens seen", "training loss, last step"]
+    first += [
+        *(name for name in names if name.startswith("validation loss, ")),
+        "tokens/s, median",
+        "last step that is saved",
+    ]
+    ordered = [name for name in first if name in names] + [name for name in names if name not in first]
+    return [(name, [figures.get(name, NOT_SET) for figures in columns]) for name in ordered]
+
+
+def render_several(runs: list[Run], pictures: dict[str, Path], colours: Sequence[str]) -> str:
+    """The page of several runs as a string. pictures: PNG files by title. colours: of the runs in them (#rrggbb)."""
+    title = " · ".join(run.name for run in runs)
+    figures = "".join(
+        f'<figure><img alt="{_(name)}" src="{_inline(file)}"></figure>' for name, file in pictures.items()
+    )
+    torn = sum(run.history.torn_lines for run in runs)
+    sections = [
+        f'<h1>{len(runs)} runs side by side</h1><p class="status">{_(title)}</p>',
+        _beside([run.name for run in runs], colours, figures_of_several(runs)),
+        f'<h2>Pictures</h2><div class="pictures">{figures}</div>' if figures else "",
+        f"<h2>Where the configurations differ</h2>{_differences(runs, colours)}",
+        "<footer>Drawn by <code>pretrain report</code> from the runs' folders alone."
+        + (f" {torn} of their lines were torn by a kill and left out." if torn else "")
+        + " Losses are in nats a token, over all ranks. The median of tokens/s leaves out the first line, which holds "
+        "the warming up. A thick line is the running mean of the thin one behind it. A dotted line stands where a branch "
+        "begins.</footer>",
+    ]
+    return _document(title, _CSS + _CSS_SEVERAL, sections)
+
+
+def _differences(runs: list[Run], colours: Sequence[str]) -> str:
+    without = [run.name for run in runs if run.settings is None]
+    note = f'<p class="note">Without configuration (no config.yaml): {_(", ".join(without))}.</p>' if without else ""
+    rows = differences(runs)
+    if len(runs) - len(without) < 2:
+        return note + '<p class="note">Fewer than two runs have a configuration; there is nothing to compare.</p>'
+    if not rows:
+        return note + '<p class="note">The other keys than those of the place (run_dir, resume) are the same.</p>'
+    return note + _beside([run.label for run in runs], colours, rows, "key")
+
+
+def _beside(names: list[str], colours: Sequence[str], rows: list[tuple[str, list[str]]], css: str = "") -> str:
+    """A table with a column a run, headed by its name and colour."""
+    heads = "".join(f'<th><i style="background: {colour}"></i>{_(name)}</th>' for name, colour in zip(names, colours))
+    body = "".join(
+        f'<tr><td class="{css}">{_(name)}</td>' + "".join(f"<td>{_(value)}</td>" for value in values) + "</tr>"
+        for name, values in rows
+    )
+    return f'<div class="box"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _document(title: str, css: str, sections: list[str]) -> str:
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_(name)} · Cria</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_(title)} · Cria</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>'
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 

@@ -3,11 +3,12 @@
     History ── draw ──> loss.png, validation.png, learning_rate.png, grad_norm.png, tokens_per_sec.png
 
 Each has the optimizer step below and the tokens seen above; a dotted line where the run was resumed. What a run does not
-have (no validation yet) is not drawn.
+have (no validation yet) is not drawn. `pretrain.overlay` draws several runs into one picture.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,30 @@ def draw(history: History, folder: Path, max_grad_norm: float | None) -> dict[st
     for title, (name, fill, has_figures) in pictures.items():
         if not has_figures:
             continue
-        with plt.rc_context(_STYLE):
-            figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+        files[title] = folder / f"{name}.png"
+        with picture(files[title]) as ax:
             fill(ax, history)
             _frame(ax, history, title)
-            handles, labels = ax.get_legend_handles_labels()
-            if handles:  # below the axes, where it never lies on a curve
-                columns = min(len(labels), 3) if len(labels) != 4 else 2  # filled downwards: a source above its entropy
-                figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
-            files[title] = folder / f"{name}.png"
-            figure.savefig(files[title], dpi=DPI, metadata={"Software": None})  # the same bytes from any version
-            plt.close(figure)
+            names = len(ax.get_legend_handles_labels()[1])
+            legend(ax, min(names, 3) if names != 4 else 2)  # filled downwards: a source above its entropy
     return files
+
+
+@contextmanager
+def picture(file: Path, height: float = 4.8) -> Iterator[Axes]:
+    """Give axes to draw into; then write them as PNG, which does not name matplotlib's version. height: in inches."""
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(8, height), layout="constrained")
+        yield ax
+        figure.savefig(file, dpi=DPI, metadata={"Software": None})
+        plt.close(figure)
+
+
+def legend(ax: Axes, columns: int) -> None:
+    """What the curves are, if they have names; below the axes, where it never lies on a curve."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        ax.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
 
 
 def _loss(ax: Axes, history: History) -> None:
@@ -89,29 +102,33 @@ def _loss(ax: Axes, history: History) -> None:
     smooth, width = smoothed(loss)
     last = f"last {loss[-1]:.3f}"
     if width == 1:
-        ax.plot(steps, loss, color=PALETTE[0], linewidth=1.8, marker=_marker(steps), label=f"each logged step, {last}")
+        ax.plot(steps, loss, color=PALETTE[0], linewidth=1.8, marker=marker(steps), label=f"each logged step, {last}")
     else:
         ax.plot(steps, loss, color=PALETTE[0], alpha=0.35, linewidth=0.8, label=f"each logged step, {last}")
         ax.plot(steps, smooth, color=PALETTE[0], linewidth=1.8, label=f"mean of {width} logged steps")
-        _enlarge_second_half(ax, steps, loss, smooth)
+        inset = enlargement(ax, np.nanmax(loss[steps > 0.35 * steps[-1]], initial=-np.inf))
+        if inset is not None:
+            half = len(steps) // 2
+            inset.plot(steps[half:], loss[half:], color=PALETTE[0], alpha=0.35, linewidth=0.7)
+            inset.plot(steps[half:], smooth[half:], color=PALETTE[0], linewidth=1.6)
     ax.set_ylabel("loss (nats a token)")
 
 
-def _enlarge_second_half(ax: Axes, steps: np.ndarray, loss: np.ndarray, smooth: np.ndarray) -> None:
-    """The first steps' fall hides what the rest of a long run does: show it again, where it covers no part of the curve."""
+def enlargement(ax: Axes, highest: float) -> Axes | None:
+    """Axes within the others, for the second half of what stands there; None where they would cover a part of it.
+
+    The first steps' fall hides what the rest of a long run does. highest: what the curves reach in the last 65% of the steps.
+    """
     low, high = ax.get_ylim()
-    right = loss[steps > 0.35 * steps[-1]]
-    if not np.nanmax(right, initial=-np.inf) < low + 0.33 * (high - low):
-        return  # the loss did not fall that far, or rose again
-    half = len(steps) // 2
+    if not highest < low + 0.33 * (high - low):
+        return None  # the loss did not fall that far, or rose again
     inset = ax.inset_axes((0.42, 0.4, 0.56, 0.55))
-    inset.plot(steps[half:], loss[half:], color=PALETTE[0], alpha=0.35, linewidth=0.7)
-    inset.plot(steps[half:], smooth[half:], color=PALETTE[0], linewidth=1.6)
     white = {"facecolor": "white", "edgecolor": "none", "pad": 2}
     inset.set_title("second half", fontsize=9, fontweight="normal", pad=4, bbox=white)
     inset.tick_params(labelsize=8.5, length=2)
     inset.margins(x=0)
-    _step_axis(inset, bins=4)
+    step_axis(inset, bins=4)
+    return inset
 
 
 def _validation(ax: Axes, history: History) -> None:
@@ -120,7 +137,7 @@ def _validation(ax: Axes, history: History) -> None:
         steps, losses = history.validation_series(name)
         if len(steps):
             label = f"{name}, last {losses[-1]:.3f}"
-            ax.plot(steps, losses, color=colour, linewidth=1.8, marker=_marker(steps), label=label)
+            ax.plot(steps, losses, color=colour, linewidth=1.8, marker=marker(steps), label=label)
         entropy = about.get("unigram_entropy")
         if entropy is not None:
             label = f"{name}, unigram entropy {entropy:.3f}"
@@ -130,9 +147,13 @@ def _validation(ax: Axes, history: History) -> None:
 
 def _learning_rate(ax: Axes, history: History) -> None:
     steps, lr = history.series("lr")
-    ax.plot(steps, lr, color=PALETTE[0], linewidth=1.8, marker=_marker(steps))
+    ax.plot(steps, lr, color=PALETTE[0], linewidth=1.8, marker=marker(steps))
+    rate_axis(ax, float(np.nanmax(lr, initial=0.0)))
+
+
+def rate_axis(ax: Axes, highest: float) -> None:
+    """Learning rates on the left, from 0 on, all with the exponent of the highest."""
     ax.set_ylim(bottom=0)
-    highest = float(np.nanmax(lr, initial=0.0))
     exponent = math.floor(math.log10(highest)) if highest > 0 else 0
     ax.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 10.0**exponent:g}e{exponent}" if value else "0")
@@ -142,12 +163,22 @@ def _learning_rate(ax: Axes, history: History) -> None:
 
 def _grad_norm(ax: Axes, history: History, max_grad_norm: float | None) -> None:
     steps, norm = history.series("grad_norm")
-    norm = np.where(np.isfinite(norm) & (norm > 0), norm, np.nan)  # a skipped step's inf would leave nothing to see
-    ax.plot(steps, norm, color=PALETTE[0], linewidth=1, marker=_marker(steps), label="before clipping")
+    norm = usable(norm)
+    ax.plot(steps, norm, color=PALETTE[0], linewidth=1, marker=marker(steps), label="before clipping")
     if max_grad_norm is not None:
         ax.axhline(
             max_grad_norm, color=_INK, linestyle=(0, (5, 4)), linewidth=1.2, label=f"clipped to {max_grad_norm:g}"
         )
+    norm_axis(ax)
+
+
+def usable(norm: np.ndarray) -> np.ndarray:
+    """Gradient norms with NaN for infinity, which would leave nothing to see, and for 0, which has no logarithm."""
+    return np.where(np.isfinite(norm) & (norm > 0), norm, np.nan)
+
+
+def norm_axis(ax: Axes) -> None:
+    """Gradient norms on the left, by their logarithm."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -157,7 +188,7 @@ def _grad_norm(ax: Axes, history: History, max_grad_norm: float | None) -> None:
 
 def _tokens_per_sec(ax: Axes, history: History) -> None:
     steps, speed = history.series("tokens_per_sec")
-    ax.plot(steps, speed, color=PALETTE[0], linewidth=1, marker=_marker(steps), label="all ranks together")
+    ax.plot(steps, speed, color=PALETTE[0], linewidth=1, marker=marker(steps), label="all ranks together")
     typical = history.typical("tokens_per_sec")
     if typical is not None:
         label = f"median {typical:,.0f}"
@@ -185,7 +216,7 @@ def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
         return (sums[high] - sums[low]) / (counts[high] - counts[low]), 2 * half + 1
 
 
-def _marker(steps: np.ndarray) -> str:
+def marker(steps: np.ndarray) -> str:
     """Points of which there are few are shown; a single one would be invisible as a line."""
     return "o" if len(steps) <= 30 else ""
 
@@ -195,21 +226,30 @@ def _frame(ax: Axes, history: History, title: str) -> None:
     ax.set_title(title, pad=12)
     ax.set_xlabel("optimizer step")
     ax.set_xlim(0, max(history.last_step, 1) * 1.02)
-    _step_axis(ax, bins=8)
+    step_axis(ax, bins=8)
     if resumes := history.resumes:
         label = f"resumed, {len(resumes)} times" if len(resumes) > 1 else "resumed"
         height = 1.0 if len(resumes) < 30 else 0.04  # hundreds would cover the curves
         across = ax.get_xaxis_transform()
         ax.vlines(resumes, 0, height, _FAINT, ":", linewidth=1.2, label=label, transform=across)
-    tokens = history.about.get("tokens_per_step")
-    if tokens:
-        above = ax.secondary_xaxis("top", functions=(lambda step: step * tokens, lambda seen: seen / tokens))
-        above.spines["top"].set_visible(False)
-        above.tick_params(length=0, labelsize=9, labelcolor=_FAINT)
-        above.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-        above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value else "tokens"))
+    if tokens := history.about.get("tokens_per_step"):
+        token_axis(ax, tokens)
 
 
-def _step_axis(ax: Axes, bins: int) -> None:
+def token_axis(ax: Axes, tokens: int, title: str = "") -> None:
+    """The tokens seen, above; tokens: of a step. title: for axes that do not begin at 0, which is named."""
+    above = ax.secondary_xaxis(
+        "top", functions=(lambda step: np.multiply(step, tokens), lambda seen: np.divide(seen, tokens))
+    )
+    above.spines["top"].set_visible(False)
+    above.tick_params(length=0, labelsize=9, labelcolor=_FAINT)
+    above.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value else "tokens"))
+    if title:
+        above.set_xlabel(title, fontsize=9)
+
+
+def step_axis(ax: Axes, bins: int) -> None:
+    """Steps below, as whole numbers; bins: at most so many."""
     ax.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

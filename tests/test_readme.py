@@ -179,7 +179,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
     outputs |= {command: job.result() for command, job in jobs.items()}
     waiting.shutdown()
-    assert len(outputs) == (33 if slurm.available() else 32)  # of those that were run
+    assert len(outputs) == (34 if slurm.available() else 33)  # of those that were run
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")
@@ -192,6 +192,8 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
     report = outputs["pretrain report runs/demo/run"]
     assert "slimpajama" in report
     assert (folder / "runs/demo/run/report/index.html").is_file()
+    assert "optim.max_lr" in outputs["pretrain report runs/demo/run runs/demo/hotter --out runs/demo/side_by_side"]
+    assert (folder / "runs/demo/side_by_side/index.html").is_file()
     two_nodes = {"sbatch": "runs/tinyllama-1.1b", "NNODES=2": "runs/torchrun"}
     for start, run_dir in two_nodes.items():
         if start == "sbatch" and not slurm.available():
