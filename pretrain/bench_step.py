@@ -228,7 +228,7 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
                 resume=None,
                 data=replace(settings.data, verify="sizes"),
                 train=replace(settings.train, max_steps=max(settings.train.max_steps, last_step)),
-                validation=replace(settings.validation, every_steps=0),
+                validation=replace(settings.validation, every_steps=0, sets=[]),
                 checkpoint=replace(settings.checkpoint, every_steps=0),
             )
         finally:
@@ -237,7 +237,7 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
 
 
 def with_random_data(settings: Config, folder: Path) -> Config:
-    """`settings` with one source instead of its own: uniformly random ids, written to `folder`, the same every time; a word each.
+    """`settings` with one source as its only data: uniformly random ids, written to `folder`, the same each time; a word each.
 
     Never zeros: a GPU computes faster, and draws less power, on data that are all the same.
     """
@@ -254,7 +254,11 @@ def with_random_data(settings: Config, folder: Path) -> Config:
     info = TokenizerInfo(folder_fingerprint(words), "huggingface", vocab_size, None, vocab_size - 1)
     shards = (writer.shard(source_file="random", documents=1),)
     Manifest("random", "train", info, append_eos=True, prepend_bos=False, shards=shards).save(folder)
-    return replace(settings, data=replace(settings.data, sources=[SourceConfig("random", str(folder))], stages=[]))
+    return replace(
+        settings,
+        data=replace(settings.data, sources=[SourceConfig("random", str(folder))], stages=[]),
+        validation=replace(settings.validation, sets=[]),
+    )
 
 
 def batches(settings: Config, steps: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from pretrain.sections import (
     RopeScaling,
     StageConfig,
     TrainConfig,
+    ValidationSet,
 )
 
 _AT_MOST = {"data.num_workers": 1024, "train.global_batch_size": 2**24}
@@ -129,6 +130,7 @@ def check(config: Config) -> None:
     problems += [f"model.{problem}" for problem in model_problems(config.model)]
     problems += [
         *_check_data(config.data),
+        *_check_sets(config.validation.sets, config.data),
         *_check_optim(config.optim, config.train),
         *_check_parallel(config.parallel),
     ]
@@ -186,6 +188,7 @@ def _check_paths(config: Config) -> list[str]:
     for source in config.data.sources:
         paths |= {f"data.sources: train of {source.name}": source.train}
         paths |= {f"data.sources: validation of {source.name}": source.validation}
+    paths |= {f"validation.sets: path of {one.name}": one.path for one in config.validation.sets}
     problems = [] if config.run_dir.strip() else ["run_dir is empty; name a folder for the run"]
     return problems + [
         f"{name} is {path!r}; no path holds a NUL" for name, path in paths.items() if "\0" in (path or "")
@@ -259,6 +262,19 @@ def _check_data(data: DataConfig) -> list[str]:
     if weighted and not any(source.weight for source in data.sources):
         problems.append("data.sources: all weights are 0; give one of them at least a share to begin with")
     return problems + _check_stages(data.stages, names)
+
+
+def _check_sets(sets: list[ValidationSet], data: DataConfig) -> list[str]:
+    names, sources = [one.name for one in sets], {source.name for source in data.sources}
+    problems = []
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            problems.append(f"validation.sets has {name!r} twice; names must differ")
+        if name in sources:
+            problems.append(f"validation.sets has {name!r}, and data.sources has it too; names must differ")
+        if not name or set(name) & set("/ \t\n"):
+            problems.append(f"validation.sets: {name!r} cannot be a name; use letters without spaces or slashes")
+    return problems
 
 
 def _check_stages(stages: list[StageConfig], names: list[str]) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from data_prep.shard import TokenDataset
 from pretrain.hosts import is_first_here
 from pretrain.permutation import GOLDEN, mix, permute
-from pretrain.sections import DataConfig
+from pretrain.sections import DataConfig, ValidationSet
 from pretrain.slots import slots_of_rank
 
 
@@ -40,11 +40,24 @@ class Source:
     validation: TokenDataset | None
 
 
-def stop_waiting(sources: list[Source]) -> None:
+Sets = dict[str, TokenDataset]
+"""Data that is validated on, opened, by name."""
+
+
+def validated(sources: list[Source], sets: Sets) -> Sets:
+    """All that is validated on: the sources' own splits, then `validation.sets`."""
+    return {s.name: s.validation for s in sources if s.validation is not None} | sets
+
+
+def datasets(sources: list[Source], sets: Sets) -> list[TokenDataset]:
+    """Every dataset of a run, source by source, then the sets."""
+    return [d for source in sources for d in (source.train, source.validation) if d is not None] + list(sets.values())
+
+
+def stop_waiting(opened: list[TokenDataset]) -> None:
     """No more is needed of them: threads that read ahead, and wait for a file system that is away, are not to hold up the end."""
-    for source in sources:
-        for dataset in filter(None, (source.train, source.validation)):
-            dataset.stop_waiting()
+    for dataset in opened:
+        dataset.stop_waiting()
 
 
 def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
@@ -64,10 +77,27 @@ def open_sources(config: DataConfig, vocab_size: int) -> list[Source]:
         if validation is not None:
             _check_held_out(train, validation)
         sources.append(Source(entry.name, train, validation))
-    first = sources[0].train
-    for dataset in (d for s in sources for d in (s.train, s.validation) if d is not None):
-        _check_same_tokens(first, dataset)
+    for dataset in datasets(sources, {}):
+        _check_same_tokens(sources[0].train, dataset)
     return sources
+
+
+def open_sets(sets: list[ValidationSet], sources: list[Source], seq_len: int, vocab_size: int) -> Sets:
+    """Open the manifests of `validation.sets` and check that they fit the sources and the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_sources`, for what a source's validation data are refused for.
+    """
+    opened = {}
+    for entry in sets:
+        opened[entry.name] = one = _open(entry.path, seq_len, vocab_size)
+        _check_same_tokens(sources[0].train, one)
+        for source in sources:
+            if source.train.manifest.fingerprint == one.manifest.fingerprint:
+                raise ValueError(
+                    f"validation.sets: {entry.name} ({entry.path}) holds what {source.name} is trained on; take other data"
+                )
+    return opened
 
 
 def _open(directory: str, seq_len: int, vocab_size: int) -> TokenDataset:

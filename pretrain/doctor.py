@@ -148,8 +148,10 @@ def _ask_clock(other: int) -> float:
 def _look_at_shards(settings: config.Config, seconds: float) -> dict[str, Any]:
     """Open all, compare sizes, check one whole shard a dataset, another one on each rank; read sequences at random."""
     try:
-        sources = data.open_sources(settings.data, settings.model.vocab_size)
-        datasets = [d for source in sources for d in (source.train, source.validation) if d is not None]
+        seq_len, vocab_size = settings.data.seq_len, settings.model.vocab_size
+        sources = data.open_sources(settings.data, vocab_size)
+        sets = data.open_sets(settings.validation.sets, sources, seq_len, vocab_size)
+        datasets = data.datasets(sources, sets)
         for dataset in datasets:
             shards = len(dataset.manifest.shards)
             problem = dataset.check(share=(ranks.rank() % shards, shards))

@@ -19,7 +19,9 @@ from pretrain.versions import run_versions
 Say = Callable[[str], None]
 
 
-def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> dict[str, dict[str, Any]]:
+def facts(
+    settings: config.Config, sources: list[data.Source], sets: data.Sets, mixture: data.Mixture
+) -> dict[str, dict[str, Any]]:
     """What must be the same when a run goes on: the model's shape, and what the order of the data depends on.
 
     Kept in each checkpoint's state.json, with what is validated on, which may be another.
@@ -34,7 +36,7 @@ def facts(settings: config.Config, sources: list[data.Source], mixture: data.Mix
             "manifests": [source.train.manifest.fingerprint for source in sources],
             "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
         },
-        "validation": {s.name: s.validation.manifest.fingerprint for s in sources if s.validation is not None},
+        "validation": {name: d.manifest.fingerprint for name, d in data.validated(sources, sets).items()},
     }
 
 

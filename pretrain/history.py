@@ -25,7 +25,7 @@ _FIGURES = (
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(_FIGURES.split(), _NUMBER),
     **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
-    **dict.fromkeys(("versions", "sources", "losses"), dict),
+    **dict.fromkeys(("versions", "sources", "validation_sets", "losses"), dict),
     "kind": str,
     **dict.fromkeys(("problem", "init_from", "branched_from"), (str, type(None))),
 }
@@ -72,8 +72,8 @@ class History:
 
     @property
     def sources(self) -> dict[str, Record]:
-        """What the start says of each source, by name; also sources that occur only in validation records."""
-        described = self.about.get("sources", {})
+        """What the start says of each source and each of `validation.sets`, by name; also what only validation records have."""
+        described = {**self.about.get("sources", {}), **self.about.get("validation_sets", {})}
         validated = [name for record in self.validation for name in record["losses"]]
         return {**described, **{name: {} for name in validated if name not in described}}
 
@@ -104,7 +104,7 @@ class History:
         return f"step {self.last_step:,}{of}; {ended}{unsaved}"
 
     def source_lines(self) -> list["SourceLine"]:
-        """One a source, in the order of the configuration."""
+        """One a source, then one a set, in the order of the configuration."""
         lines = []
         for name, about in self.sources.items():
             steps, losses = self.validation_series(name)
@@ -119,7 +119,7 @@ class History:
 
 @dataclass(frozen=True)
 class SourceLine:
-    """What there is to say of a source; None: not known, or not validated."""
+    """What there is to say of a source, or of a set that is only validated on; None: not known, or there is none."""
 
     name: str
     train_tokens: int | None
@@ -193,7 +193,7 @@ def _fits(name: str, value: Any) -> bool:
         return False
     if name == "losses":
         return all(isinstance(loss, _NUMBER) for loss in value.values())
-    if name == "sources":
+    if name in ("sources", "validation_sets"):
         figures = ("train_tokens", "share", "unigram_entropy")
         return all(
             isinstance(about, dict) and all(isinstance(about.get(figure), _NUMBER) for figure in figures)

@@ -39,6 +39,9 @@ def log_start(run: Run, display: Display) -> None:
         )
         if run.fabric.is_global_zero  # it reads the validation data, for a log that rank 0 alone writes
         else {},
+        "validation_sets": validation.describe_sets(run.sets, settings.data.seq_len, settings.validation)
+        if run.fabric.is_global_zero
+        else {},
     }
     run.log.write("start", run.step, record)
     about = {name: record[name] for name in ("parameters", "world_size", "device", "tokens_per_step")}

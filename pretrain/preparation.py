@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 
-from data_prep.shard import TOKENIZER_DIR, check_tokenizer, write_atomically
+from data_prep.shard import TOKENIZER_DIR, TokenDataset, check_tokenizer, write_atomically
 from pretrain import (
     back,
     checkpoint,
@@ -50,22 +50,24 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         ValueError, OSError: something that the user can mend, in one line.
         SystemExit: a rank got a signal while the shards were read, which may take long; on all ranks.
     """
-    sources = data.open_sources(settings.data, settings.model.vocab_size)
+    seq_len, vocab_size = settings.data.seq_len, settings.model.vocab_size
+    sources = data.open_sources(settings.data, vocab_size)
     if is_first_here():  # as in data.open_sources
         check_tokenizer(sources[0].train.directory, sources[0].train.manifest.tokenizer)  # an export ships it
+    sets = data.open_sets(settings.validation.sets, sources, seq_len, vocab_size)
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(
         settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
     )
-    _check_alike(settings, sources)
+    _check_alike(settings, sources, sets)
     ranks.everywhere(lambda: init_from.check(settings))
     grad_accum_steps = config.grad_accum_steps(settings.train, fabric.world_size)
     with ExitStack() as on_failure:
         guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(run_folder.enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
-            _verify_shards(Path(settings.run_dir) / "verified.json", sources, stop)
-        run = _build(settings, fabric, sharding, sources, mixture, grad_accum_steps, saves)
+            _verify_shards(Path(settings.run_dir) / "verified.json", data.datasets(sources, sets), stop)
+        run = _build(settings, fabric, sharding, sources, sets, mixture, grad_accum_steps, saves)
         run.at_end = on_failure.pop_all()
         guard.rest()
     return run
@@ -76,13 +78,14 @@ def _build(
     fabric: Fabric,
     sharding: Sharding,
     sources: list[data.Source],
+    sets: data.Sets,
     mixture: data.Mixture,
     grad_accum_steps: int,
     saves: bool,
 ) -> Run:
     """The model and the optimizer, as they are before the next step."""
     run_dir, sizes = Path(settings.run_dir), count(settings.model)
-    facts = going_on.facts(settings, sources, mixture)
+    facts = going_on.facts(settings, sources, sets, mixture)
     at("choosing a checkpoint")
     say = partial(_say, fabric)
     found = going_on.choose(run_dir, settings, facts, sources, say)
@@ -121,6 +124,7 @@ def _build(
         skipped_steps=torch.full((), float(taken_up.step - taken_up.updates), device=fabric.device),
         skipped_in_a_row=torch.full((), float(before["skipped_in_a_row"] if before else 0), device=fabric.device),
         taken_up=taken_up,
+        sets=sets,
     )
 
 
@@ -187,7 +191,7 @@ def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None
 _CODE = "the code of Cria"
 
 
-def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
+def _check_alike(settings: config.Config, sources: list[data.Source], sets: data.Sets) -> None:
     """Raise ValueError, where it is the code OSError, on all ranks where one has another configuration or data than rank 0.
 
     They would train together all the same, each with its own learning rate, say, and nobody could tell.
@@ -195,14 +199,17 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
     if ranks.world_size() == 1:
         return
     mine = config.flat(asdict(settings))
-    for path in ("run_dir", "data.sources"):  # which nodes may have in different places
+    for path in ("run_dir", "data.sources", "validation.sets"):  # which nodes may have in different places
         del mine[path]
     mine["data.sources"] = [(entry.name, entry.weight) for entry in settings.data.sources]
+    mine["validation.sets"] = list(sets)
     # Where one rank has none, the keys below it are not compared.
     mine["model.rope_scaling"] = settings.model.rope_scaling
     for source in sources:
         mine[f"the shards of {source.name}"] = source.train.manifest.fingerprint
         mine[f"the validation shards of {source.name}"] = source.validation and source.validation.manifest.fingerprint
+    for name, dataset in sets.items():
+        mine[f"the validation shards of {name}"] = dataset.manifest.fingerprint
     mine |= {name: was for name, was in versions(*RUN_PACKAGES).items() if name != "python"}
     code = ranks.everywhere(lambda: source_hash() if is_first_here() else None)
     mine |= {_CODE: code} if code else {}
@@ -218,12 +225,12 @@ def _check_alike(settings: config.Config, sources: list[data.Source]) -> None:
             raise OSError(problem) if unlike == [_CODE] else ValueError(problem)
 
 
-def _verify_shards(record: Path, sources: list[data.Source], stop: scheduler.Stop | None) -> None:
+def _verify_shards(record: Path, datasets: list[TokenDataset], stop: scheduler.Stop | None) -> None:
     """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
     known: dict[str, str] = {}
     with suppress(OSError, ValueError):  # none yet, or torn: read all shards
         known = json_mapping(record.read_bytes())
-    for dataset in (d for source in sources for d in (source.train, source.validation) if d is not None):
+    for dataset in datasets:
         # as rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system
         key, signature = str(dataset.directory), ranks.on_rank_0(partial(dataset.signature, of_these_files=True))
         if ranks.broadcast(known.get(key)) == signature:

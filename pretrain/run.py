@@ -64,6 +64,8 @@ class Run:
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
     taken_up: TakenUp = field(default_factory=TakenUp)
+    sets: data.Sets = field(default_factory=dict)
+    """What is only validated on (`validation.sets`)."""
 
     @property
     def llama(self) -> Llama:

@@ -226,13 +226,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ValidationSet:
+    """Data that a run is only validated on: a folder that `data-prep` wrote."""
+
+    name: str
+    """What the set is called in metrics and pictures, e.g. wiki; unlike every source's name."""
+    path: str
+    """Folder with the manifest (path). Its tokenizer and its policy on BOS and EOS are those of the sources."""
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
-    """Validation loss, one figure a source."""
+    """Validation loss, one figure a source, and one a set."""
 
     every_steps: int = 5000
     """Validate every so many steps, before the first and after the last (steps); 0: never."""
     max_sequences: int = 1024
-    """Sequences of each source's validation split to take, spread evenly over it; the same ones every time."""
+    """Sequences of each source's validation split, and of each set, to take, spread evenly over it; the same ones every time."""
+    sets: list[ValidationSet] = field(default_factory=list)
+    """Data that is only validated on, whatever the mixture, a list of: name (what the set is called in metrics and pictures,
+    unlike every source's); path (the folder that data-prep wrote, a path). No step of training depends on them: they may be
+    added, changed and removed whenever the run goes on."""
 
 
 @dataclass(frozen=True)

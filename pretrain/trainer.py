@@ -71,7 +71,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
-        at_end.callback(data.stop_waiting, run.sources)
+        at_end.callback(data.stop_waiting, data.datasets(run.sources, run.sets))
         at_end.callback(display.close)
         at_end.callback(run.log.close)
         at("starting")
@@ -177,7 +177,7 @@ def _validate(loop: Loop) -> None:
     losses = validation.losses(
         run.fabric,
         run.model,
-        run.sources,
+        data.validated(run.sources, run.sets),
         settings.data.seq_len,
         settings.validation,
         settings.train.micro_batch_size,

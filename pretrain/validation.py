@@ -1,4 +1,4 @@
-"""Validation: the loss of each source on its own split, and what it is to be compared with."""
+"""Validation: the loss on each source's own split and on each of `validation.sets`, and what it is to be compared with."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,31 +20,29 @@ from pretrain.watchdog import at
 def losses(
     fabric: Fabric,
     model: nn.Module,
-    sources: list[data.Source],
+    datasets: data.Sets,
     seq_len: int,
     config: ValidationConfig,
     micro_batch_size: int,
 ) -> dict[str, float]:
-    """Mean cross-entropy over each source's validation tokens, on all ranks together, in nats; called by all ranks.
+    """Mean cross-entropy over each dataset's tokens, on all ranks together, in nats, by name; called by all ranks.
 
     The same sequences count whatever the number of ranks and the micro-batch.
     """
     result = {}
-    for source in sources:
-        if source.validation is None:
-            continue
+    for name, dataset in datasets.items():
         total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # loss x sequences, sequences
         for batch, counted in micro_batches(
-            source.validation, seq_len, config.max_sequences, micro_batch_size, fabric.global_rank, fabric.world_size
+            dataset, seq_len, config.max_sequences, micro_batch_size, fabric.global_rank, fabric.world_size
         ):
-            at(f"validation on {source.name}")
+            at(f"validation on {name}")
             batch = batch.to(fabric.device)
             targets = batch[:, 1:].clone()
             targets[max(counted, 1) :] = IGNORE_INDEX  # a rank with nothing left goes along, its loss times 0
             loss = model(batch[:, :-1], targets).double()
             total += torch.stack((loss * counted, torch.full_like(loss, counted)))
         loss_sum, sequences = ranks.all_reduce_sum(total).tolist()
-        result[source.name] = loss_sum / sequences
+        result[name] = loss_sum / sequences
     return result
 
 
@@ -70,18 +68,29 @@ def describe_sources(
     """What the run's first line of metrics says of each source: share, sizes, and the entropy that a model must beat."""
     described = {}
     for source, share in zip(sources, mixture.shares_at(step)):
-        entropy = None
-        if source.validation is not None and config.every_steps > 0:
-            entropy = unigram_entropy(source.validation, seq_len, config.max_sequences)
         described[source.name] = {
             "share": float(share),
             "train_tokens": source.train.num_tokens,
             "train_sequences": source.train.num_sequences(seq_len),
             "documents": source.train.manifest.documents,
-            "validation_tokens": source.validation.num_tokens if source.validation is not None else 0,
-            "unigram_entropy": entropy,
+            **_describe_validated(source.validation, seq_len, config),
         }
     return described
+
+
+def describe_sets(sets: data.Sets, seq_len: int, config: ValidationConfig) -> dict[str, dict[str, Any]]:
+    """The same of each of `validation.sets`, which have no share and nothing to train on."""
+    return {
+        name: {"documents": one.manifest.documents, **_describe_validated(one, seq_len, config)}
+        for name, one in sets.items()
+    }
+
+
+def _describe_validated(dataset: TokenDataset | None, seq_len: int, config: ValidationConfig) -> dict[str, Any]:
+    entropy = None
+    if dataset is not None and config.every_steps > 0:
+        entropy = unigram_entropy(dataset, seq_len, config.max_sequences)
+    return {"validation_tokens": dataset.num_tokens if dataset is not None else 0, "unigram_entropy": entropy}
 
 
 def unigram_entropy(dataset: TokenDataset, seq_len: int, max_sequences: int) -> float:

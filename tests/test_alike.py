@@ -16,7 +16,7 @@ from forks import finish, start_training
 
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, preparation, scheduler, versions
-from pretrain.sections import RopeScaling
+from pretrain.sections import RopeScaling, ValidationSet
 
 ROOT = Path(__file__).parent.parent
 Outcome = Callable[[Callable[[int, config.Config], None]], str]
@@ -53,12 +53,19 @@ def other_shards(settings: config.Config) -> config.Config:
     return replace(settings, data=replace(settings.data, sources=[replace(first, train=str(folder)), *others]))
 
 
+def other_sets(settings: config.Config) -> config.Config:
+    folder = write_dataset(Path(settings.run_dir).parent / "wiki", 4_000, 78)
+    sets = [ValidationSet("wiki", str(folder))]
+    return replace(settings, validation=replace(settings.validation, sets=sets))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (other_rate, "optim.max_lr = 0.123, and rank 0 on"),
         (other_micro_batch, "train.micro_batch_size = 1, and rank 0 on"),
         (other_shards, "the shards of "),
+        (other_sets, "validation.sets = ['wiki'], and rank 0 on"),
     ],
 )
 def test_ranks_that_were_started_unlike_do_not_train(

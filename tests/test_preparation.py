@@ -37,7 +37,7 @@ def test_the_ranks_read_every_shard_once_at_the_start(
     monkeypatch.setattr(ranks, "on_rank_0", lambda work: work())
     for rank in range(world):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        preparation._verify_shards(tmp_path / f"verified-{rank}.json", sources, stop=None)
+        preparation._verify_shards(tmp_path / f"verified-{rank}.json", data.datasets(sources, {}), stop=None)
     assert len(rounds) > world, "there was one round"
     assert max(map(len, rounds)) <= 16
     assert Counter(name for names in rounds for name in names) == {f"part-{n}.npy": 1 for n in range(SHARDS)}
@@ -54,7 +54,7 @@ def test_a_damaged_record_of_what_was_read_has_all_read_again(
     for written in (content, None):
         if written is not None:
             record.write_text(written)
-        preparation._verify_shards(record, sources, stop=None)
+        preparation._verify_shards(record, data.datasets(sources, {}), stop=None)
     assert read == [1], "once, and what was found good then counts"
 
 
@@ -108,7 +108,7 @@ def test_a_stage_may_change_until_its_first_step_was_trained(datasets: Path, tmp
         settings = config.load(write_config(tmp_path / "c.yaml", tree))
         sources = data.open_sources(settings.data, settings.model.vocab_size)
         mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
-        return going_on.facts(settings, sources, mixture), settings, sources
+        return going_on.facts(settings, sources, {}, mixture), settings, sources
 
     before, (now, *rest) = facts({"a": 1, "b": 1})[0], facts({"a": 1, "b": 3})
     going_on._check_same_run(tmp_path, {"step": 9, **before}, now, *rest, say=pytest.fail)

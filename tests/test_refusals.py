@@ -253,7 +253,9 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(
 
 def test_help_explains_every_field_with_its_unit() -> None:
     """The docstring under each field of the configuration is its help, and that of a number names the unit."""
-    texts = (pretrain("train", option).stdout for option in ("--help", "--model.rope_scaling.help"))
+    texts = (
+        pretrain("train", option).stdout for option in ("--help", "--model.rope_scaling.help", "--validation.sets.help")
+    )
     printed = "".join("".join(texts).split())
     tree = ast.parse(inspect.getsource(sections))
     fields = 0
