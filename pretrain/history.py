@@ -108,8 +108,9 @@ class History:
         lines = []
         for name, about in self.sources.items():
             steps, losses = self.validation_series(name)
-            before = float(losses[0]) if len(steps) and steps[0] == 0 else None
-            after = float(losses[-1]) if len(steps) and steps[-1] > 0 else None
+            begins = self.branch_step or 0
+            before = float(losses[0]) if len(steps) and steps[0] == begins else None
+            after = float(losses[-1]) if len(steps) and steps[-1] > begins else None
             entropy = about.get("unigram_entropy")
             below = None if after is None or entropy is None else after < entropy
             figures = (about.get("train_tokens"), about.get("share"), before, after, entropy, below)
@@ -127,7 +128,7 @@ class SourceLine:
     share: float | None
     """Of every step's sequences, in [0, 1]."""
     loss_before: float | None
-    """Validation loss before the first step (nats a token)."""
+    """Validation loss before the run's first step, of a branch before its own (nats a token)."""
     loss_after: float | None
     """The newest validation loss after it (nats a token)."""
     unigram_entropy: float | None

@@ -80,7 +80,7 @@ def _loss(ax: Axes, runs: Histories) -> None:
 def _validation(ax: Axes, runs: Histories, source: str) -> None:
     found = []
     for (name, past), colour in zip(runs.items(), PALETTE):
-        steps, values = _since_branch(past, *past.validation_series(source))
+        steps, values = _since_branch(past, *past.validation_series(source), trained=False)
         if len(steps):
             found.append(_Curve(steps, values, colour, f"{_label(name, past)}, last {values[-1]:.3f}"))
     _plot(ax, found)
@@ -137,9 +137,14 @@ def _series(runs: Histories, figure: str, last: bool = False) -> list[tuple[np.n
     return found
 
 
-def _since_branch(past: History, steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a folder tells of steps before its run became a branch of another one is not part of the run."""
-    shown = steps > (-1 if past.branch_step is None else past.branch_step)
+def _since_branch(
+    past: History, steps: np.ndarray, values: np.ndarray, trained: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a folder tells of steps before its run became a branch of another one is not part of the run.
+
+    trained: False for validation, which a branch has of the step that it begins at, too.
+    """
+    shown = steps > (-1 if past.branch_step is None else past.branch_step - (not trained))
     return steps[shown], values[shown]
 
 
