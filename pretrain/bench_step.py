@@ -227,7 +227,7 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
                 logger="none",
                 resume=None,
                 data=replace(settings.data, verify="sizes"),
-                train=replace(settings.train, max_steps=max(settings.train.max_steps, last_step)),
+                train=replace(settings.train, max_steps=max(settings.train.max_steps, last_step), stop_after_step=0),
                 validation=replace(settings.validation, every_steps=0, sets=[]),
                 checkpoint=replace(settings.checkpoint, every_steps=0),
             )

@@ -230,7 +230,9 @@ def _is_newer(manifest: dict[str, Any]) -> bool:
 
 
 def _of_a_newer_cria(folder: Path) -> bool:
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # it is corrupt
+    with suppress(
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError
+    ):  # it is corrupt
         return _is_newer(json_mapping((folder / "manifest.json").read_bytes()))
     return False
 

@@ -12,6 +12,7 @@ The keys and their units stand in `pretrain.sections`. What depends on the numbe
 """
 
 import dataclasses
+from collections.abc import Iterable
 from itertools import pairwise
 from math import isfinite
 from operator import attrgetter
@@ -122,6 +123,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         keys |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return keys
+
+
+def defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """The defaults of those of the keys, as `flat` names them, that have one."""
+    known = flat(dataclasses.asdict(Config()))
+    return {key: known[key] for key in keys if key in known}
 
 
 def check(config: Config) -> None:

@@ -177,9 +177,11 @@ def _check_like(run_dir: Path, out: Path, dtype: torch.dtype) -> None:
     for target in sorted(out.glob("step-*")):
         if (mark := made_of(target)) is None:
             continue
-        if mark.get("run") != run:
+        place = Path(mark.get("run_dir", run_dir))
+        moved = not (place / "config.yaml").is_file()
+        if mark.get("run") != run or not (moved or place.samefile(run_dir)):
             raise ValueError(
-                f"{target} is of another run, {mark.get('run')}, and this one is {run}; name another --out"
+                f"{target} is of another run, {place}, and this one is {run_dir.resolve()}; name another --out"
             )
         old = read_json(target / "config.json").get("dtype")
         if old != new:
@@ -226,7 +228,8 @@ def _write(run_dir: Path, out: Path, taken: Snapshot, dtype: torch.dtype, check:
     for name in list(taken.weights):  # one by one: the memory of one model
         taken.weights[name] = taken.weights[name].to(dtype)
     origin = {name: value for name, value in taken.made_of.items() if value is not None}
-    with staged(out, {"run": run_dir.resolve().name, **origin}) as folder:
+    place = run_dir.resolve()
+    with staged(out, {"run": place.name, "run_dir": str(place), **origin}) as folder:
         facts = hf.write(folder, taken.model, taken.weights, run_dir / "tokenizer")
         difference = compare_with_transformers(folder) if check else None
     return {

@@ -7,13 +7,15 @@ back.json ─> --resume of an earlier start that has saved nothing yet
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pretrain import back, checkpoint, config, data, ranks, retention, scheduler
+from pretrain import back, checkpoint, config, data, history, ranks, retention, scheduler
 from pretrain.back import Back
+from pretrain.sections import FREE_TO_CHANGE
 from pretrain.versions import run_versions
 
 Say = Callable[[str], None]
@@ -44,8 +46,6 @@ def tokenizer_of(sources: list[data.Source]) -> str:
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
 
-FREE_TO_CHANGE = {"max_position_embeddings"}
-"""Fields of the model's shape that no weight depends on."""
 CONSEQUENCES = {
     "tokenizer": "the ids would mean other words than those that the weights know",
     "seed": "every later step would hold other sequences, and some would be seen twice and others not at all",
@@ -98,12 +98,13 @@ def choose(
         )
     sent_to = _where_sent_back(run_dir, settings.resume, unfinished, newest, say)
     folder = sent_to or newest
-    branches = sent_to is not None and not ranks.on_rank_0(lambda: _is_within(sent_to, run_dir))
-    begins_anew = folder is None or (branches and unfinished is None and scheduler.repeated())
-    if newest is None and begins_anew and ranks.on_rank_0(lambda: scheduler.has_saved(run_dir)):
-        raise FileNotFoundError(
-            f"{run_dir} has had checkpoints and there is none now: bring {run_dir / 'checkpoints'} back, name one of them with "
-            f"--resume, or begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"
+    branches = sent_to is not None and not ranks.on_rank_0(lambda: _is_of(sent_to, run_dir))
+    if newest is None and unfinished is None and (folder is None or branches):
+        ranks.on_rank_0(lambda: _check_never_saved(run_dir, sent_to))
+    if newest is not None and unfinished is None and branches:
+        raise ValueError(
+            f"--resume {sent_to} is another run's and {run_dir} has checkpoints of its own, the newest {newest.name}: a branch "
+            f"begins in another run_dir. If it is this run's after all, copy it into {run_dir / 'checkpoints'} first"
         )
     if folder is None:
         say(f"a new run begins in {run_dir.resolve()}")
@@ -115,15 +116,40 @@ def choose(
             f"{folder} lies behind the end: train.max_steps is {settings.train.max_steps}. Give it at least {state['step']}, or "
             "take an earlier checkpoint with --resume, or begin a new run in another run_dir"
         )
+    if branches and state["step"] >= settings.train.last_step:
+        raise ValueError(
+            f"--resume {folder} is after step {state['step']} and training ends after step {settings.train.last_step}: there is "
+            "nothing for a branch to do; raise train.max_steps, or train.stop_after_step"
+        )
     _check_same_run(folder, state, now, settings, sources, say)
     if sent_to is not None:
         ranks.on_rank_0(lambda: _note(run_dir, sent_to, state["step"], newest))
     return Found(folder, state, branches)
 
 
-def _is_within(folder: Path, run_dir: Path) -> bool:
+def _is_of(folder: Path, run_dir: Path) -> bool:
     """Whether a checkpoint is one of the run's own."""
-    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run_dir))
+    return os.path.realpath(folder.parent) == os.path.realpath(run_dir / "checkpoints")
+
+
+def _check_never_saved(run_dir: Path, sent_to: Path | None) -> None:
+    """Where a run has no checkpoint: FileNotFoundError if it has had some, and is not sent elsewhere than to where it began."""
+    if not scheduler.has_saved(run_dir):
+        return
+    if sent_to is not None and _branched_from(run_dir) != str(sent_to.resolve()):
+        return
+    other = "" if sent_to else " name one of them with --resume,"
+    raise FileNotFoundError(
+        f"{run_dir} has had checkpoints and there is none now that can be taken: bring {run_dir / 'checkpoints'} back,{other} or "
+        f"begin anew in another run_dir (or in this one, without its {scheduler.RECORD})"
+    )
+
+
+def _branched_from(run_dir: Path) -> str | None:
+    """Where the run began as a branch, by its log alone."""
+    with suppress(OSError, ValueError):
+        return history.read(run_dir).about.get("branched_from")
+    return None
 
 
 def _unfinished_return(run_dir: Path, say: Say) -> Back | None:
@@ -156,14 +182,12 @@ def _where_sent_back(
     What lies after it is no part of the run any more, but stays the newest until the run has saved: `unfinished`, of an earlier
     start, is in back.json until then.
     """
-    if (
-        resume is not None
-        and unfinished is None
-        and newest is not None
-        and ranks.on_rank_0(lambda: _has_been_there(run_dir, resume, newest))
-    ):
-        say(f"this run has begun at {resume}, or gone back to it, and has saved since: it goes on from there")
-        return None
+    if resume is not None and unfinished is None and newest is not None:
+        last = checkpoint.read_state(newest)
+        repeats_itself = (last["config"].get("resume"), last["job"]) == (resume, scheduler.job())
+        if ranks.on_rank_0(lambda: _has_been_there(run_dir, resume, last, repeats_itself)):
+            say(f"this run has begun at {resume}, or gone back to it, and has saved since: it goes on from there")
+            return None
     earlier = None if unfinished is None else str(run_dir / unfinished.resume)
     if resume is None and earlier is not None:
         instead = f" To go on from {newest} instead, name it with --resume" if newest is not None else ""
@@ -182,14 +206,13 @@ def _where_sent_back(
     return Path(to)
 
 
-def _has_been_there(run_dir: Path, resume: str, newest: Path) -> bool:
-    """Whether --resume only repeats what has been done: a branch begins once; with one of the run's own checkpoints a person goes
-    back each time, and a scheduler that repeats the job's command does not.
+def _has_been_there(run_dir: Path, resume: str, last: dict[str, Any], repeats_itself: bool) -> bool:
+    """Whether --resume only repeats what has been done: by a scheduler that repeats the job's command; or a branch, which begins
+    once, while with one of the run's own checkpoints a person goes back each time. last: the newest checkpoint's state.
     """
-    last = checkpoint.read_state(newest)
-    if not _is_within(Path(resume), run_dir):
-        return last.get("branched_from") == str(Path(resume).resolve())
-    return scheduler.repeated() and (last["config"]["resume"], last["job"]) == (resume, scheduler.job())
+    if scheduler.repeated() and repeats_itself:
+        return True
+    return not _is_of(Path(resume), run_dir) and last.get("branched_from") == str(Path(resume).resolve())
 
 
 def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Say) -> None:
@@ -225,7 +248,7 @@ def _check_same_run(
     for key, was, value in unlike:
         change = f"{folder} was trained {_difference('model', key, was, value, sources)}"
         raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
-    was, is_now = _facts_of_steps(state["data"], step), _facts_of_steps(now["data"], step)
+    was, is_now = facts_of_steps(state["data"], step), facts_of_steps(now["data"], step)
     for key, value in is_now.items():
         if was.get(key) == value:
             continue
@@ -238,7 +261,7 @@ def _check_same_run(
         say(f"allowed: {change}; {CONSEQUENCES[key]}")
 
 
-def _facts_of_steps(facts: dict[str, Any], step: int) -> dict[str, Any]:
+def facts_of_steps(facts: dict[str, Any], step: int) -> dict[str, Any]:
     """What the first `step` steps hang on: later stages may change, and sources be added at the end that come in with them."""
     stages = [stage for stage in facts["mixture"] if stage[0] <= step]
     sources = len(facts["manifests"])

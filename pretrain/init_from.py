@@ -12,9 +12,10 @@ from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
 from pretrain import checkpoint, config, data, hf
-from pretrain.going_on import CONSEQUENCES, FREE_TO_CHANGE, Say, tokenizer_of
+from pretrain.going_on import CONSEQUENCES, Say, facts_of_steps, tokenizer_of
 from pretrain.model import fill
 from pretrain.reading import read_json, read_tokenizer
+from pretrain.sections import FREE_TO_CHANGE
 
 
 def check(settings: config.Config) -> None:
@@ -52,7 +53,7 @@ def load(settings: config.Config, sources: list[data.Source], model: nn.Module, 
             raise ValueError(f"--init_from {source} is not a whole checkpoint: {problem}")
         state = checkpoint.read_state(source)
         _check_tokens(source, state["data"].get("tokenizer") == tokenizer_of(sources), allowed, say)
-        _say_what_it_has_seen(source, state, settings.seed, sources, say)
+        _say_what_it_has_seen(source, state, settings, sources, say)
         checkpoint.load_into(source, model)
         say(f"the weights are those of {source}, after its step {state['step']}")
         return
@@ -74,16 +75,23 @@ def load(settings: config.Config, sources: list[data.Source], model: nn.Module, 
     say(f"the weights are those of {source}")
 
 
-def _say_what_it_has_seen(source: Path, state: dict[str, Any], seed: int, sources: list[data.Source], say: Say) -> None:
+def _say_what_it_has_seen(
+    source: Path, state: dict[str, Any], settings: config.Config, sources: list[data.Source], say: Say
+) -> None:
     """A new run begins at the start of each source's order, which the same seed makes the same for the same shards."""
-    trained_on = set(state["data"]["manifests"]) if state["data"]["seed"] == seed else set()
-    again = [one.name for one in sources if one.train.manifest.fingerprint in trained_on]
-    if again:
-        say(
-            f"{source} was trained on {' and '.join(again)} in the order of seed {seed}: this run reads the same sequences "
-            "again, from the first one on. Another seed mixes them anew; to go on behind them with another schedule or mixture, "
-            f"begin with --resume {source} in place of --init_from"
-        )
+    its = facts_of_steps(state["data"], state["step"])
+    again = [one.name for one in sources if one.train.manifest.fingerprint in its["manifests"]]
+    if not again:
+        return
+    trained = f"{source} was trained on {' and '.join(again)}"
+    if (its["seed"], its["seq_len"]) != (settings.seed, settings.data.seq_len):
+        say(f"{trained}, too: this run reads that from the start, in another order")
+        return
+    say(
+        f"{trained} in the order of seed {settings.seed}: this run reads the same sequences again, from the first one on. "
+        "Another seed mixes them anew; to go on behind them with another schedule or mixture, begin with "
+        f"--resume {source} in place of --init_from"
+    )
 
 
 def _is_checkpoint(source: Path) -> bool:

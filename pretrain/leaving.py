@@ -6,7 +6,7 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 import time
 from dataclasses import asdict, dataclass
 
-from pretrain import config, ranks
+from pretrain import ranks
 from pretrain.hosts import this_host
 from pretrain.progress import Display
 from pretrain.run import Run
@@ -47,15 +47,8 @@ def save(run: Run, saver: Saver) -> None:
         "config": asdict(run.config),
         "versions": run_versions(),
     }
-    saver.save(run.step, run.llama, run.optimizer, state, keep=run.step == branch_point(run.config))
+    saver.save(run.step, run.llama, run.optimizer, state)
     run.clock.go_on()
-
-
-def branch_point(settings: config.Config) -> int:
-    """The last step before the learning rate falls in `lr_decay_steps`; 0: none. From its checkpoint, which is kept for good, the
-    run can be made longer, or cooled down on other data.
-    """
-    return settings.train.max_steps - settings.optim.lr_decay_steps if settings.optim.lr_decay_steps else 0
 
 
 def log_saves(run: Run, saver: Saver) -> None:

@@ -177,7 +177,9 @@ def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None
     try:
         # Sent back, the newest may be what the run was sent back from: nothing goes before it saves.
         if back.read(run_dir) is None:
-            gone = retention.prune(run_dir, settings.checkpoint)  # keep_last may be lower than it was
+            gone = retention.prune(
+                run_dir, settings.checkpoint, settings.branch_point
+            )  # keep_last may be lower than it was
             if gone:
                 say(f"older checkpoints were deleted: {', '.join(gone)}")
     except OSError as error:

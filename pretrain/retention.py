@@ -53,12 +53,12 @@ def _beside(folder: Path) -> str:
     return f", such as the {number} that were set aside, {size / 2**20:,.1f} MiB" if number else ""
 
 
-def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
+def prune(run_dir: Path, config: CheckpointConfig, branch_point: int = 0) -> list[str]:
     """Delete the committed checkpoints that nothing keeps; returns their names.
 
     These stay: the newest `keep_last` of those at a multiple of `every_steps`; the two newest of any step (with keep_last 1: the
-    newest), so that one made by a signal or by the clock is there until the next; those of a `keep_every`-th step; those that
-    were marked `keep` when they were saved. With `keep_last` 0 nothing is deleted.
+    newest), so that one made by a signal or by the clock is there until the next; those of a `keep_every`-th step and that of
+    `Config.branch_point`; those that were marked `keep` when they were saved. With `keep_last` 0 nothing is deleted.
     """
     if config.keep_last == 0:
         return []
@@ -68,7 +68,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
     gone = []
     for step, folder in there:
         # What was to be kept for good under another configuration than today's stays.
-        if folder in kept or is_milestone(step, config) or _said_by(folder, "keep"):
+        if folder in kept or is_milestone(step, config, branch_point) or _said_by(folder, "keep"):
             continue
         doomed = folder.with_name(f".deleting-{folder.name}")
         os.rename(folder, doomed)  # half a folder must never look like a checkpoint
@@ -77,9 +77,9 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
     return gone
 
 
-def is_milestone(step: int, config: CheckpointConfig) -> bool:
+def is_milestone(step: int, config: CheckpointConfig, branch_point: int) -> bool:
     """Whether a checkpoint of this step is to stay for good."""
-    return config.keep_every > 0 and step % config.keep_every == 0
+    return step == branch_point or (config.keep_every > 0 and step % config.keep_every == 0)
 
 
 def saved_since(run_dir: Path, sent: Back) -> bool:

@@ -134,8 +134,8 @@ def _keep_config(
     config.write(settings, path)
     if before is None:
         return
-    was = {"validation.sets": [], **config.flat(before["config"])}  # which earlier versions of Cria did not know
     now = config.flat(asdict(settings))
+    was = {**config.defaults(now), **config.flat(before["config"])}  # an earlier version of Cria may not have had a key
     changes = [f"{key}: {was.get(key)} -> {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
     changes = [change for change in changes if change.partition(":")[0] not in _NO_CHANGE]
     if changes:

@@ -48,16 +48,18 @@ _REMEMBERED = 8
 class Saver:
     """Saves a run's checkpoints, one at a time. Every method is called by all ranks."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None], step: int = 0):
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None], step: int = 0, branch_point: int = 0
+    ):
         """`say` is told, on rank 0, what was saved and what could not be; it may be called from another thread.
 
-        step: the one after which the run was taken up.
+        step: the one after which the run was taken up. branch_point: `Config.branch_point`.
         """
         self.step = step
         """After this step the newest copy was taken, which is saved, being written, or could not be."""
         cuda = torch.cuda.is_initialized()  # by this run: a GPU that it leaves alone is none of its business
         self._folder = run_dir / "checkpoints"
-        self._config = config
+        self._config, self._branch_point = config, branch_point
         self._say = say if ranks.rank() == 0 else lambda line: None
         self._group = dist.new_group(backend="gloo", timeout=ranks.TIMEOUT) if dist.is_initialized() else None
         # Not DefaultStager: torch 2.11's throws its buffers away after a copy, and then fails at the next.
@@ -86,12 +88,8 @@ class Saver:
         self._last_saves_s = self._remembered() if ranks.rank() == 0 else ()
         """Seconds that each of the last saves took on this rank, from the copy to the commit; on rank 0 of earlier starts too."""
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any], keep: bool = False
-    ) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
         """Take a copy of the run as it is after `step` and see that it is written; `state` goes into state.json.
-
-        keep: it stays for good, as those of `keep_every` do.
 
         Returns when the copy is taken. Waits for an earlier save that is still being written.
         """
@@ -103,7 +101,8 @@ class Saver:
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        keep = keep or self._config.keep_last == 0 or retention.is_milestone(step, self._config) or self._owed
+        milestone = retention.is_milestone(step, self._config, self._branch_point)
+        keep = self._config.keep_last == 0 or milestone or self._owed
         start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
@@ -234,7 +233,7 @@ class Saver:
         except OSError as error:
             self._say(f"step {step}: {run_dir} cannot be written: {error}")
         try:
-            deleted = retention.prune(run_dir, self._config)
+            deleted = retention.prune(run_dir, self._config, self._branch_point)
             if len(deleted) > 1:  # one for another is what was asked for
                 self._say(f"step {step}: older checkpoints were deleted: {', '.join(deleted)}")
         except OSError as error:

@@ -107,6 +107,10 @@ class ModelConfig:
         return cls(**{**shape, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
+FREE_TO_CHANGE = {"max_position_embeddings"}
+"""Fields of a model's shape that no weight depends on."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One dataset of the mixture: folders that `data-prep` wrote."""
@@ -345,3 +349,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+
+    @property
+    def branch_point(self) -> int:
+        """The last step before the learning rate falls in `optim.lr_decay_steps`; 0: none. From its checkpoint, which is kept for
+        good, the run can be made longer, or cooled down on other data.
+        """
+        return self.train.max_steps - self.optim.lr_decay_steps if self.optim.lr_decay_steps else 0

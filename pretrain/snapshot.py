@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from pretrain import checkpoint, hf
-from pretrain.sections import ModelConfig
+from pretrain.sections import FREE_TO_CHANGE, ModelConfig
 
 LINEAGE = ("init_from", "branched_from")
 """Where a run came from, as its checkpoints' states say."""
@@ -112,7 +112,7 @@ def mean(folders: list[Path]) -> Snapshot:
             f"a mean is one of at least two different checkpoints, and these are named: {', '.join(names)}"
         )
     first, total = take(folders[0]), {}
-    made_of = [first.made_of]
+    made_of, others = [first.made_of], []
     for name in list(first.weights):
         total[name] = first.weights.pop(name).to(torch.float64)
     for folder in folders[1:]:
@@ -121,17 +121,21 @@ def mean(folders: list[Path]) -> Snapshot:
         for name, tensor in one.weights.items():
             total[name] += tensor
         made_of.append(one.made_of)
+        others.append(one.model)
         del one, tensor  # before the next one is read
     for tensor in total.values():
         tensor /= len(folders)
     said = {f"{key}s": [each[key] for each in made_of] for key in ("step", "checkpoint")}
-    return Snapshot(first.model, first.tokenizer, total, {**said, **{key: first.made_of[key] for key in LINEAGE}})
+    longest = max((first.model, *others), key=lambda model: model.max_position_embeddings)
+    return Snapshot(longest, first.tokenizer, total, {**said, **{key: first.made_of[key] for key in LINEAGE}})
 
 
 def _check_alike(folder: Path, first: Snapshot, other: Path, one: Snapshot) -> None:
-    if one.model != first.model:
-        its = one.model.shape()
-        unlike = [f"{key} {its.get(key)} and {was}" for key, was in first.model.shape().items() if its.get(key) != was]
+    its, shape = ({"rope_scaling": None, **each.model.shape()} for each in (one, first))
+    unlike = [
+        f"{key} {its[key]} and {shape[key]}" for key in shape if its[key] != shape[key] and key not in FREE_TO_CHANGE
+    ]
+    if unlike:
         raise ValueError(f"{other} and {folder} have {', '.join(unlike)}: models of other shapes have no mean")
     if one.tokenizer != first.tokenizer:
         raise ValueError(

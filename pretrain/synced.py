@@ -27,7 +27,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Files(FileSystem):
-    """DCP's files, but what is written is synced on the way, and each time a alive of life is given."""
+    """DCP's files, but what is written is synced on the way, and each time a sign of life is given."""
 
     def __init__(self, alive: Callable[[], None]):
         self._alive = alive

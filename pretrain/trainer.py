@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain import data, logbook, ranks, validation
-from pretrain.leaving import Loop, branch_point, leave, log_saves, save
+from pretrain.leaving import Loop, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -77,7 +77,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
         at("starting")
         stop = stop or Stop()
         stop.listen_to_ctrl_c()
-        saver = Saver(run.run_dir, run.config.checkpoint, display.say, run.step)
+        saver = Saver(run.run_dir, run.config.checkpoint, display.say, run.step, run.config.branch_point)
         at_end.callback(log_saves, run, saver)
         if run.fabric.world_size == 1:  # one of several that fails would wait for the others' part of the save
             at_end.callback(saver.wait)  # before the folder is free for another job
@@ -98,7 +98,7 @@ def _train(loop: Loop) -> int:
             _log(loop, result)
         if _due(run, settings.validation.every_steps):
             _validate(loop)
-        if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == branch_point(settings):
+        if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == settings.branch_point:
             save(run, loop.saver)
         log_saves(run, loop.saver)
     return leave(loop)

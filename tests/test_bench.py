@@ -104,6 +104,7 @@ def test_two_ranks_talk(settings: Path) -> None:
 def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
     real = write_config(tmp_path / "real.yaml", tiny_config(datasets, tmp_path / "run"))
     argv = ["--config", real, "--data", "real", "--steps", 1, "--warmup", 1, "--grad_accum_steps", 2]
+    argv += ["--train.stop_after_step", 1]  # which is of the run
     assert benchmark.main([*map(str, argv), "--out", str(tmp_path / "real")]) == 0
     (row,) = load(tmp_path / "real")["rows"]
     assert row["tokens_per_step"] == 2 * 2 * 32  # two micro-batches instead of four

@@ -1,5 +1,6 @@
 """A run that is made longer, cooled down on other data, or ended early: branches, and parts of a schedule."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import records, trajectory
+from conftest import records, tiny_config, trajectory, write_config
 from test_going_on import state, train
 
-from pretrain import checkpoint, export
+from pretrain import checkpoint, config, export, going_on, run_folder
 from pretrain.__main__ import main
 
 
@@ -48,16 +49,84 @@ def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
     assert not list((branch / "checkpoints").glob("replaced-*"))
     export.export(branch, tmp_path / "model", None, torch.float32, check=False)
     assert json.loads((tmp_path / "model" / "cria.json").read_text())["branched_from"] == back[1]
+    for name in ("SLURM_JOB_ID", "CRIA_RESTARTS"):
+        monkeypatch.delenv(name)
     shutil.rmtree(branch / "checkpoints")
     with pytest.raises(SystemExit):
         train(datasets, branch, *back, train={"max_steps": 14}, **stable, **better)
     assert f"{branch} has had checkpoints and there is none now" in capsys.readouterr().err
+    assert train(datasets, branch, "--resume", back[1].replace("8", "4"), train={"max_steps": 10}, **stable) == 0, (
+        "elsewhere"
+    )
+    assert "resumed after step 4" in capsys.readouterr().out
+
+
+def test_a_branch_begins_in_a_folder_of_its_own_and_has_something_to_do(
+    datasets: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = ("--resume", str(straight / "checkpoints" / "step-00000010"))
+    assert train(datasets, tmp_path / "own", train={"max_steps": 4}) == 0
+    for run_dir, words, said in (
+        (tmp_path / "own", (), "a branch begins in another run_dir"),
+        (tmp_path / "new", ("--train.stop_after_step", "10"), "there is nothing for a branch to do"),
+        (tmp_path / "new", ("--train.max_steps", "10"), "there is nothing for a branch to do"),
+    ):
+        with pytest.raises(SystemExit):
+            train(datasets, run_dir, *back, *words)
+        assert said in capsys.readouterr().err
+    assert [step for step, _ in checkpoint.committed(tmp_path / "own")] == [4]
+    inside = tmp_path / "outer" / "straight"
+    shutil.copytree(straight, inside)
+    back = ("--resume", str(inside / "checkpoints" / "step-00000010"))
+    for last in ("12", "14"):
+        assert train(datasets, tmp_path / "outer", *back, "--train.max_steps", last) == 0
+    assert state(tmp_path / "outer")["branched_from"] == back[1], "though that run lies in its folder"
+    assert "resumed after step 12" in capsys.readouterr().out
+
+
+def test_a_job_that_went_back_before_branches_were_known_goes_on(
+    datasets: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints do not say where the run began; nor do they where the other run was moved."""
+    back = ("--resume", str(straight / "checkpoints" / "step-00000005"))
+    with monkeypatch.context() as patch:
+        patch.setattr(going_on.Found, "branched_from", None)
+        assert train(datasets, tmp_path / "run", *back, train={"max_steps": 12}) == 0
+    monkeypatch.setenv("CRIA_RESTARTS", "1")
+    capsys.readouterr()
+    assert train(datasets, tmp_path / "run", *back, train={"max_steps": 14}) == 0
+    assert "resumed after step 12" in capsys.readouterr().out
 
 
 def test_the_checkpoint_before_the_decay_stays(datasets: Path, tmp_path: Path) -> None:
     sections = {"optim": {"lr_decay": "sqrt", "lr_decay_steps": 7}, "checkpoint": {"every_steps": 5, "keep_last": 1}}
     assert train(datasets, tmp_path / "run", **sections) == 0
     assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [20, 13]
+    early: dict[str, Any] = {
+        "optim": {"lr_decay": "sqrt", "lr_decay_steps": 4},
+        "checkpoint": {"every_steps": 5, "keep_last": 1},
+    }
+    assert train(datasets, tmp_path / "early", "--train.stop_after_step", "10", **early) == 0
+    early["optim"]["lr_decay_steps"] = 6
+    assert train(datasets, tmp_path / "early", train={"max_steps": 16}, **early) == 0
+    assert [step for step, _ in checkpoint.committed(tmp_path / "early")] == [16, 15, 10], "where it was taken up, too"
+
+
+def test_a_key_that_the_checkpoint_does_not_know_had_its_default(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was written by an earlier version of Cria, and nothing has changed."""
+    tree = tiny_config(datasets, tmp_path)
+    settings = config.load(write_config(tmp_path / "c.yaml", tree))
+    before = {"step": 10, "config": dataclasses.asdict(settings)}
+    for key in ("lr_decay", "lr_decay_steps"):
+        del before["config"]["optim"][key]
+    del before["config"]["validation"]["sets"]
+    run_folder._keep_config(settings, tmp_path / "config.yaml", before, print)
+    assert capsys.readouterr().out == ""
+    other = dataclasses.replace(settings, optim=dataclasses.replace(settings.optim, lr_decay_steps=5))
+    run_folder._keep_config(other, tmp_path / "config.yaml", before, print)
+    assert "optim.lr_decay_steps: 0 -> 5" in capsys.readouterr().out
 
 
 def test_the_first_part_of_a_run_is_that_of_the_whole_run(

@@ -122,6 +122,20 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_taken(run_di
     assert sorted(p.name for p in folders.iterdir()) == ["corrupt-step-00000010.1", "step-00000005"]
 
 
+@pytest.mark.parametrize("how", ["a file", "a manifest that is a folder"])
+def test_what_is_no_folder_of_a_checkpoint_at_all_is_set_aside_too(run_dir: Path, how: str) -> None:
+    newest = run_dir / "checkpoints" / "step-00000010"
+    if how == "a file":
+        shutil.rmtree(newest)
+        newest.write_text("")
+    else:
+        (newest / "manifest.json").unlink()
+        (newest / "manifest.json").mkdir()
+    said: list[str] = []
+    assert checkpoint.find(run_dir, said.append) == newest.with_name("step-00000005")
+    assert "it is set aside as corrupt-step-00000010.1" in said[0]
+
+
 def test_a_shard_of_another_checkpoint_is_found(run_dir: Path) -> None:
     folders = run_dir / "checkpoints"
     shutil.copy(folders / "step-00000005" / FILES[0], folders / "step-00000010" / FILES[0])

@@ -265,11 +265,26 @@ def other_run(run: Path, out: Path) -> tuple[Path, list[str]]:
     return run.rename(run.with_name("other")), []
 
 
+def another_of_its_name(run: Path, out: Path) -> tuple[Path, list[str]]:
+    return Path(shutil.copytree(run, run.parent / "elsewhere" / run.name)), []
+
+
+def test_a_run_that_was_moved_is_the_same_run(run: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_all(run, out) == 0
+    (run.parent / "elsewhere").mkdir()
+    moved = run.rename(run.parent / "elsewhere" / run.name)
+    before = names(out)
+    assert export_all(moved, out) == 0
+    assert names(out) == before
+    assert "0 written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (other_type, "is float32 and --dtype bfloat16; name another --out"),
-        (other_run, "is of another run, run, and this one is other"),
+        (other_run, "is of another run, "),
+        (another_of_its_name, "is of another run, "),
     ],
 )
 def test_what_cannot_be_compared_does_not_come_into_one_folder(

@@ -175,7 +175,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(
         with pytest.raises(SystemExit) as end:
             train(datasets, run_dir)
         assert end.value.code == status
-        assert "has had checkpoints and there is none now: bring" in capsys.readouterr().err
+        assert "has had checkpoints and there is none now that can be taken: bring" in capsys.readouterr().err
     (run_dir / "archive").rename(run_dir / "checkpoints")
     assert train(datasets, run_dir) == 0
     run_dir.rename(tmp_path / "elsewhere")

@@ -141,7 +141,7 @@ def test_by_the_clock_saves_change_nothing_in_the_run(
     assert [step for step, _ in checkpoint.committed(tmp_path / "straight" / "run")] == [20]
     (tmp_path / "often").mkdir()
     save = saver.Saver.save
-    monkeypatch.setattr(saver.Saver, "save", lambda self, *all_of, **named: (save(self, *all_of, **named), self.wait()))
+    monkeypatch.setattr(saver.Saver, "save", lambda self, *all_of: (save(self, *all_of), self.wait()))
     often = {"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100}
     assert main(command(datasets, tmp_path / "often", checkpoint=often)) == 0
     assert len(checkpoint.committed(tmp_path / "often" / "run")) == 20
