@@ -116,9 +116,8 @@ def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
     try:
         result = optimizer_step(run, micro_batches)
     except OSError:  # nothing of this step has reached the weights
-        if (
-            run.fabric.world_size == 1 and loop.saver.step < run.step
-        ):  # of several ranks the others wait in the backward
+        alone = run.fabric.world_size == 1  # of several ranks the others wait in the backward
+        if alone and loop.saver.step < run.step:
             save(run, loop.saver)
         raise
     first_step_done()

@@ -271,10 +271,9 @@ def another_of_its_name(run: Path, out: Path) -> tuple[Path, list[str]]:
 
 def test_a_run_that_was_moved_is_the_same_run(run: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export_all(run, out) == 0
-    (run.parent / "elsewhere").mkdir()
-    moved = run.rename(run.parent / "elsewhere" / run.name)
     before = names(out)
-    assert export_all(moved, out) == 0
+    (run.parent / "elsewhere").mkdir()
+    assert export_all(run.rename(run.parent / "elsewhere" / run.name), out) == 0
     assert names(out) == before
     assert "0 written" in capsys.readouterr().out
 
