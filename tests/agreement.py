@@ -140,6 +140,14 @@ def swiglu_cases(swiglu: Callable[..., Tensor]) -> Iterator[Case]:
         )
 
 
+def side_by_side_cases(swiglu: Callable[[Tensor], Tensor]) -> Iterator[Case]:
+    """`ops.swiglu` of gate and up in one tensor."""
+    for B, T, D in ROWS:
+        yield Case(
+            f"swiglu {B} x {T} x 2 {D}", swiglu, lambda x: ops.swiglu(*x.chunk(2, dim=-1)), [_random(1, B, T, 2 * D)]
+        )
+
+
 def cross_entropy_cases(cross_entropy: Callable[..., Tensor], device: str) -> Iterator[Case]:
     """With and without z-loss; some targets do not count."""
     for B, T, D, V in LOGITS:

@@ -3,6 +3,7 @@
 One that is not installed, or cannot on this chip, is named as skipped with the reason that a user would get.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from agreement import (
     cross_entropy_cases,
     norm_cases,
     rope_cases,
+    side_by_side_cases,
     swiglu_cases,
 )
 
@@ -34,6 +36,11 @@ def here(dtype: torch.dtype, **other: object) -> Situation:
 def need(operation: str, backend: str, situation: Situation) -> None:
     if problem := backends.obstacle(operation, backend, situation):
         pytest.skip(f"{operation} by {backend}: {problem}")
+
+
+def compiled(function: Callable) -> Callable:
+    torch._dynamo.config.recompile_limit = 64  # shapes and types differ by design
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def check_all(cases: object, dtype: torch.dtype) -> None:
@@ -61,18 +68,18 @@ def test_attention(backend: str, documents: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_flex_attention(dtype: torch.dtype) -> None:
-    compiled = torch.compile(ops.flex, dynamic=False, fullgraph=True)
-    for case in attention_cases(compiled, ops.flex_document_mask, "cuda"):
+    for case in attention_cases(compiled(ops.flex), ops.flex_document_mask, "cuda"):
         torch.compiler.reset()
         check(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("backend", ["flash_attn", "liger"])
+@pytest.mark.parametrize("backend", ["torch", "flash_attn", "liger"])
 def test_rope(backend: str, documents: bool, dtype: torch.dtype) -> None:
+    """Ours compiled."""
     need("rope", backend, here(dtype, documents=documents))
-    rope = {"flash_attn": kernels.flash_rope, "liger": kernels.liger_rope}[backend]
+    rope = {"torch": compiled(ops.rope), "flash_attn": kernels.flash_rope, "liger": kernels.liger_rope}[backend]
     check_all(rope_cases(rope, "cuda", documents), dtype)
 
 
@@ -91,18 +98,21 @@ def test_swiglu(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_swiglu_side_by_side(dtype: torch.dtype) -> None:
+    check_all(side_by_side_cases(compiled(ops.swiglu_side_by_side)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["torch", "flash_attn", "liger"])
 def test_cross_entropy(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours compiled, and in chunks of 256 tokens, of which the largest case has two."""
     monkeypatch.setitem(ops.LOGITS_BYTES, "cuda", 1)
     need("cross_entropy", backend, here(dtype))
     functions = {
-        "torch": torch.compile(ops.linear_cross_entropy, dynamic=False, fullgraph=True),
+        "torch": compiled(ops.linear_cross_entropy),
         "flash_attn": kernels.flash_cross_entropy,
         "liger": kernels.liger_cross_entropy,
     }
-    if backend == "torch":
-        torch._dynamo.config.recompile_limit = 64  # shapes and types differ by design
     check_all(cross_entropy_cases(functions[backend], "cuda"), dtype)
 
 
