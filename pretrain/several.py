@@ -84,13 +84,14 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     configuration has an empty value.
     """
     keys = [None if run.settings is None else _keys(run.settings) for run in runs]
-    known = [settings for settings in keys if settings is not None]
-    differing = [
-        key
-        for key in dict.fromkeys(key for settings in known for key in settings)
-        if len({settings.get(key, NOT_SET) for settings in known}) > 1
+    known = dict.fromkeys(key for settings in keys if settings is not None for key in settings)
+    # What a run of an earlier Cria could not set had the default.
+    missing = {key: _words(value) for key, value in config.defaults(known).items()}
+    rows = [
+        (key, ["" if settings is None else settings.get(key, missing.get(key, NOT_SET)) for settings in keys])
+        for key in known
     ]
-    return [(key, ["" if settings is None else settings.get(key, NOT_SET) for settings in keys]) for key in differing]
+    return [(key, cells) for key, cells in rows if len({cell for cell, its in zip(cells, keys) if its is not None}) > 1]
 
 
 def _keys(settings: dict[str, Any]) -> dict[str, str]:

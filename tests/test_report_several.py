@@ -25,6 +25,7 @@ from test_report import (  # noqa: F401  fixtures
 from pretrain import overlay, page, several
 from pretrain.pictures import PALETTE
 from pretrain.report import main
+from pretrain.sections import OptimConfig
 
 SETTINGS: dict[str, Any] = {
     "run_dir": "runs/a",
@@ -231,3 +232,11 @@ def test_one_run_has_its_own_page_as_before(tmp_path: Path, run_dir: Path) -> No
     assert b"side by side" not in own
     names = {"loss", "validation", "learning_rate", "grad_norm", "tokens_per_sec"}
     assert {path.stem for path in (run_dir / "report").glob("*.png")} == names
+
+
+def test_what_an_earlier_version_could_not_set_had_its_default(tmp_path: Path) -> None:
+    default = OptimConfig().lr_decay_steps
+    for steps, said in ((default, []), (5, [("optim.lr_decay_steps", [str(default), "5"])])):
+        old = configured(write(tmp_path / f"old-{steps}", FINISHED))
+        new = configured(write(tmp_path / f"new-{steps}", FINISHED), optim__lr_decay_steps=steps)
+        assert several.differences(several.read([old, new])) == said
