@@ -41,17 +41,18 @@ def test_the_first_validation_loss_is_that_of_a_plain_model_over_the_whole_split
     assert records(tmp_path / "run", "validation")[0]["losses"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"tokenizer": "b"}, "was made with another tokenizer .* than .*train"),
-        (
-            {"append_eos": False},
-            "has prepend_bos=False, append_eos=False, and .*train has prepend_bos=False, append_eos=True",
-        ),
-        ({"prepend_bos": True}, "has prepend_bos=True, append_eos=True, and .*train has prepend_bos=False"),
-    ],
-)
+OF_ANOTHER_KIND = [
+    ({"tokenizer": "b"}, "was made with another tokenizer .* than .*train"),
+    (
+        {"append_eos": False},
+        "has prepend_bos=False, append_eos=False, and .*train has prepend_bos=False, append_eos=True",
+    ),
+    ({"prepend_bos": True}, "has prepend_bos=True, append_eos=True, and .*train has prepend_bos=False"),
+]
+"""How a dataset is made, and the words of its refusal beside one that is made as usual."""
+
+
+@pytest.mark.parametrize(("other", "words"), OF_ANOTHER_KIND)
 def test_validation_on_tokens_of_another_kind_is_refused(
     datasets: Path, tmp_path: Path, other: dict, words: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import pretrain, records, tiny_config, trajectory, write_config, write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_validation import OF_ANOTHER_KIND
 
 from data_prep.shard import TokenDataset
 from pretrain import checkpoint, config, data, going_on, history, page, pictures, preparation, run_folder, validation
@@ -198,12 +199,7 @@ def test_a_path_with_a_nul_is_refused() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"tokenizer": "b"}, "was made with another tokenizer .* than .*train"),
-        (
-            {"append_eos": False},
-            "has prepend_bos=False, append_eos=False, and .*train has prepend_bos=False, append_eos=True",
-        ),
-        ({"prepend_bos": True}, "has prepend_bos=True, append_eos=True, and .*train has prepend_bos=False"),
+        *OF_ANOTHER_KIND,
         ({"vocab_size": 321}, "its tokenizer has 321 tokens and model.vocab_size is 320"),
         ({"tokens": 20}, "20 tokens are not enough for one sequence"),
     ],
