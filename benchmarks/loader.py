@@ -71,7 +71,7 @@ def ours(folder: Path, threads: int = 0) -> Callable[[int], Iterator[torch.Tenso
 
     def read(steps: int) -> Iterator[torch.Tensor]:
         nonlocal first
-        loader = data.train_loader(batches, first, first + steps - 1, threads, torch.device("cpu"))
+        loader = data.train_loader(batches, range(first, first + steps), threads, torch.device("cpu"))
         first += steps
         return (batch for batch, _ in loader)
 
@@ -131,7 +131,7 @@ def first_batch(folder: Path, step: int) -> dict[str, float]:
     batches = micro_batches(folder)
     for source in batches.sources:
         source.train.signature(of_these_files=True)
-    batch, _ = next(data.train_loader(batches, step, step, 0, torch.device("cpu")))
+    batch, _ = next(data.train_loader(batches, [step], 0, torch.device("cpu")))
     seconds, peak = time.perf_counter() - started, _memory_mb("VmHWM")
     tokens = sum(source.train.num_tokens for source in batches.sources)
     return {"tokens": tokens, "step": step, "seconds": seconds, "mb": peak - before, "rows": len(batch)}

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from data_prep.shard import write_atomically
+from pretrain import left_out
 from pretrain.sections import (
     Config,
     DataConfig,
@@ -139,6 +140,7 @@ def check(config: Config) -> None:
         *_check_data(config.data),
         *_check_sets(config.validation.sets, config.data),
         *_check_optim(config.optim, config.train),
+        *left_out.problems(config.train, config.branch_point),
         *_check_parallel(config.parallel),
     ]
     positive = {

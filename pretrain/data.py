@@ -226,6 +226,11 @@ class Mixture:
                 before = rounded
         return had
 
+    def taken(self, spans: Iterable[tuple[int, int]]) -> list[int]:
+        """Sequences taken from each source in the steps a + 1 .. b of all pairs (a, b) of `spans` together."""
+        pairs = [zip(self.drawn(a), self.drawn(b)) for a, b in spans]
+        return [sum(b - a for a, b in of_source) for of_source in zip(*pairs)] if pairs else [0] * len(self.lengths)
+
     def sequences(
         self, step: int, slots: slice | np.ndarray = slice(None)
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -344,9 +349,9 @@ def _weights(length: int) -> np.ndarray:
 
 
 def train_loader(
-    micro_batches: MicroBatches, first_step: int, last_step: int, num_workers: int, device: torch.device
+    micro_batches: MicroBatches, steps: Iterable[int], num_workers: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of steps first_step..last_step (inclusive, counted from 1) in order, in pinned memory for a GPU.
+    """The micro-batches of `steps` (counted from 1) in order, in pinned memory for a GPU.
 
     `num_workers` threads read ahead, four micro-batches each; with 0 the caller reads. Threads, since what may take long is the
     file system, which they wait for without holding the interpreter; the rest costs little: two of them give 30,000 or more
@@ -359,7 +364,7 @@ def train_loader(
         return (batch.pin_memory() if device.type == "cuda" else batch), its_hash
 
     of_a_step = micro_batches.grad_accum_steps
-    items = range((first_step - 1) * of_a_step, last_step * of_a_step)
+    items = (item for step in steps for item in range((step - 1) * of_a_step, step * of_a_step))
     return _read_ahead(read, items, num_workers, device) if num_workers else map(read, items)
 
 

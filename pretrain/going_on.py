@@ -13,9 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pretrain import back, checkpoint, config, data, history, ranks, retention, scheduler
+from pretrain import back, checkpoint, config, data, history, left_out, ranks, retention, scheduler
 from pretrain.back import Back
-from pretrain.sections import FREE_TO_CHANGE
+from pretrain.sections import FREE_TO_CHANGE, StepRange
 from pretrain.versions import run_versions
 
 Say = Callable[[str], None]
@@ -37,6 +37,7 @@ def facts(
             "global_batch_size": settings.train.global_batch_size,
             "manifests": [source.train.manifest.fingerprint for source in sources],
             "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
+            "leave_out": [[one.first_step, one.last_step] for one in settings.train.leave_out],
         },
         "validation": {name: d.manifest.fingerprint for name, d in data.validated(sources, sets).items()},
     }
@@ -58,6 +59,9 @@ CONSEQUENCES = {
     "mixture": (
         "the shares of the sources would change, also for steps that lie behind, so that sequences would be seen twice or not at "
         "all; data.stages changes them from a later step on, and nothing else"
+    ),
+    "leave_out": (
+        "steps that lie behind were trained or left out already; for another choice --resume a checkpoint before them"
     ),
 }
 
@@ -262,12 +266,19 @@ def _check_same_run(
 
 
 def facts_of_steps(facts: dict[str, Any], step: int) -> dict[str, Any]:
-    """What the first `step` steps hang on: later stages may change, and sources be added at the end that come in with them."""
+    """What the first `step` steps hang on: later stages and what is left out later may change, and sources be added at the end
+    that come in with a stage.
+    """
     stages = [stage for stage in facts["mixture"] if stage[0] <= step]
     sources = len(facts["manifests"])
     while all(Fraction(stage[sources]) == 0 for stage in stages):  # stage[0] is its first step
         sources -= 1
-    return {**facts, "manifests": facts["manifests"][:sources], "mixture": [stage[: sources + 1] for stage in stages]}
+    return {
+        **facts,
+        "manifests": facts["manifests"][:sources],
+        "mixture": [stage[: sources + 1] for stage in stages],
+        "leave_out": [[first, min(last, step)] for first, last in facts.get("leave_out", []) if first <= step],
+    }
 
 
 def _difference(part: str, key: str, was: Any, now: Any, sources: list[data.Source]) -> str:
@@ -283,6 +294,9 @@ def _difference(part: str, key: str, was: Any, now: Any, sources: list[data.Sour
         return f"with tokenizer {was} and the shards are of {now}"
     if key == "mixture":
         was, now = (_stages_in_words(stages, sources) for stages in (was, now))
+    if key == "leave_out":
+        was, now = (left_out.in_words([StepRange(*one) for one in ranges]) for ranges in (was, now))
+        return f"with {was} left out and the configuration leaves out {now} of the steps until then"
     return f"with {part} {key} = {was} and the configuration says {now}"
 
 

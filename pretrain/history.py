@@ -27,7 +27,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
     **dict.fromkeys(("versions", "sources", "validation_sets", "losses"), dict),
     "kind": str,
-    **dict.fromkeys(("problem", "init_from", "branched_from"), (str, type(None))),
+    **dict.fromkeys(("problem", "init_from", "branched_from", "leave_out"), (str, type(None))),
 }
 """Of the fields that a report reads."""
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from pretrain import backends, config, data, metrics, pace, parallel, ranks, validation
+from pretrain import backends, config, data, left_out, metrics, pace, parallel, ranks, validation
 from pretrain.model import count
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -30,6 +30,7 @@ def log_start(run: Run, display: Display) -> None:
         "parameters": parameters,
         **{f"flops_per_token_{name}": flops for name, flops in run.flops_per_token.items()},
         "max_steps": settings.train.max_steps,
+        "leave_out": left_out.in_words(settings.train.leave_out) if settings.train.leave_out else None,
         "init_from": run.taken_up.init_from,
         "branched_from": run.taken_up.branched_from,
         "tokens_per_step": tokens_per_step,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pretrain import config, data, history
+from pretrain import config, data, history, left_out
 from pretrain.cli import Parser, fail
 
 
@@ -50,7 +50,9 @@ def step_table(settings: config.Config, sources: list[data.Source], mixture: dat
     """
     if not 1 <= step <= settings.train.max_steps:
         raise ValueError(f"--step {step}: the run has steps 1 to {settings.train.max_steps:,}")
-    table = Table(title=f"step {step:,} of {settings.run_dir}", title_justify="left")
+    left = not left_out.trained_steps(step - 1, step, settings.train.leave_out)
+    title = f"step {step:,} of {settings.run_dir}" + (", which train.leave_out leaves out" if left else "")
+    table = Table(title=title, title_justify="left")
     for name in ("slot", "source", "epoch", "sequence"):
         table.add_column(name, justify="left" if name == "source" else "right")
     table.add_column("file", overflow="fold")
@@ -97,17 +99,18 @@ def compare_with_log(
 
 def summary(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> Table:
     """One row a source, and a stage of the mixture: share, tokens that the run takes, epochs that this means."""
-    steps, T = settings.train.max_steps, settings.data.seq_len
-    tokens = steps * settings.train.global_batch_size * T
-    table = Table(title=f"{steps:,} steps, {tokens:,} tokens", title_justify="left")
+    steps, T, without = settings.train.max_steps, settings.data.seq_len, settings.train.leave_out
+    trained = left_out.trained_steps(0, steps, without)
+    title = f"{trained:,} steps, {trained * settings.train.global_batch_size * T:,} tokens"
+    title += f" (train.leave_out: without steps {left_out.in_words(without)})" if trained < steps else ""
+    table = Table(title=title, title_justify="left")
     for name in ("from step", "source", "share", "tokens taken", "tokens there", "epochs"):
         table.add_column(name, justify="left" if name == "source" else "right")
     ends = [*(min(stage.first_step - 1, steps) for stage in mixture.stages[1:]), steps]
     total: Counter[str] = Counter()
     for stage, end in zip(mixture.stages, ends):
-        before, after = mixture.drawn(min(stage.first_step - 1, steps)), mixture.drawn(end)
-        for s, source in enumerate(sources):
-            taken = after[s] - before[s]
+        in_stage = mixture.taken(left_out.spans(min(stage.first_step - 1, steps), end, without))
+        for s, (source, taken) in enumerate(zip(sources, in_stage)):
             total[source.name] += taken
             epochs = f"{taken / mixture.lengths[s]:.3f}"
             row = (f"{taken * T:,}", f"{source.train.num_tokens:,}", epochs)

@@ -88,6 +88,8 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         figures.append(("a branch of", str(about["branched_from"])))
     if "parameters" in about:
         figures.append(("parameters", f"{about['parameters']:,}"))
+    if about.get("leave_out"):
+        figures.append(("steps left out", str(about["leave_out"])))
     skipped = max((record.get("skipped_steps") or 0 for record in history.train), default=0)
     if skipped:
         figures.append(("steps skipped, gradient not finite or 0", f"{skipped:,}"))

@@ -22,6 +22,7 @@ from pretrain import (
     data,
     going_on,
     init_from,
+    left_out,
     metrics,
     pace,
     parallel,
@@ -105,6 +106,7 @@ def _build(
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     at("loading the checkpoint")
     taken_up = _take_up(found, settings, sources, parallel.unwrap(model), optimizer, say)
+    trained = left_out.trained_steps(0, taken_up.step, settings.train.leave_out)
     return Run(
         config=settings,
         run_dir=run_dir,
@@ -121,7 +123,7 @@ def _build(
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=taken_up.step,
-        skipped_steps=torch.full((), float(taken_up.step - taken_up.updates), device=fabric.device),
+        skipped_steps=torch.full((), float(trained - taken_up.updates), device=fabric.device),
         skipped_in_a_row=torch.full((), float(before["skipped_in_a_row"] if before else 0), device=fabric.device),
         taken_up=taken_up,
         sets=sets,

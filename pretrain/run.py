@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from pretrain import config, data, metrics, pace, parallel
+from pretrain import config, data, left_out, metrics, pace, parallel
 from pretrain.model import Llama
 from pretrain.sharding import Sharding
 
@@ -58,9 +58,9 @@ class Run:
     """In this order: waits for a save and logs it; closes log and display; ends the readers' waiting; releases the run's folder;
     parts from the watchdog, which may write a crash report then."""
     step: int = 0
-    """Finished optimizer steps."""
+    """The last finished step; steps that were left out (`train.leave_out`) count as finished."""
     skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Steps of the run that were left out because the gradient was not finite, or 0; a scalar on the device."""
+    """Steps of the run that updated nothing because the gradient was not finite, or 0; a scalar on the device."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """How many of them came last, one after the other; a scalar on the device."""
     taken_up: TakenUp = field(default_factory=TakenUp)
@@ -81,12 +81,13 @@ class Run:
 
     def updates(self) -> int:
         """How often the weights were updated, in all of the run; waits for the device."""
-        return self.step - int(self.skipped_steps)
+        return left_out.trained_steps(0, self.step, self.config.train.leave_out) - int(self.skipped_steps)
 
     def tokens_per_source(self) -> dict[str, int]:
         """Tokens taken from each source so far, by its name."""
-        then, now = self.mixture.drawn(self.taken_up.step), self.mixture.drawn(self.step)
-        taken = {s.name: (b - a) * self.config.data.seq_len for s, a, b in zip(self.sources, then, now)}
+        spans = left_out.spans(self.taken_up.step, self.step, self.config.train.leave_out)
+        since = zip(self.sources, self.mixture.taken(spans))
+        taken = {source.name: n * self.config.data.seq_len for source, n in since}
         return {
             name: self.taken_up.tokens.get(name, 0) + taken.get(name, 0) for name in {**self.taken_up.tokens, **taken}
         }

@@ -94,14 +94,17 @@ class Saver:
         Returns when the copy is taken. Waits for an earlier save that is still being written.
         """
         self.wait()
-        self.step = step
+        before, self.step = self.step, step
         self._last_try_at = time.perf_counter()
         cuda = next(model.parameters()).is_cuda
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
         if cuda:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
-        milestone = retention.is_milestone(step, self._config, self._branch_point)
+        # Where train.leave_out has passed over a milestone this one stays in its place.
+        milestone = any(
+            retention.is_milestone(n, self._config, self._branch_point) for n in range(before + 1, step + 1)
+        )
         keep = self._config.keep_last == 0 or milestone or self._owed
         start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}

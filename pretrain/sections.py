@@ -163,6 +163,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StepRange:
+    """Steps one after the other."""
+
+    first_step: int
+    """The first of them (steps, counted from 1)."""
+    last_step: int
+    """The last of them (steps)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, and how large a step."""
 
@@ -171,6 +181,10 @@ class TrainConfig:
     stop_after_step: int = 0
     """End after this step, saved and with status 0, though the schedule goes on to max_steps: to try the first part of a long
     run, which then goes on with another value (steps); 0: end at max_steps."""
+    leave_out: list[StepRange] = field(default_factory=list)
+    """Steps that are not trained, as those whose data make the loss spike, a list of first_step and last_step (steps, both left
+    out). Their sequences are not seen; every other step has the sequences and the learning rate that it has without this. For
+    steps that lie behind the newest checkpoint, go back to one before them with `resume`."""
     global_batch_size: int = 1024
     """Sequences an optimizer step takes, over all ranks."""
     micro_batch_size: int = 8

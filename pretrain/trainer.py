@@ -13,13 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pretrain import data, logbook, ranks, validation
+from pretrain import data, left_out, logbook, ranks, validation
 from pretrain.leaving import Loop, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
 from pretrain.scheduler import TAKEN, UNSAVED, Stop
+from pretrain.sections import StepRange
 from pretrain.sharding import before_micro_step
 from pretrain.watchdog import at, first_step_done
 
@@ -111,8 +112,9 @@ def _due(run: Run, every_steps: int) -> bool:
 
 
 def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
-    """One optimizer step; where its data cannot be read, what was trained before is saved."""
+    """The next step that is not left out; where its data cannot be read, what was trained before is saved."""
     run = loop.run
+    _pass_over(loop)
     try:
         result = optimizer_step(run, micro_batches)
     except OSError:  # nothing of this step has reached the weights
@@ -123,6 +125,14 @@ def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
     first_step_done()
     loop.display.step(run.step)
     return result
+
+
+def _pass_over(loop: Loop) -> None:
+    """Count the steps that are left out before the next one that is trained, and say so."""
+    run, finished = loop.run, loop.run.step
+    run.step = next(left_out.spans(finished, run.config.train.last_step, run.config.train.leave_out))[0]
+    if run.step > finished:
+        loop.display.say(f"left out, by train.leave_out: {left_out.in_words([StepRange(finished + 1, run.step)])}")
 
 
 def _log(loop: Loop, result: StepResult) -> None:
@@ -141,13 +151,14 @@ def _log(loop: Loop, result: StepResult) -> None:
 
 
 def make_loader(run: Run) -> Iterator[data.MicroBatch]:
-    """The rank's micro-batches from the next step on to the last."""
+    """The rank's micro-batches from the next step on to the last, but for steps that are left out."""
     settings, rank, world_size = run.config, run.fabric.global_rank, run.fabric.world_size
     micro_batches = data.MicroBatches(
         run.sources, run.mixture, settings.data.seq_len, settings.train.micro_batch_size, rank, world_size
     )
-    steps = (run.step + 1, settings.train.last_step)
-    return data.train_loader(micro_batches, *steps, settings.data.num_workers, run.fabric.device)
+    spans = left_out.spans(run.step, settings.train.last_step, settings.train.leave_out)
+    steps = (step for finished, last in spans for step in range(finished + 1, last + 1))
+    return data.train_loader(micro_batches, steps, settings.data.num_workers, run.fabric.device)
 
 
 def _stop_agreed(loop: Loop) -> bool:

@@ -39,7 +39,16 @@ def test_there_are_configurations() -> None:
     assert {path.stem for path in CONFIGS} >= {"demo", "tinyllama-1.1b", *PRESETS}
 
 
-NOT_OF_THE_RECIPE = {"stages", "sets", "allow_change", "stop_after_step", "max_hours", "stop_margin_s", "max_restarts"}
+NOT_OF_THE_RECIPE = {
+    "stages",
+    "sets",
+    "allow_change",
+    "stop_after_step",
+    "leave_out",
+    "max_hours",
+    "stop_margin_s",
+    "max_restarts",
+}
 """Keys that a recipe leaves to their defaults: what changes later, and what depends on the site."""
 
 

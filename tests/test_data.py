@@ -80,7 +80,8 @@ def test_workers_do_not_change_the_order(datasets: Path) -> None:
 
     def read(workers: int, first: int) -> list[bytes]:
         return [
-            batch.numpy().tobytes() for batch, _ in data.train_loader(batches, first, 9, workers, torch.device("cpu"))
+            batch.numpy().tobytes()
+            for batch, _ in data.train_loader(batches, range(first, 10), workers, torch.device("cpu"))
         ]
 
     straight = read(0, 1)
@@ -108,7 +109,7 @@ def test_a_loader_begins_at_any_step_and_reads_nothing_of_those_before(
 
     monkeypatch.setattr(TokenDataset, "read_sequence", noted)
     batches = data.MicroBatches(sources, mixture, 32, B, 0, 1)
-    loader = data.train_loader(batches, step, step + 1_000, threads, torch.device("cpu"))
+    loader = data.train_loader(batches, range(step, step + 1_001), threads, torch.device("cpu"))
     batch, _ = next(loader)
     assert batch.tolist() == first
     assert B <= len(read) <= (1 + data._AHEAD * threads) * B  # this micro-batch, and those that come next

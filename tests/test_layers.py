@@ -30,6 +30,7 @@ LAYERS = [
         "synced",
         "versions",
     },
+    {"left_out"},
     {"history", "bench_rows", "chips", "config", "joining", "pace", "peer", "hub"},
     {"watcher", "several"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "devices", "watchdog"},

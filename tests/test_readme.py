@@ -40,13 +40,18 @@ MINIATURE = [
     (r"^data-prep starcoder .* --out runs/", "--holdout 0.3"),
     (r"^data-prep slimpajama", ""),
     (
-        r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml(?!.* --optim.lr_decay)",
+        r"^(torchrun .* -m )?pretrain train --config configs/demo.yaml(?!.* --(optim.lr_decay|train.leave_out))",
         f"{MINIATURE_MODEL} --checkpoint.every_steps 1",
     ),
     (r"^pretrain train .* --run_dir runs/demo/stable", f"{MINIATURE_MODEL} --optim.lr_decay_steps 1"),
     (
         r"^pretrain train .* --run_dir runs/demo/cooled",
         f"{MINIATURE_MODEL} --optim.lr_decay_steps 1 --resume runs/demo/stable/checkpoints/step-00000002",
+    ),
+    (
+        r"^pretrain train .* --train.leave_out",
+        f"{MINIATURE_MODEL} --checkpoint.every_steps 1 --resume runs/demo/watched/checkpoints/step-00000002 "
+        "--train.max_steps 4 --train.leave_out '[{first_step: 3, last_step: 3}]'",
     ),
     (r"^torchrun .* -m pretrain doctor", "--seconds 1"),
     (r"^sbatch --nodes=2 launch/slurm.sbatch", f"{MINIATURE_MODEL} {ON_THE_CPU}"),
@@ -179,7 +184,7 @@ def test_every_command_on_the_page_works(folder: Path) -> None:
             outputs[command] = run_on_two_nodes(parts, folder) if "NNODES=2" in command else run(parts, folder)
     outputs |= {command: job.result() for command, job in jobs.items()}
     waiting.shutdown()
-    assert len(outputs) == (34 if slurm.available() else 33)  # of those that were run
+    assert len(outputs) == (35 if slurm.available() else 34)  # of those that were run
 
     generated = outputs['pretrain generate runs/demo/model --prompt "The file object" --max_new_tokens 60']
     assert generated.startswith("The file object")

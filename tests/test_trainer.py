@@ -53,7 +53,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(datasets: Path, tmp_path: Path, 
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=16, eta_min=3e-4)
     scheduler = torch.optim.lr_scheduler.SequentialLR(reference, [warmup, cosine], milestones=[3])
     micro_batches = data.MicroBatches(run.sources, run.mixture, 32, 2, 0, 1)
-    taken, again = itertools.tee(data.train_loader(micro_batches, 1, 20, 0, torch.device("cpu")))
+    taken, again = itertools.tee(data.train_loader(micro_batches, range(1, 21), 0, torch.device("cpu")))
     clipped = 0
     for _ in range(20):
         expected = 0.0
@@ -158,7 +158,7 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
     config_file = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
     run = preparation.prepare(config.load(config_file))
     batches = data.MicroBatches(run.sources, run.mixture, 32, 2, 0, 1)
-    micro_batches = data.train_loader(batches, 1, 9, 0, torch.device("cpu"))
+    micro_batches = data.train_loader(batches, range(1, 10), 0, torch.device("cpu"))
     seen: Counter[str] = Counter()
     trainer.optimizer_step(run, micro_batches)  # AdamW makes its state in the first step
     transfers: list[tuple[str, torch.Size]] = []

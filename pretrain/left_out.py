@@ -1,0 +1,52 @@
+"""Steps that are not trained (`train.leave_out`), as after a loss spike: which steps of a run are, and what a span of them holds.
+
+A step keeps its number and its sequences, whatever is left out before it: order and schedule know nothing of this.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from pretrain.sections import StepRange, TrainConfig
+
+
+def spans(after: int, last_step: int, left_out: Sequence[StepRange]) -> Iterator[tuple[int, int]]:
+    """The trained steps among after + 1 .. last_step, as pairs (a, b) of finished steps: a + 1 to b, none of them left out."""
+    for one in left_out:
+        if after < min(one.first_step - 1, last_step):
+            yield after, min(one.first_step - 1, last_step)
+        after = max(after, one.last_step)
+    if after < last_step:
+        yield after, last_step
+
+
+def trained_steps(after: int, last_step: int, left_out: Sequence[StepRange]) -> int:
+    """How many of the steps after + 1 .. last_step are trained."""
+    return sum(b - a for a, b in spans(after, last_step, left_out))
+
+
+def problems(train: TrainConfig, branch_point: int) -> list[str]:
+    """Everything in `train.leave_out` that cannot be; branch_point: as the configuration has it, 0 for none."""
+    found = []
+    ends = [0, *(step for one in train.leave_out for step in (one.first_step, one.last_step))]
+    for number, (earlier, later) in enumerate(pairwise(ends)):
+        if later < earlier + (number % 2 == 0):  # a range may hold one step, and begins after the one before
+            listed = in_words(train.leave_out)
+            found.append(f"train.leave_out: ranges must rise from step 1 on and not overlap; they are {listed}")
+            break
+    needed = {
+        "train.max_steps": train.max_steps,
+        "train.stop_after_step": train.stop_after_step,
+        "the last step before optim.lr_decay_steps": branch_point,
+    }
+    for name, step in needed.items():
+        if any(one.first_step <= step <= one.last_step for one in train.leave_out):
+            found.append(
+                f"train.leave_out: step {step} ({name}) is one that must be trained: leave out fewer steps, or others"
+            )
+    return found
+
+
+def in_words(left_out: Sequence[StepRange]) -> str:
+    """Such as "12000 to 12200, 15000 to 15010"."""
+    words = (str(a) if a == b else f"{a} to {b}" for a, b in ((one.first_step, one.last_step) for one in left_out))
+    return ", ".join(words) or "no steps"
