@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR
-from pretrain import checkpoint, config, data, hf
+from pretrain import checkpoint, config, data, hf, soundness
 from pretrain.going_on import CONSEQUENCES, Say, facts_of_steps, tokenizer_of
 from pretrain.model import fill
 from pretrain.reading import read_json, read_tokenizer
@@ -55,6 +55,8 @@ def load(settings: config.Config, sources: list[data.Source], model: nn.Module, 
         _check_tokens(source, state["data"].get("tokenizer") == tokenizer_of(sources), allowed, say)
         _say_what_it_has_seen(source, state, settings, sources, say)
         checkpoint.load_into(source, model)
+        if problem := soundness.problem({name: parameter.data for name, parameter in model.named_parameters()}):
+            raise ValueError(f"--init_from {source}: {problem}")
         say(f"the weights are those of {source}, after its step {state['step']}")
         return
     weights, shards = hf.Weights(source), sources[0].train

@@ -6,7 +6,7 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 import time
 from dataclasses import asdict, dataclass
 
-from pretrain import ranks
+from pretrain import checkpoint, ranks, soundness
 from pretrain.hosts import this_host
 from pretrain.progress import Display
 from pretrain.run import Run
@@ -31,10 +31,25 @@ class Loop:
     saver: Saver
 
 
+def check(run: Run) -> None:
+    """Raise FloatingPointError, on all ranks, where weights or the optimizer's state are broken: a restart does without them."""
+    problem = soundness.problem(checkpoint.tensors_of(run.llama, run.optimizer))
+    if problem is not None:
+        raise FloatingPointError(
+            f"after step {run.step} {problem}. What was trained since the last save is not saved; where this comes again at the "
+            "same step, go back to an earlier checkpoint with --resume, and look at the hosts with pretrain doctor"
+        )
+
+
 def save(run: Run, saver: Saver) -> None:
-    """Everything that the next step depends on. No random number is drawn in training, so no generator's state is in it."""
+    """Everything that the next step depends on. No random number is drawn in training, so no generator's state is in it.
+
+    Raises:
+        FloatingPointError: as `check`.
+    """
     at("save", run.step)
     run.clock.pause()
+    check(run)
     state = {
         "step": run.step,
         **run.facts,

@@ -30,6 +30,7 @@ from pretrain import (
     retention,
     run_folder,
     scheduler,
+    soundness,
 )
 from pretrain.hosts import is_first_here, this_host
 from pretrain.memory import checkpoint_bytes
@@ -145,6 +146,8 @@ def _take_up(
         init_from.load(settings, sources, model, say)
         return TakenUp(init_from=str(Path(settings.init_from).resolve()))
     state = checkpoint.load(found.folder, model, optimizer)
+    if problem := soundness.problem(checkpoint.tensors_of(model, optimizer)):
+        raise ValueError(f"{found.folder} was saved broken: {problem}. Take an earlier checkpoint with --resume")
     if settings.init_from is not None:
         say(f"{settings.run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     return TakenUp(

@@ -102,9 +102,8 @@ class Saver:
             torch.cuda.synchronize()  # the copies are done
         updates = int(next(iter(optimizer.state.values()))["step"].item())
         # Where train.leave_out has passed over a milestone this one stays in its place.
-        milestone = any(
-            retention.is_milestone(n, self._config, self._branch_point) for n in range(before + 1, step + 1)
-        )
+        since = range(min(before + 1, step), step + 1)
+        milestone = any(retention.is_milestone(n, self._config, self._branch_point) for n in since)
         keep = self._config.keep_last == 0 or milestone or self._owed
         start = None if self._back is None else self._back.start
         state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}

@@ -7,6 +7,7 @@ finish the step they are in, save, and leave. Started again with the same config
 (`preparation` sees to that). `at` tells the watchdog where this rank is.
 """
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain import data, left_out, logbook, ranks, validation
-from pretrain.leaving import Loop, leave, log_saves, save
+from pretrain.leaving import Loop, check, leave, log_saves, save
 from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -67,7 +68,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     what was trained last could not be saved.
 
     Raises:
-        FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used.
+        FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used, or weights are broken.
         OSError: the data cannot be read.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
@@ -141,6 +142,7 @@ def _log(loop: Loop, result: StepResult) -> None:
     problem = logbook.log_step(run, loop.display, result)
     if problem is None:
         return
+    check(run)  # broken weights have no gradient either, and no documents are to blame
     if run.updates() > run.taken_up.updates:  # else each restart would save the same, and prune good ones
         save(run, loop.saver)
     try:
@@ -196,4 +198,6 @@ def _validate(loop: Loop) -> None:
         run.log.write("validation", run.step, {"losses": losses})
         figures = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         loop.display.say(f"step {run.step}: validation loss  {figures}")
+        if not all(map(math.isfinite, losses.values())):
+            check(run)
     run.clock.go_on()

@@ -37,7 +37,7 @@ LAYERS = [
     {"model", "kernels", "checkpoint", "hf_config", "overlay"},
     {"retention"},
     {"backends", "sharding"},
-    {"float8", "memory"},
+    {"float8", "memory", "soundness"},
     {"parallel", "hf", "saver", "speed"},
     {"validation", "published", "snapshot"},
     {"going_on", "run_folder"},
