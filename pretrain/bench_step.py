@@ -83,7 +83,7 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
 def _untrained(row: dict[str, Any]) -> str | None:
     """Why the steps that were timed are none: what trains nothing may be as fast as it likes."""
     if row["skipped_steps"]:
-        return f"trains nothing: {row['skipped_steps']} updates were left out, for their gradient was 0 or not finite"
+        return f"trains nothing: {row['skipped_steps']} updates were left out, for their gradient was 0, not finite or an outlier"
     return None if math.isfinite(row["last_loss"]) else f"trains nothing: its last loss is {row['last_loss']}"
 
 
@@ -111,7 +111,7 @@ def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:
     for _ in timer.steps(timing.steps, timed=True):
         results.append(trainer.optimizer_step(run, micro_batches))
     run.clock.pause()
-    skipped = int(run.skipped_steps)
+    skipped = int(run.skips.total)
     speed = _speed(run, timing, timer)
     used = bench_timing.memory(device)  # before the profiler, which needs some itself
     used = dict(zip(used, _largest(list(used.values()))))

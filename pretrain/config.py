@@ -305,7 +305,7 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     problems = []
     if not (isfinite(train.z_loss) and train.z_loss >= 0):
         problems.append(f"train.z_loss is {train.z_loss}; it must be a number of at least 0")
-    for name in ("max_lr", "min_lr", "weight_decay"):
+    for name in ("max_lr", "min_lr", "weight_decay", "skip_grad_norm_above"):
         if not (isfinite(getattr(optim, name)) and getattr(optim, name) >= 0):
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number of at least 0")
     if optim.min_lr > optim.max_lr:
@@ -326,6 +326,10 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> list[str]:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must lie in [0, 1)")
+    if 0 < optim.skip_grad_norm_above <= 1:
+        problems.append(
+            f"optim.skip_grad_norm_above is {optim.skip_grad_norm_above} times the usual norm; it must be above 1, or 0 for none"
+        )
     for name in ("eps", "max_grad_norm"):  # without eps, a weight that has had no gradient yet becomes 0 / 0
         if not (isfinite(getattr(optim, name)) and getattr(optim, name) > 0):
             problems.append(f"optim.{name} is {getattr(optim, name)}; it must be a number above 0")

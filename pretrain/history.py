@@ -26,10 +26,13 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(_FIGURES.split(), _NUMBER),
     **dict.fromkeys(("step", "max_steps", "parameters", "world_size"), int),
     **dict.fromkeys(("versions", "sources", "validation_sets", "losses"), dict),
+    **dict.fromkeys(("steps", "step_losses", "grad_norms"), list),
     "kind": str,
     **dict.fromkeys(("problem", "init_from", "branched_from", "leave_out"), (str, type(None))),
 }
 """Of the fields that a report reads."""
+_NEEDED = {"validation": ("losses",), "steps": ("steps", "step_losses", "grad_norms")}
+"""The fields without which a record of a kind is none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class History:
     starts: list[Record]
     """One a process start, in the order of the file; all but the first are restarts, at step 0 where nothing was saved."""
     train: list[Record]
+    """One a line of metrics."""
+    steps: list[Record]
+    """One a step of which loss and gradient norm are known, as `train` names them: also of those between lines of metrics."""
     validation: list[Record]
     stop: Record | None
     """How the last process ended; None: it has not, or was killed."""
@@ -78,8 +84,11 @@ class History:
         return {**described, **{name: {} for name in validated if name not in described}}
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a figure of the train records, float64 both; NaN where a record has none."""
-        return _columns([(record["step"], record.get(name)) for record in self.train])
+        """Steps and values of a figure, float64 both; NaN where a record has none. Loss and gradient norm are each step's, all
+        others the lines' of metrics.
+        """
+        records = self.steps if name in ("loss", "grad_norm") else self.train
+        return _columns([(record["step"], record.get(name)) for record in records])
 
     def validation_series(self, source: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and validation losses of one source (nats a token), where it has one."""
@@ -150,7 +159,7 @@ def read(run_dir: Path) -> History:
             f"{run_dir} has no metrics.jsonl; name the folder of a run (run_dir in its configuration)"
         )
     starts: list[Record] = []
-    by_step: dict[str, dict[int, Record]] = {"train": {}, "validation": {}}
+    by_step: dict[str, dict[int, Record]] = {"train": {}, "steps": {}, "validation": {}}
     stop, torn = None, 0
     saved, unsaved = None, None
     for line in path.read_bytes().splitlines():
@@ -170,12 +179,16 @@ def read(run_dir: Path) -> History:
         elif record["kind"] == "save":
             unsaved = record.get("problem")
             saved = record["step"] if unsaved is None else saved
+        elif record["kind"] == "steps":
+            for step, loss, norm in zip(record["steps"], record["step_losses"], record["grad_norms"]):
+                by_step["steps"][step] = {"step": step, "loss": loss, "grad_norm": norm}
         elif record["kind"] in by_step:
             by_step[record["kind"]][record["step"]] = record
-    train, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
+    by_step["steps"] |= by_step["train"]  # which has them in full
+    train, steps, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
     if not starts and not train and not validation:
         raise ValueError(f"{path} has no record yet; wait for the first one")
-    return History(starts, train, validation, stop, torn, saved, unsaved)
+    return History(starts, train, steps, validation, stop, torn, saved, unsaved)
 
 
 def _parse(line: bytes) -> Record | None:
@@ -184,7 +197,7 @@ def _parse(line: bytes) -> Record | None:
         record = json_mapping(line)
     except ValueError:
         return None
-    needed = {"kind", "step", *(("losses",) if record.get("kind") == "validation" else ())}
+    needed = {"kind", "step", *_NEEDED.get(str(record.get("kind")), ())}
     return record if needed <= record.keys() and all(_fits(*field) for field in record.items()) else None
 
 
@@ -192,6 +205,8 @@ def _fits(name: str, value: Any) -> bool:
     """Whether a field is of the type that `pretrain.logbook` writes."""
     if not isinstance(value, _TYPES.get(name, object)):
         return False
+    if name in _NEEDED["steps"]:
+        return all(isinstance(number, int if name == "steps" else _NUMBER) for number in value)
     if name == "losses":
         return all(isinstance(loss, _NUMBER) for loss in value.values())
     if name in ("sources", "validation_sets"):

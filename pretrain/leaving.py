@@ -4,12 +4,12 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pretrain import checkpoint, ranks, soundness
 from pretrain.hosts import this_host
 from pretrain.progress import Display
-from pretrain.run import Run
+from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
 from pretrain.scheduler import LATER, OUT_OF_TIME, TAKEN, Stop
 from pretrain.versions import run_versions
@@ -29,6 +29,8 @@ class Loop:
     stop: Stop
     display: Display
     saver: Saver
+    unlogged: list[StepResult] = field(default_factory=list)
+    """Of the steps since the last line of metrics."""
 
 
 def check(run: Run) -> None:
@@ -56,7 +58,7 @@ def save(run: Run, saver: Saver) -> None:
         "init_from": run.taken_up.init_from,
         "branched_from": run.taken_up.branched_from,
         "tokens_per_source": run.tokens_per_source(),
-        "skipped_in_a_row": int(run.skipped_in_a_row),
+        "skips": run.skips.state(),
         "world_size": run.fabric.world_size,
         "operations": [asdict(choice) for choice in run.llama.operations.choices],
         "config": asdict(run.config),

@@ -61,40 +61,84 @@ def log_start(run: Run, display: Display) -> None:
         display.say(f"resumed after step {run.step}")
 
 
-def log_step(run: Run, display: Display, result: StepResult) -> str | None:
-    """Write a line of metrics: the loss over all ranks of this step alone, so that a resumed run logs the same line.
+def log_step(run: Run, display: Display, results: list[StepResult]) -> str | None:
+    """Write a line of metrics of the last step, and one of all `results`, which are those since the last lines.
 
-    The one place where a step waits for the device, and once. Returns, on all ranks, why the run must not go on, where too many
-    steps in a row had no gradient that could be used.
+    Figures are each step's own, over all ranks, so that a resumed run logs the same ones. The one place where training waits for
+    the device, and once. Returns, on all ranks, why the run must not go on, where too many steps updated nothing.
     """
-    at("metrics", run.step)
-    # Every rank counts the same number of tokens a step, so the mean over ranks is the mean over tokens.
-    mean = ranks.all_reduce_sum(result.loss.clone()) / run.fabric.world_size
-    data_hash = ranks.all_reduce_sum(torch.tensor(result.data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
-    figures = torch.stack((mean, result.grad_norm, run.skipped_steps, run.skipped_in_a_row)).tolist()
+    losses, grad_norms, skipped, (total, lately) = _figures(run, results)
+    data_hash = ranks.all_reduce_sum(torch.tensor(results[-1].data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
     run.clock.pause(finished=True)
     tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
     record = {
-        "loss": figures[0],
-        "grad_norm": figures[1],
+        "loss": losses[-1],
+        "grad_norm": grad_norms[-1],
         "lr": run.optimizer.param_groups[0]["lr"],
-        "skipped_steps": int(figures[2]),
+        "skipped_steps": int(total),
         "data_hash": data.data_hash_in_words(int(data_hash)),
         "tokens": sum(run.tokens_per_source().values()),
         **metrics.train_metrics(
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device
         ),
     }
+    _write_steps(run, results, losses, grad_norms, skipped)
     run.log.write("train", run.step, record)
     display.train_line(run.step, record)
     for slow in run.comparison.add(run.clock.steps, run.clock.train_s, run.clock.data_wait_s, run.clock.work_s):
         run.log.write("straggler", run.step, slow)
         display.say(pace.words(slow))
     run.clock.reset()
-    if figures[3] < run.config.train.max_skipped_steps:
+    norms = {one.step: norm for one, norm, it in zip(results, grad_norms, skipped) if it}
+    if norms:
+        which = ", ".join(f"{step} (gradient norm {norm:.4g})" for step, norm in norms.items())
+        display.say(f"nothing was updated in step {which}; {int(total)} such steps in all")
+    if lately < run.config.train.max_skipped_steps:
         return None
+    last, norm = max(norms.items())
     return (
-        f"the gradient was not finite, or 0, in the last {int(figures[3])} steps up to step {run.step}, where its norm was "
-        f"{figures[1]:g} (train.max_skipped_steps {run.config.train.max_skipped_steps}); nothing was updated in them. Their "
-        f"documents: pretrain order --config {run.run_dir / 'config.yaml'} --step {run.step}"
+        f"too many of the last steps up to step {last}, whose gradient norm was {norm:.4g}, updated nothing "
+        f"(train.max_skipped_steps {run.config.train.max_skipped_steps}): norms that are not finite, 0, or more than "
+        f"{run.config.optim.skip_grad_norm_above:g} times the usual one. Their documents: pretrain order --config "
+        f"{run.run_dir / 'config.yaml'} --step {last}; from a checkpoint before them, train.leave_out leaves them out"
     )
+
+
+def log_steps(run: Run, results: list[StepResult]) -> None:
+    """Write what is known of the steps since the last line of metrics, where training ends between two."""
+    if results:
+        losses, grad_norms, skipped, _ = _figures(run, results)
+        _write_steps(run, results, losses, grad_norms, skipped)
+
+
+def _figures(run: Run, results: list[StepResult]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Of each step: its loss over all ranks, its gradient norm, 1.0 where nothing was updated; then of all of the run how often
+    that was, and lately. Waits for the device, once.
+    """
+    at("metrics", run.step)
+    device, skips = run.fabric.device, run.skips
+    columns = [[one.loss for one in results], [one.grad_norm for one in results], [one.skipped for one in results]]
+    columns.append([skips.total, skips.lately()])
+    # parallel.cpu_offload clips, and judges, on the host
+    found = torch.stack([scalar.to(device) for column in columns for scalar in column]).tolist()
+    n = len(results)
+    # Every rank counts the same number of tokens a step, so the mean over ranks is the mean over tokens.
+    return ranks.means(found[:n]), found[n : 2 * n], found[2 * n : 3 * n], found[3 * n :]
+
+
+def _write_steps(
+    run: Run, results: list[StepResult], losses: list[float], grad_norms: list[float], skipped: list[float]
+) -> None:
+    """A line of all of them, with six digits; the line of the last one has its figures in full."""
+    columns = {
+        "steps": [one.step for one in results],
+        "step_losses": [_six_digits(loss) for loss in losses],
+        "grad_norms": [_six_digits(norm) for norm in grad_norms],
+        "skipped": [one.step for one, it in zip(results, skipped) if it],
+    }
+    if len(results) > 1:
+        run.log.write("steps", run.step, columns)
+
+
+def _six_digits(number: float) -> float:
+    return float(f"{number:.6g}")

@@ -2,8 +2,9 @@
 
     trainer ─> Clock (seconds of training, of waiting for data) ─> train_metrics ─> MetricsLog ─> metrics.jsonl, TensorBoard, W&B
 
-metrics.jsonl is one JSON object a line with a `kind`: start, train, validation, straggler, save, stop. `step` counts finished
-optimizer steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line counts.
+metrics.jsonl is one JSON object a line with a `kind`: start, train, steps, validation, straggler, save, stop. `step` counts
+finished optimizer steps. It is only ever appended to: after a crash and a resume a step may stand there twice, and the last line
+counts.
 
 Nothing here ends a run that trains: lines that the disk does not take wait in memory, and a logger that fails is switched off.
 """
@@ -119,9 +120,11 @@ def train_metrics(
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for every float that is not finite, at any depth of dictionaries."""
+    """The same with None for every float that is not finite, at any depth of dictionaries and lists."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -74,14 +74,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def step_if_usable(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> Tensor:
-    """Update the weights, unless `grad_norm` is not finite, or 0. Returns, on the device, 1.0 if the update was left out, or 0.0.
+def step_unless(optimizer: torch.optim.AdamW, skipped: Tensor) -> None:
+    """Update the weights, unless `skipped`, () on the device of the weights, is 1.0, not 0.0.
 
-    No batch has a gradient of 0: it was lost on its way, as by a compiler's mistake, and AdamW would only decay the weights.
-    The decision is taken on the device, by the switch that fused AdamW has for gradient scalers: no synchronisation.
-    Since the norm is global, all ranks decide alike.
+    By the switch that fused AdamW has for gradient scalers: no synchronisation.
     """
-    skipped = (~(torch.isfinite(grad_norm) & (grad_norm > 0))).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
-    return skipped

@@ -100,12 +100,13 @@ def legend(ax: Axes, columns: int) -> None:
 def _loss(ax: Axes, history: History) -> None:
     steps, loss = history.series("loss")
     smooth, width = smoothed(loss)
+    each = "step" if len(history.steps) > len(history.train) else "logged step"
     last = f"last {loss[-1]:.3f}"
     if width == 1:
-        ax.plot(steps, loss, color=PALETTE[0], linewidth=1.8, marker=marker(steps), label=f"each logged step, {last}")
+        ax.plot(steps, loss, color=PALETTE[0], linewidth=1.8, marker=marker(steps), label=f"each {each}, {last}")
     else:
-        ax.plot(steps, loss, color=PALETTE[0], alpha=0.35, linewidth=0.8, label=f"each logged step, {last}")
-        ax.plot(steps, smooth, color=PALETTE[0], linewidth=1.8, label=f"mean of {width} logged steps")
+        ax.plot(steps, loss, color=PALETTE[0], alpha=0.35, linewidth=0.8, label=f"each {each}, {last}")
+        ax.plot(steps, smooth, color=PALETTE[0], linewidth=1.8, label=f"mean of {width} {each}s")
         inset = enlargement(ax, np.nanmax(loss[steps > 0.35 * steps[-1]], initial=-np.inf))
         if inset is not None:
             half = len(steps) // 2

@@ -22,7 +22,6 @@ from pretrain import (
     data,
     going_on,
     init_from,
-    left_out,
     metrics,
     pace,
     parallel,
@@ -39,6 +38,7 @@ from pretrain.optim import make_optimizer
 from pretrain.reading import json_mapping
 from pretrain.run import Run, TakenUp
 from pretrain.sharding import Sharding
+from pretrain.skips import Skips
 from pretrain.versions import RUN_PACKAGES, source_hash, versions
 from pretrain.watchdog import Watchdog, alive, at
 
@@ -107,7 +107,6 @@ def _build(
     optimizer = make_optimizer(parallel.unwrap(model), settings.optim)
     at("loading the checkpoint")
     taken_up = _take_up(found, settings, sources, parallel.unwrap(model), optimizer, say)
-    trained = left_out.trained_steps(0, taken_up.step, settings.train.leave_out)
     return Run(
         config=settings,
         run_dir=run_dir,
@@ -124,8 +123,9 @@ def _build(
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=taken_up.step,
-        skipped_steps=torch.full((), float(trained - taken_up.updates), device=fabric.device),
-        skipped_in_a_row=torch.full((), float(before["skipped_in_a_row"] if before else 0), device=fabric.device),
+        skips=Skips(
+            settings.optim.skip_grad_norm_above, next(model.parameters()).device, before and before.get("skips")
+        ),
         taken_up=taken_up,
         sets=sets,
     )

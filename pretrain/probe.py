@@ -23,6 +23,7 @@ from pretrain.memory import Layout, layer_keeps
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.run import Run
+from pretrain.skips import Skips
 from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
 from pretrain.trainer import optimizer_step
 
@@ -158,7 +159,6 @@ def _measure(fabric: Fabric, settings: config.Config, alone: config.ParallelConf
 def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int) -> Run:
     """All that a step needs, and no data, no folder and no log."""
     model = parallel.build(fabric, replace(settings.model, num_hidden_layers=depth), alone, settings.seed)
-    zero = torch.zeros((), device=fabric.device)
     return Run(
         config=replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size)),
         run_dir=Path(),
@@ -173,6 +173,5 @@ def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, 
         flops_per_token={},
         log=cast(Any, None),
         clock=metrics.Clock(fabric.device),
-        skipped_steps=zero,
-        skipped_in_a_row=zero.clone(),
+        skips=Skips(0.0, fabric.device),
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain import config, data, left_out, metrics, pace, parallel
 from pretrain.model import Llama
 from pretrain.sharding import Sharding
+from pretrain.skips import Skips
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Run:
     facts: dict[str, Any]
     """What must be the same when the run goes on: the model's shape and what the order of the data depends on."""
     flops_per_token: dict[str, float]
+    skips: Skips
+    """Judges each update, and counts those that were left out."""
     log: metrics.MetricsLog
     clock: metrics.Clock
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
@@ -59,10 +62,6 @@ class Run:
     parts from the watchdog, which may write a crash report then."""
     step: int = 0
     """The last finished step; steps that were left out (`train.leave_out`) count as finished."""
-    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Steps of the run that updated nothing because the gradient was not finite, or 0; a scalar on the device."""
-    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """How many of them came last, one after the other; a scalar on the device."""
     taken_up: TakenUp = field(default_factory=TakenUp)
     sets: data.Sets = field(default_factory=dict)
     """What is only validated on (`validation.sets`)."""
@@ -72,16 +71,14 @@ class Run:
         """The model inside Fabric's wrapper."""
         return parallel.unwrap(self.model)
 
-    def count_step(self, skipped: Tensor) -> None:
-        """Count a step that is done; `skipped`: 1.0 if it updated nothing, else 0.0, a scalar on the device."""
-        self.skipped_steps += skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+    def count_step(self) -> None:
+        """Count a step that is done."""
         self.step += 1
         self.clock.steps += 1
 
     def updates(self) -> int:
         """How often the weights were updated, in all of the run; waits for the device."""
-        return left_out.trained_steps(0, self.step, self.config.train.leave_out) - int(self.skipped_steps)
+        return left_out.trained_steps(0, self.step, self.config.train.leave_out) - int(self.skips.total)
 
     def tokens_per_source(self) -> dict[str, int]:
         """Tokens taken from each source so far, by its name."""
@@ -97,9 +94,12 @@ class Run:
 class StepResult:
     """What is known after a step, without having waited for the device."""
 
+    step: int
     loss: Tensor
     """This rank's mean loss over the step, in nats a token; a scalar on the device."""
     grad_norm: Tensor
     """The L2 norm of the whole gradient before clipping; a scalar on the device."""
+    skipped: Tensor
+    """1.0 where nothing was updated, else 0.0; a scalar on the device."""
     data_hash: int
     """`data.data_hash` of this rank's sequences; the sum over the ranks says which sequences the step was made of."""

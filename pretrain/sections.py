@@ -195,7 +195,8 @@ class TrainConfig:
     """Adds z_loss (no unit) x log^2 Z to what is minimised, Z the sum of a token's exp(logits), so that logits do not drift
     (PaLM, arXiv 2204.02311, section 5, uses 1e-4). It acts through the gradient; what is logged stays the cross-entropy."""
     max_skipped_steps: int = 10
-    """Stop when so many steps in a row were skipped because the gradient norm was infinite, NaN or 0 (steps)."""
+    """Stop when so many steps in a row updated nothing, because the gradient norm was infinite, NaN, 0 or above
+    `optim.skip_grad_norm_above`; or nearly in a row: ten that update make up for one that did not (steps)."""
     deterministic: bool = False
     """On a GPU, only algorithms that give the same bits every time; slower. A CPU always does."""
     max_hours: float = 0.0
@@ -241,6 +242,9 @@ class OptimConfig:
     """Decay the norms' weights and the embedding too, as TinyLlama's own run did."""
     max_grad_norm: float = 1.0
     """The global gradient norm is clipped to this (L2 norm over all parameters)."""
+    skip_grad_norm_above: float = 10.0
+    """Leave out an update whose gradient norm, before clipping, is more than so many times the median of the last 128 that were
+    not left out, once there are 64 (no unit); 0: none is left out for that."""
 
 
 @dataclass(frozen=True)

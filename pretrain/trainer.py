@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import data, left_out, logbook, ranks, validation
 from pretrain.leaving import Loop, check, leave, log_saves, save
-from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_if_usable
+from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_unless
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
@@ -47,10 +47,11 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
     at("clipping and update", run.step + 1)
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
     set_learning_rate(run.optimizer, learning_rate(run.step + 1, run.config.optim, run.config.train.max_steps))
-    skipped = step_if_usable(run.optimizer, grad_norm)
+    skipped = run.skips.judge(grad_norm)
+    step_unless(run.optimizer, skipped)
     run.optimizer.zero_grad()
-    run.count_step(skipped)
-    return StepResult(loss_sum, grad_norm.to(loss_sum.device), data_hash)  # parallel.cpu_offload clips on the host
+    run.count_step()
+    return StepResult(run.step, loss_sum, grad_norm, skipped, data_hash)
 
 
 def next_micro_batch(run: Run, micro_batches: Iterator[data.MicroBatch]) -> tuple[Tensor, Tensor, int]:
@@ -68,7 +69,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     what was trained last could not be saved.
 
     Raises:
-        FloatingPointError: `train.max_skipped_steps` steps in a row had no gradient that could be used, or weights are broken.
+        FloatingPointError: `train.max_skipped_steps` updates were left out, or weights are broken.
         OSError: the data cannot be read.
     """
     display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
@@ -95,14 +96,15 @@ def _train(loop: Loop) -> int:
         _validate(loop)
     run.clock.reset()
     while run.step < settings.train.last_step and not _stop_agreed(loop):
-        result = _step(loop, micro_batches)
+        loop.unlogged.append(_step(loop, micro_batches))
         if _due(run, settings.train.log_every):
-            _log(loop, result)
+            _log(loop)
         if _due(run, settings.validation.every_steps):
             _validate(loop)
         if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == settings.branch_point:
             save(run, loop.saver)
         log_saves(run, loop.saver)
+    logbook.log_steps(run, loop.unlogged)
     return leave(loop)
 
 
@@ -136,10 +138,11 @@ def _pass_over(loop: Loop) -> None:
         loop.display.say(f"left out, by train.leave_out: {left_out.in_words([StepRange(finished + 1, run.step)])}")
 
 
-def _log(loop: Loop, result: StepResult) -> None:
-    """A line of metrics; on all ranks the end, where too many steps in a row had no gradient that could be used."""
+def _log(loop: Loop) -> None:
+    """The lines of metrics of the steps since the last ones; on all ranks the end, where too many of them updated nothing."""
     run = loop.run
-    problem = logbook.log_step(run, loop.display, result)
+    problem = logbook.log_step(run, loop.display, loop.unlogged)
+    loop.unlogged.clear()
     if problem is None:
         return
     check(run)  # broken weights have no gradient either, and no documents are to blame

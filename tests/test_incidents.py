@@ -156,9 +156,7 @@ def test_a_run_without_a_gradient_says_so_though_its_last_save_fails(
     backward = run.fabric.backward
     monkeypatch.setattr(run.fabric, "backward", lambda loss: backward(loss * (1.0 if run.step < 2 else float("nan"))))
     monkeypatch.setattr(saver.Saver, "_commit", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(
-        FloatingPointError, match=r"in the last 2 steps up to step 4.*not saved: .*No space left on device"
-    ):
+    with pytest.raises(FloatingPointError, match=r"up to step 4.*not saved: .*No space left on device"):
         trainer.train(run)
 
 

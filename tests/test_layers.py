@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"collectives", "folder", "hosts", "index", "permutation", "reading", "slots", "stuck"},
+    {"collectives", "folder", "hosts", "index", "permutation", "reading", "skips", "slots", "stuck"},
     {
         "back",
         "bench_profile",

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pretrain.model import Llama
-from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_if_usable
+from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_unless
 from pretrain.sections import ModelConfig, OptimConfig
+from pretrain.skips import Skips
 
 SMALL = ModelConfig(
     vocab_size=50,
@@ -83,16 +84,17 @@ def test_norms_and_the_embedding_are_not_decayed_unless_asked() -> None:
 def test_a_gradient_that_is_not_finite_updates_nothing(bad: float, device: str) -> None:
     """By fused AdamW's own switch, which is another kernel's on each kind of device."""
     model = small_model(device)
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer, skips = make_optimizer(model, OptimConfig()), Skips(10.0, torch.device(device))
     tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(spoil: bool) -> float:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         if spoil:
             model.model.layers[1].mlp.up_proj.weight.grad[3, 4] = bad
-        skipped = step_if_usable(optimizer, clip_gradients(model, 1.0)).item()
+        skipped = skips.judge(clip_gradients(model, 1.0))
+        step_unless(optimizer, skipped)
         optimizer.zero_grad()
-        return skipped
+        return skipped.item()
 
     assert step(spoil=False) == 0
     before = [p.clone() for p in model.parameters()]
