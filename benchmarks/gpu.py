@@ -1,7 +1,7 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations ─> products and attention ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> four micro-steps
-    ─> a killed run resumed ─> the peers ─> the paper ─> a sweep
+    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> products and attention ─> four micro-steps
+    ─> a killed run resumed ─> attention within documents ─> float8 ─> the plan's probe ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -51,7 +51,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Part:
-    """What has a share of the time: a command of `pretrain bench`, but for operations, kernels and resume."""
+    """What has a share of the time: a command of `pretrain bench`, but for those of `SCRIPTS` and resume."""
 
     name: str
     shows: str
@@ -62,6 +62,8 @@ class Part:
     """Added in the miniature; a later option overrides an earlier one."""
     budget: bool = False
     """Whether the command keeps to a budget by itself."""
+    needs: str = ""
+    """A package; without it, or without a GPU, the part is left out."""
 
 
 SHORT = ["--steps", "2", "--warmup", "1"]
@@ -77,6 +79,8 @@ TWO = ["--train.global_batch_size", "32", "--grad_accum_steps", "2"]
 """As in a run, where the gradient of the micro-steps before is there at the peak. The sweep sees to that by itself: it has the
 configuration's own global batch, and times up to three of a step's micro-steps."""
 
+FP8 = ["--parallel.precision", "fp8"]
+
 QUICK = ["--steps", "3", "--warmup", "2"]
 """Of several micro-steps each."""
 
@@ -91,7 +95,6 @@ ROWS = ("peers", "sweep")
 
 PARTS = (
     Part("operations", "Operations against the reference, in value and gradient", 110),
-    Part("kernels", "The step's products by each library, and its attention by each kernel, by themselves", 60),
     # A compilation of all 22 layers takes a minute or more, and each part makes its own.
     Part(
         "step", "TinyLlama-1.1B's step; on one H200 at least 72,000 tokens/s (56% M1)", 250, [*ONE, "--profile"], SHORT
@@ -104,9 +107,13 @@ PARTS = (
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
+    Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
+    Part("kernels", "The step's products by each library, and its attention by each kernel, by themselves", 60),
     Part("four", "the same step of four micro-steps, as far as a run's goes", 200, AS_A_RUN, SHORT),
     Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
-    Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
+    Part("documents", "What attention within documents costs, forward and backward", 150),
+    Part("fp8", "the step with its layers' products in float8", 250, [*ONE, *FP8], needs="torchao"),
+    Part("probe", "The plan of this chip, by a probe of a few steps", 200),
     Part("paper", "hours for 300B tokens", 270, ["--paper", *QUICK], [*SHORT, "--scale", "0.03"], True),
     Part("sweep", "the best settings", 560, ["--sweep", *QUICK], [*SHORT, *FEW, *FOUR], True),
 )
@@ -172,8 +179,13 @@ def _run(args: argparse.Namespace, stem: Path, deadline: float) -> Iterator[tupl
         page = Path(f"{stem}-{part.name}{'-more' if args.rows and part.name in ROWS else ''}.md")
         for old in (page, page.with_suffix(".json")):
             old.unlink(missing_ok=True)
-        if part.name in ("operations", "kernels", "resume"):
-            said, good = {"operations": _operations, "kernels": _kernels, "resume": _resume}[part.name](args, seconds)
+        if part.needs and (args.device == "cpu" or importlib.util.find_spec(part.needs) is None):
+            missing = "it needs a GPU" if args.device == "cpu" else f"{part.needs} is not installed"
+            page.write_text(f"# {part.name}: {part.shows}\n\nNot timed: {missing}.\n")
+            yield part.name, True
+            continue
+        if part.name == "resume" or part.name in SCRIPTS:
+            said, good = _resume(args, seconds) if part.name == "resume" else _script(args, part.name, seconds)
             page.write_text(f"# {part.shows}\n\n{said}\n")
         else:
             good = _bench(args, part, page.with_suffix(""), seconds)
@@ -204,19 +216,49 @@ def _bench(args: argparse.Namespace, part: Part, out: Path, seconds: float) -> b
     return False
 
 
-def _operations(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
-    """Each operation in a small model (odd shapes are `make test-gpu`'s): what it said, and whether all is well."""
-    command = [str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]
-    text, status = _output(command, seconds)
-    return text, status == 0
+def _script(args: argparse.Namespace, name: str, seconds: float) -> tuple[str, bool]:
+    """A part that is a command of its own: what it said, and whether all is well."""
+    text, status = _output(SCRIPTS[name](args), seconds)
+    return text if name != "kernels" else text.replace("```", ""), status == 0  # its tables stand as they are
 
 
-def _kernels(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
-    """Where a step's time would go if it were nothing else; its tables stand as they are."""
+def _operations(args: argparse.Namespace) -> list[str]:
+    """Each operation in a small model (odd shapes are `make test-gpu`'s)."""
+    return [str(ROOT / "benchmarks" / "operations.py"), "--device", args.device]
+
+
+def _kernels(args: argparse.Namespace) -> list[str]:
+    """Where a step's time would go if it were nothing else."""
     command = [str(ROOT / "benchmarks" / "kernels.py"), "--device", args.device, "--config", str(args.config)]
-    command += ["--micro_batch_size", "1", "--seq_len", "16", "--times", "1"] if args.small else []
-    text, status = _output(command, seconds)
-    return text.replace("```", ""), status == 0
+    return command + (["--micro_batch_size", "1", "--seq_len", "16", "--times", "1"] if args.small else [])
+
+
+def _documents(args: argparse.Namespace) -> list[str]:
+    small = [
+        "--config",
+        str(ROOT / "configs" / "demo.yaml"),
+        "--rounds",
+        "1",
+        "--seq_len",
+        "32",
+        "--micro_batch_size",
+        "1",
+    ]
+    command = [
+        str(ROOT / "benchmarks" / "intra_document.py"),
+        "--out",
+        str(args.out / f"intra_document_{args.device}.json"),
+    ]
+    return command + (small if args.small else ["--config", str(args.config), "--rounds", "9"])
+
+
+def _probe(args: argparse.Namespace) -> list[str]:
+    config = ROOT / "configs" / "demo.yaml" if args.small else args.config
+    return ["-m", "pretrain", "plan", "--config", str(config), "--probe"]
+
+
+SCRIPTS = {"operations": _operations, "kernels": _kernels, "documents": _documents, "probe": _probe}
+"""Parts that are no `pretrain bench`: their command."""
 
 
 def _resume(args: argparse.Namespace, seconds: float) -> tuple[str, bool]:
