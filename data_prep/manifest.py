@@ -139,6 +139,11 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of the source that decided which documents are in (StarCoderData's holdout)."""
 
+    @property
+    def begins_after(self) -> int | None:
+        """The mark after which a document's text begins: BOS, else the EOS of the one before; None where there is neither."""
+        return self.tokenizer.bos_id if self.prepend_bos else self.tokenizer.eos_id if self.append_eos else None
+
     def __post_init__(self) -> None:
         check_types("manifest", str, name=self.name, split=self.split)
         check_types("manifest", bool, append_eos=self.append_eos, prepend_bos=self.prepend_bos)

@@ -40,6 +40,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep import token_bytes
 from data_prep.documents import Part, parts
 from data_prep.manifest import (
     DTYPES,
@@ -68,6 +69,7 @@ __all__ = [
     "TokenizerInfo",
     "check_tokenizer",
     "folder_fingerprint",
+    "token_bytes",
     "token_dtype",
     "write_atomically",
 ]

@@ -122,7 +122,9 @@ class History:
             after = float(losses[-1]) if len(steps) and steps[-1] > begins else None
             entropy = about.get("unigram_entropy")
             below = None if after is None or entropy is None else after < entropy
-            figures = (about.get("train_tokens"), about.get("share"), before, after, entropy, below)
+            size = about.get("bytes_per_token")
+            bits = after / math.log(2) / size if after is not None and size else None
+            figures = (about.get("train_tokens"), about.get("share"), before, after, entropy, below, bits)
             lines.append(SourceLine(name, *figures))
         return lines
 
@@ -144,6 +146,8 @@ class SourceLine:
     """Of its validation tokens: what knowing their frequencies alone would reach (nats a token)."""
     below_entropy: bool | None
     """Whether `loss_after` is lower."""
+    bits_per_byte: float | None = None
+    """`loss_after` in bits a byte of text, which does not depend on the tokenizer."""
 
 
 def read(run_dir: Path) -> History:
@@ -210,7 +214,7 @@ def _fits(name: str, value: Any) -> bool:
     if name == "losses":
         return all(isinstance(loss, _NUMBER) for loss in value.values())
     if name in ("sources", "validation_sets"):
-        figures = ("train_tokens", "share", "unigram_entropy")
+        figures = ("train_tokens", "share", "unigram_entropy", "bytes_per_token")
         return all(
             isinstance(about, dict) and all(isinstance(about.get(figure), _NUMBER) for figure in figures)
             for about in value.values()

@@ -4,6 +4,7 @@ Run, StepResult ─> sums over the ranks ─> metrics.jsonl, Fabric's loggers, t
 """
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -22,6 +23,11 @@ def log_start(run: Run, display: Display) -> None:
     tokens_per_step = settings.train.global_batch_size * settings.data.seq_len
     device = parallel.device_name(run.fabric.device)
     operations = run.llama.operations.choices
+    sources, sets = dict[str, Any](), dict[str, Any]()
+    if run.fabric.is_global_zero:  # it reads the validation data, for a log that rank 0 alone writes
+        T, validated = settings.data.seq_len, settings.validation
+        sources = validation.describe_sources(run.sources, run.mixture, run.step + 1, T, validated)
+        sets = validation.describe_sets(run.sets, T, validated)
     record = {
         "world_size": run.fabric.world_size,
         "device": device,
@@ -35,16 +41,12 @@ def log_start(run: Run, display: Display) -> None:
         "branched_from": run.taken_up.branched_from,
         "tokens_per_step": tokens_per_step,
         "versions": run_versions(),
-        "sources": validation.describe_sources(
-            run.sources, run.mixture, run.step + 1, settings.data.seq_len, settings.validation
-        )
-        if run.fabric.is_global_zero  # it reads the validation data, for a log that rank 0 alone writes
-        else {},
-        "validation_sets": validation.describe_sets(run.sets, settings.data.seq_len, settings.validation)
-        if run.fabric.is_global_zero
-        else {},
+        "sources": sources,
+        "validation_sets": sets,
     }
     run.log.write("start", run.step, record)
+    described = {**sources, **sets}
+    run.bytes_per_token = {name: of["bytes_per_token"] for name, of in described.items() if of["bytes_per_token"]}
     about = {name: record[name] for name in ("parameters", "world_size", "device", "tokens_per_step")}
     run.log.describe({**config.flat(asdict(settings)), **about, **run_versions()})
     mixture = ", ".join(
@@ -102,6 +104,15 @@ def log_step(run: Run, display: Display, results: list[StepResult]) -> str | Non
         f"{run.config.optim.skip_grad_norm_above:g} times the usual one. Their documents: pretrain order --config "
         f"{run.run_dir / 'config.yaml'} --step {last}; from a checkpoint before them, train.leave_out leaves them out"
     )
+
+
+def log_validation(run: Run, display: Display, losses: dict[str, float]) -> None:
+    """losses: of each source and set, in nats a token."""
+    known = {name: n for name, n in run.bytes_per_token.items() if name in losses}
+    bits = {name: validation.bits_per_byte(losses[name], n) for name, n in known.items()}
+    run.log.write("validation", run.step, {"losses": losses, "bits_per_byte": bits})
+    figures = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    display.say(f"step {run.step}: validation loss  {figures}")
 
 
 def log_steps(run: Run, results: list[StepResult]) -> None:

@@ -199,13 +199,22 @@ def _document(title: str, css: str, sections: list[str]) -> str:
 
 
 def _sources(history: History) -> str:
-    heads = ["Source", "Tokens prepared", "Share", "Validation loss before", "after", "Unigram entropy", ""]
+    heads = [
+        "Source",
+        "Tokens prepared",
+        "Share",
+        "Validation loss before",
+        "after",
+        "Bits a byte",
+        "Unigram entropy",
+        "",
+    ]
     rows: list[list[Cell]] = []
     for line in history.source_lines():
         below: Cell = ("", "")
         if line.below_entropy is not None:
             below = ("below it", "good") if line.below_entropy else ("not below it", "bad")
-        losses = [line.loss_before, line.loss_after, line.unigram_entropy]
+        losses = [line.loss_before, line.loss_after, line.bits_per_byte, line.unigram_entropy]
         rows.append(
             [
                 (line.name, ""),

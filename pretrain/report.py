@@ -101,7 +101,7 @@ def show(past: History, out: Path, console: Console) -> None:
     """Print what was prepared and learnt, how fast, and where the page lies."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("source")
-    for heading in ("tokens\nprepared", "share", "validation loss\nbefore → after", "unigram\nentropy"):
+    for heading in ("tokens\nprepared", "share", "validation loss\nbefore → after", "bits\na byte", "unigram\nentropy"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for line in past.source_lines():
@@ -111,6 +111,7 @@ def show(past: History, out: Path, console: Console) -> None:
             "—" if line.train_tokens is None else f"{line.train_tokens:,}",
             "—" if line.share is None else f"{100 * line.share:.1f}%",
             f"{_loss(line.loss_before)} → {_loss(line.loss_after)}",
+            _loss(line.bits_per_byte),
             _loss(line.unigram_entropy),
             below,
         )

@@ -65,6 +65,8 @@ class Run:
     taken_up: TakenUp = field(default_factory=TakenUp)
     sets: data.Sets = field(default_factory=dict)
     """What is only validated on (`validation.sets`)."""
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
+    """Of what is validated on, by name; on rank 0, once the start is logged."""
 
     @property
     def llama(self) -> Llama:

@@ -198,9 +198,7 @@ def _validate(loop: Loop) -> None:
         settings.train.micro_batch_size,
     )
     if losses:
-        run.log.write("validation", run.step, {"losses": losses})
-        figures = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        loop.display.say(f"step {run.step}: validation loss  {figures}")
+        logbook.log_validation(run, loop.display, losses)
         if not all(map(math.isfinite, losses.values())):
             check(run)
     run.clock.go_on()

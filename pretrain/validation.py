@@ -1,5 +1,6 @@
 """Validation: the loss on each source's own split and on each of `validation.sets`, and what it is to be compared with."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from data_prep.shard import TokenDataset
+from data_prep.shard import TOKENIZER_DIR, TokenDataset, token_bytes
 from pretrain import data, ranks
 from pretrain.ops import IGNORE_INDEX
 from pretrain.sections import ValidationConfig
@@ -87,22 +88,35 @@ def describe_sets(sets: data.Sets, seq_len: int, config: ValidationConfig) -> di
 
 
 def _describe_validated(dataset: TokenDataset | None, seq_len: int, config: ValidationConfig) -> dict[str, Any]:
-    entropy = None
+    measures: dict[str, float | None] = {"unigram_entropy": None, "bytes_per_token": None}
     if dataset is not None and config.every_steps > 0:
-        entropy = unigram_entropy(dataset, seq_len, config.max_sequences)
-    return {"validation_tokens": dataset.num_tokens if dataset is not None else 0, "unigram_entropy": entropy}
+        measures = measure(dataset, seq_len, config.max_sequences)
+    return {"validation_tokens": dataset.num_tokens if dataset is not None else 0, **measures}
 
 
-def unigram_entropy(dataset: TokenDataset, seq_len: int, max_sequences: int) -> float:
-    """Entropy of the tokens that validation predicts, each for itself, in nats: the loss of the best model without context."""
+def measure(dataset: TokenDataset, seq_len: int, max_sequences: int) -> dict[str, float | None]:
+    """What the losses on it are to be held against, over the tokens that validation predicts.
+
+    unigram_entropy: that of the tokens, each for itself, in nats: the loss of the best model without context. bytes_per_token:
+    the text's, in UTF-8, over all tokens, BOS and EOS too; None where the tokenizer does not tell.
+    """
     counts = np.zeros(dataset.manifest.tokenizer.vocab_size, dtype=np.int64)
+    lengths = token_bytes.of(dataset.directory / TOKENIZER_DIR / "tokenizer.json", len(counts))
+    begins_after, size = dataset.manifest.begins_after, 0
     with ThreadPoolExecutor(16) as pool:  # what takes long is the file system
         for rows in pool.map(
             lambda i: dataset.sequences([i], seq_len), _indices(dataset, seq_len, max_sequences).tolist()
         ):
             counts += np.bincount(rows[0, 1:], minlength=len(counts))
+            size += 0 if lengths is None else lengths.count(rows[0], begins_after)
     p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+    entropy = float(-(p * np.log(p)).sum())
+    return {"unigram_entropy": entropy, "bytes_per_token": size / int(counts.sum()) if size else None}
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats a token as bits a byte of text, which does not depend on the tokenizer."""
+    return loss / math.log(2) / bytes_per_token
 
 
 def _indices(dataset: TokenDataset, seq_len: int, max_sequences: int) -> np.ndarray:

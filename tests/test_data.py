@@ -154,8 +154,8 @@ def test_unigram_entropy_of_known_tokens(tmp_path: Path) -> None:
     dataset = TokenDataset(write_dataset(tmp_path / "d", 3_000, 3))
     tokens = dataset.sequences(np.arange(dataset.num_sequences(10)), 10)[:, 1:].ravel()
     p = np.bincount(tokens)[np.bincount(tokens) > 0] / len(tokens)
-    assert validation.unigram_entropy(dataset, 10, 10**6) == pytest.approx(-(p * np.log(p)).sum())
-    assert validation.unigram_entropy(dataset, 10, 10**6) < np.log(VOCAB_SIZE)
+    assert validation.measure(dataset, 10, 10**6)["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert validation.measure(dataset, 10, 10**6)["unigram_entropy"] < np.log(VOCAB_SIZE)
 
 
 def open_two(a: Path, b: Path, seq_len: int = 32, vocab_size: int = 320) -> None:

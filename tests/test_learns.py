@@ -1,9 +1,11 @@
 """The journey on real text: what data-prep makes of a corpus, a small model learns from."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
+import pytest
 from conftest import pretrain
 
 from data_prep.__main__ import main as data_prep
@@ -32,9 +34,14 @@ def test_below_the_unigram_entropy(tmp_path: Path, monkeypatch) -> None:
     lines = (tmp_path / "runs/demo/run/metrics.jsonl").read_text().splitlines()
     start = next(r for r in map(json.loads, lines) if r["kind"] == "start")
     before, after = (r["losses"] for r in map(json.loads, lines) if r["kind"] == "validation")
+    (*_, bits) = (r["bits_per_byte"] for r in map(json.loads, lines) if r["kind"] == "validation")
+    report = pretrain("report", "runs/demo/run").stdout
     assert set(after) == {"slimpajama", "starcoder"}
     for name, loss in after.items():
-        assert loss < start["sources"][name]["unigram_entropy"] - 0.1 < before[name] - 1
-    report = pretrain("report", "runs/demo/run").stdout
+        about = start["sources"][name]
+        assert loss < about["unigram_entropy"] - 0.1 < before[name] - 1
+        assert 1.2 < about["bytes_per_token"] < 3  # of a vocabulary of 512
+        assert bits[name] == pytest.approx(loss / math.log(2) / about["bytes_per_token"])
+        assert f"{bits[name]:.4f}" in report
     assert report.count("below it") == 2
     assert "not below it" not in report

@@ -91,12 +91,13 @@ def test_sets_are_shown_beside_the_sources(
     run_dir, said = run_with_sets
     assert re.search(r"step 20: validation loss  a [\d.]+  b [\d.]+  ruler [\d.]+  wiki [\d.]+", said)
     (about,) = records(run_dir, "start").values()
-    entropy = validation.unigram_entropy(TokenDataset(wiki), 32, 7)
+    measured = validation.measure(TokenDataset(wiki), 32, 7)
+    entropy = measured["unigram_entropy"]
     assert list(about["sources"]) == ["a", "b"]
     assert about["validation_sets"]["wiki"] == {
         "documents": 3,
         "validation_tokens": 900,
-        "unigram_entropy": entropy,
+        **measured,
     }
     assert about["validation_sets"]["ruler"]["unigram_entropy"] == about["sources"]["a"]["unigram_entropy"]
     past = history.read(run_dir)
@@ -106,10 +107,11 @@ def test_sets_are_shown_beside_the_sources(
     assert line.below_entropy is (losses[1] < entropy)
     assert main(["report", str(run_dir), "--out", str(tmp_path / "report")]) in (0, None)
     row = next(text for text in capsys.readouterr().out.splitlines() if text.lstrip().startswith("wiki"))
-    assert re.search(rf"wiki +— +— +{losses[0]:.4f} → {losses[1]:.4f} +{entropy:.4f}", row)
+    assert re.search(rf"wiki +— +— +{losses[0]:.4f} → {losses[1]:.4f} +— +{entropy:.4f}", row)
     rows = re.findall("<tr>.*?</tr>", page.render("run", past, {}, None))
     (of_wiki,) = [re.findall(r"<td[^>]*>(.*?)</td>", one) for one in rows if ">wiki<" in one]
-    assert of_wiki[:6] == ["wiki", "—", "—", *(f"{figure:.4f}" for figure in (*losses, entropy))]
+    first, last = (f"{loss:.4f}" for loss in losses)
+    assert of_wiki[:7] == ["wiki", "—", "—", first, last, "—", f"{entropy:.4f}"], "words without text have no bytes"
     figure, axes = pictures.plt.subplots()
     pictures._validation(axes, past)
     labels = axes.get_legend_handles_labels()[1]
