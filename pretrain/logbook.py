@@ -69,8 +69,9 @@ def log_step(run: Run, display: Display, results: list[StepResult]) -> str | Non
     Figures are each step's own, over all ranks, so that a resumed run logs the same ones. The one place where training waits for
     the device, and once. Returns, on all ranks, why the run must not go on, where too many steps updated nothing.
     """
-    losses, grad_norms, skipped, (total, lately) = _figures(run, results)
+    at("metrics", run.step)
     data_hash = ranks.all_reduce_sum(torch.tensor(results[-1].data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
+    losses, grad_norms, skipped, (total, lately) = _figures(run, results)
     run.clock.pause(finished=True)
     tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
     record = {

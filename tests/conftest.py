@@ -60,7 +60,7 @@ def nothing_goes_on() -> Iterator[None]:
     """What a failed test has started would slow the next ones. A run in this process, or nohup, has left signals ignored."""
     stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in stops} | {
-        signal.SIGINT: signal.getsignal(signal.SIGINT)
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)
     }
     yield
     processes.kill_what_is_left()

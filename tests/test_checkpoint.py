@@ -163,8 +163,8 @@ def test_pruning_keeps_the_newest_and_what_was_to_be_kept(tmp_path: Path) -> Non
         return sorted(step for step, _ in checkpoint.committed(tmp_path))
 
     def save_many(last: int, settings: CheckpointConfig) -> None:
-        writer = saver.Saver(tmp_path, settings, say=lambda line: None)
         first = max([0, *there()]) + 1
+        writer = saver.Saver(tmp_path, settings, say=lambda line: None, step=first - 1)
         for step in range(first, last + 1):
             writer.save(step, *make_state(1), {"step": step})
         writer.close()

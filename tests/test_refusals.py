@@ -253,9 +253,8 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(
 
 def test_help_explains_every_field_with_its_unit() -> None:
     """The docstring under each field of the configuration is its help, and that of a number names the unit."""
-    texts = (
-        pretrain("train", option).stdout for option in ("--help", "--model.rope_scaling.help", "--validation.sets.help")
-    )
+    of_lists = (f"--{key}.help" for key in ("model.rope_scaling", "validation.sets", "train.leave_out"))
+    texts = (pretrain("train", option).stdout for option in ("--help", *of_lists))
     printed = "".join("".join(texts).split())
     tree = ast.parse(inspect.getsource(sections))
     fields = 0

@@ -176,12 +176,14 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
         assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
         assert transfers == []
         seen.clear()
-        logbook.log_step(run, Display(20, 4, show=False), result)
+        logbook.log_step(run, Display(20, 4, show=False), [result, result])
         # The fingerprint's sum is a CPU tensor; of what lies on the device one stacked tensor is fetched.
         assert [name for name, _ in transfers] == ["numpy", "tolist"]
-        assert [shape for name, shape in transfers if name == "tolist"] == [(4,)]
+        assert [shape for name, shape in transfers if name == "tolist"] == [(3 * 2 + 2,)]
         assert "aten._local_scalar_dense.default" not in seen
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] == result.loss.item()
+    of_steps, line = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["loss"] == result.loss.item()
+    assert of_steps["steps"] == [4, 4]
 
 
 def test_tensorboard_gets_the_numbers(datasets: Path, tmp_path: Path) -> None:
