@@ -2,8 +2,10 @@
 
     python benchmarks/kernels.py [--device cuda] [--config configs/tinyllama-1.1b.yaml] [--micro_batch_size 16]
 
-Of each product forward, the gradient of its input, and that of its weight; on a GPU by cuBLAS and by cuBLASLt, which
-TORCH_BLAS_PREFER_CUBLASLT=1 has a whole run use. The rows `q` and `k, v` are `q, k, v` by two products, and not in the sum.
+Of each product forward, the gradient of its input, and that of its weight; on a GPU by cuBLAS, by cuBLASLt, which
+TORCH_BLAS_PREFER_CUBLASLT=1 has a whole run use, and by cuBLAS where it may not add up the parts of a sum in bf16, as PyTorch
+lets it by default (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`); the last column is the error of the
+weight's gradient, whose sums are the longest. The rows `q` and `k, v` are `q, k, v` by two products, and not in the sum.
 Attention, forward and backward, by each of PyTorch's fused kernels that runs. On a GPU the calls are queued one behind the other
 after a second of work, so that the chip is as warm, and its clocks are as low, as in a step. Times are medians; TFLOP/s count two
 for a multiply-add, and half of attention, which is causal. The lines `a step` add up what a step of one micro-step takes, all
@@ -76,12 +78,18 @@ def products(model: ModelConfig, tokens: int, device: torch.device) -> list[tupl
 
 def time_products(model: ModelConfig, tokens: int, device: torch.device, times: int) -> None:
     """Print a table, and the sum, for each library."""
-    libraries = ("cublas", "cublaslt") if device.type == "cuda" else ("the CPU's",)
-    for library in libraries:
+    ways = (
+        (("cublas", True), ("cublaslt", True), ("cublas", False)) if device.type == "cuda" else (("the CPU's", True),)
+    )
+    for library, in_bf16 in ways:
         if device.type == "cuda":
             torch.backends.cuda.preferred_blas_library(library)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = in_bf16
             warm_up(device)
-        print(f"| {library} | forward | input's gradient | weight's gradient |\n| --- | --- | --- | --- |")
+        name = library if in_bf16 else f"{library}, parts of a sum in fp32"
+        print(
+            f"| {name} | forward | input's gradient | weight's gradient | its error |\n| --- | --- | --- | --- | --- |"
+        )
         total = 0.0
         for name, N, out, width, often in products(model, tokens, device):
             x, y, w = (
@@ -93,8 +101,14 @@ def time_products(model: ModelConfig, tokens: int, device: torch.device, times: 
                 ms = milliseconds(work, device, times)
                 total += often * ms
                 cells.append(f"{ms:.3f} ms, {2 * N * out * width / ms / 1e9:.0f} TFLOP/s")
+            cells.append(f"{error_of(y.T @ x, y.T.float() @ x.float()):.2e}")
             print(f"| {name}, {N} x {width} to {out} | {' | '.join(cells)} |")
         print(f"\na step by {library}: {total:.1f} ms\n", flush=True)
+
+
+def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """L2 norm of the difference over that of `exact`; rounding the result to bf16 alone makes about 1.7e-3."""
+    return ((found.float() - exact).norm() / exact.norm()).item()
 
 
 def time_attention(model: ModelConfig, B: int, T: int, device: torch.device, times: int) -> None:
