@@ -92,7 +92,7 @@ def key_figures(history: History) -> list[tuple[str, str]]:
         figures.append(("steps left out", str(about["leave_out"])))
     skipped = max((record.get("skipped_steps") or 0 for record in history.train), default=0)
     if skipped:
-        figures.append(("steps skipped, gradient not finite or 0", f"{skipped:,}"))
+        figures.append(("steps that updated nothing", f"{skipped:,}"))
     return figures
 
 

@@ -44,7 +44,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("marks", [(True, False), (False, True), (True, True)], ids=["eos", "bos", "both"])
 @given(texts=TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_all_bytes_of_documents_are_counted(
     tokenizer: tuple[Tokenizer, Path], marks: tuple[bool, bool], texts: list[str]
 ) -> None:
