@@ -81,6 +81,11 @@ class Found:
         """The checkpoint of another run that this one began at (path); None: it is no branch."""
         return str(self.folder.resolve()) if self.branches else self.state.get("branched_from")
 
+    @property
+    def branched_from_manifest(self) -> str | None:
+        """The sha256 of that checkpoint's manifest, by which it is known wherever it is moved."""
+        return _manifest(self.folder) if self.branches else self.state.get("branched_from_manifest")
+
 
 def choose(
     run_dir: Path, settings: config.Config, now: dict[str, dict[str, Any]], sources: list[data.Source], say: Say
@@ -216,7 +221,17 @@ def _has_been_there(run_dir: Path, resume: str, last: dict[str, Any], repeats_it
     """
     if scheduler.repeated() and repeats_itself:
         return True
-    return not _is_of(Path(resume), run_dir) and last.get("branched_from") == str(Path(resume).resolve())
+    if _is_of(Path(resume), run_dir):
+        return False
+    origin = _manifest(Path(resume)) if os.path.exists(resume) else None
+    moved = origin is not None and last.get("branched_from_manifest") == origin
+    return moved or last.get("branched_from") == str(Path(resume).resolve())
+
+
+def _manifest(folder: Path) -> str | None:
+    with suppress(OSError):  # it is no checkpoint, or cannot be read now: it is verified later
+        return str(checkpoint.describe(folder / "manifest.json")["sha256"])
+    return None
 
 
 def _say_differences(found: Path, before: dict[str, Any], now: dict[str, dict[str, Any]], say: Say) -> None:

@@ -57,6 +57,7 @@ def save(run: Run, saver: Saver) -> None:
         **run.facts,
         "init_from": run.taken_up.init_from,
         "branched_from": run.taken_up.branched_from,
+        "branched_from_manifest": run.taken_up.branched_from_manifest,
         "tokens_per_source": run.tokens_per_source(),
         "skips": run.skips.state(),
         "world_size": run.fabric.world_size,

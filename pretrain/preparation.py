@@ -156,6 +156,7 @@ def _take_up(
         updates=state["updates"],
         init_from=state.get("init_from"),
         branched_from=found.branched_from,
+        branched_from_manifest=found.branched_from_manifest,
         branches=found.branches,
     )
 

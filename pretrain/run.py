@@ -31,6 +31,8 @@ class TakenUp:
     """Where the run's first weights came from (path); None: they were drawn."""
     branched_from: str | None = None
     """The checkpoint of another run at which this one began (path); None: it is no branch."""
+    branched_from_manifest: str | None = None
+    """The sha256 of its manifest."""
     branches: bool = False
     """Whether it begins here, as a branch of another run."""
 

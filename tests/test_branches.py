@@ -51,6 +51,15 @@ def test_a_run_of_constant_rate_has_branches_that_cool_down_on_better_data(
     assert json.loads((tmp_path / "model" / "cria.json").read_text())["branched_from"] == back[1]
     for name in ("SLURM_JOB_ID", "CRIA_RESTARTS"):
         monkeypatch.delenv(name)
+    moved = (tmp_path / "attic" / "trunk", tmp_path / "attic" / "trunk" / "checkpoints" / "step-00000008")
+    moved[0].parent.mkdir()
+    trunk.rename(moved[0])
+    capsys.readouterr()
+    assert train(datasets, branch, "--resume", str(moved[1]), train={"max_steps": 15}, **stable, **better) == 0
+    assert "has saved since: it goes on from there" in capsys.readouterr().out, (
+        "wherever it lies, it is that checkpoint"
+    )
+    moved[0].rename(trunk)
     shutil.rmtree(branch / "checkpoints")
     with pytest.raises(SystemExit):
         train(datasets, branch, *back, train={"max_steps": 14}, **stable, **better)
