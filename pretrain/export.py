@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--average",
-        type=list[int] | None,
+        type=list[int | Path] | None,
         default=None,
-        help="Checkpoints to take the mean of the weights of, such as '[180000,190000]' (steps).",
+        help="Checkpoints to take the mean of the weights of, such as '[180000,190000]' (steps), those of other runs, as of "
+        "branches, by their paths: '[190000,runs/b/checkpoints/step-00190000]'.",
     )
     parser.add_argument("--dtype", type=Dtype, default="float32", help="Type of the weights; float32 is exact.")
     parser.add_argument(
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> None:
 
 def _say(out: Path, done: dict[str, Any]) -> None:
     steps = [f"{step:,}" for step in done.get("steps", ())]
+    if "runs" in done:
+        steps = [f"{step} of {Path(run).name}" for step, run in zip(steps, done["runs"])]
     what = f"mean of steps {', '.join(steps[:-1])} and {steps[-1]}" if steps else f"step {done['step']:,}"
     print(f"{out}: {what}, {done['parameters']:,} parameters as {done['dtype']}")
     print(f"  tokenizer of {done['tokenizer_vocab_size']:,} ids, model of {done['vocab_size']:,}")
@@ -103,12 +106,15 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype, check
     return _write(run_dir, out, snapshot.take(source, verified=True), dtype, check)
 
 
-def export_mean(run_dir: Path, out: Path, steps: list[int], dtype: torch.dtype, check: bool) -> dict[str, Any]:
-    """Export the mean of the weights of the checkpoints of `steps`; returns and raises as `export` and `snapshot.mean`."""
+def export_mean(run_dir: Path, out: Path, which: list[int | Path], dtype: torch.dtype, check: bool) -> dict[str, Any]:
+    """Export the mean of the weights of checkpoints, the run's by their steps and others by their paths; returns and raises as
+    `export` and `snapshot.mean`.
+    """
     _check_run(run_dir)
-    if len(set(steps)) < len(steps) or len(steps) < 2:
-        raise ValueError(f"--average is {steps}; name at least two steps, and each once")
-    return _write(run_dir, out, snapshot.mean(snapshot.named(run_dir, steps)), dtype, check)
+    folders = snapshot.named(run_dir, which)
+    if len({folder.resolve() for folder in folders}) < len(folders) or len(folders) < 2:
+        raise ValueError(f"--average is [{', '.join(map(str, which))}]; name at least two checkpoints, and each once")
+    return _write(run_dir, out, snapshot.mean(folders), dtype, check)
 
 
 def export_all(run_dir: Path, out: Path, dtype: torch.dtype, check: bool) -> list[str]:

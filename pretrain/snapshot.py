@@ -8,7 +8,7 @@ Nothing in the run's folder is changed, and the run may go on meanwhile: what it
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ class Snapshot:
     weights: dict[str, Tensor]
     """Whole, on the CPU, under the model's parameter names; as they were saved, a mean in fp64."""
     made_of: dict[str, Any]
-    """For an export's mark (JSON): `step`, and `checkpoint`, its `seal`; of a mean `steps` and `checkpoints`; and LINEAGE."""
+    """For an export's mark (JSON): `step`, and `checkpoint`, its `seal`; of a mean `steps`, `checkpoints` and,
+    where they are of several, `runs`; and LINEAGE."""
 
 
 def kept(run_dir: Path) -> dict[int, Path]:
@@ -51,14 +52,21 @@ def kept(run_dir: Path) -> dict[int, Path]:
     return dict(reversed(checkpoint.committed(run_dir)))
 
 
-def named(run_dir: Path, steps: list[int]) -> list[Path]:
-    """The checkpoints of these steps. Raises FileNotFoundError with those that are not kept."""
+def named(run_dir: Path, which: Sequence[int | Path]) -> list[Path]:
+    """The run's checkpoints of these steps, and those that are named by their paths.
+
+    Raises:
+        FileNotFoundError: with those that are not kept, or not there.
+    """
     there = kept(run_dir)
-    if missing := ", ".join(str(step) for step in steps if step not in there):
+    if missing := ", ".join(str(step) for step in which if isinstance(step, int) and step not in there):
         raise FileNotFoundError(
             f"{run_dir} has no checkpoint of step {missing}; it keeps: {', '.join(map(str, there)) or 'none'}"
         )
-    return [there[step] for step in steps]
+    for path in which:
+        if isinstance(path, Path) and not (path / "manifest.json").is_file():
+            raise FileNotFoundError(f"{path} is no checkpoint; name one of those in a run's checkpoints/")
+    return [one if isinstance(one, Path) else there[one] for one in which]
 
 
 def seal(folder: Path) -> str | None:
@@ -95,9 +103,10 @@ def take(folder: Path, verified: bool = False) -> Snapshot:
 
 
 def mean(folders: list[Path]) -> Snapshot:
-    """The mean of the weights of a run's checkpoints, each with the same share.
+    """The mean of the weights of checkpoints, each with the same share.
 
-    Early weight averaging (arXiv 2306.03241) takes it along a run's trajectory, of checkpoints some way apart. The sum is in
+    Early weight averaging (arXiv 2306.03241) takes it along a run's trajectory, of checkpoints some way apart; model soups (arXiv
+    2203.05482) take it over runs that have begun alike, such as branches. The sum is in
     fp64, where that of a few fp32 numbers of like size is exact: the order of the checkpoints does not matter, and the mean is
     rounded to fp64, then to the export's type. Memory: the sum, 8 bytes a parameter, and the weights of one checkpoint,
     whatever their number.
@@ -106,11 +115,9 @@ def mean(folders: list[Path]) -> Snapshot:
         ValueError: fewer than two, one twice, or of different shapes or tokenizers; and as `take`.
         OSError: as `take`.
     """
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names) or len(names) < 2:
-        raise ValueError(
-            f"a mean is one of at least two different checkpoints, and these are named: {', '.join(names)}"
-        )
+    if len({folder.resolve() for folder in folders}) < len(folders) or len(folders) < 2:
+        named = ", ".join(folder.name for folder in folders)
+        raise ValueError(f"a mean is one of at least two different checkpoints, and these are named: {named}")
     first, total = take(folders[0]), {}
     made_of, others = [first.made_of], []
     for name in list(first.weights):
@@ -126,6 +133,9 @@ def mean(folders: list[Path]) -> Snapshot:
     for tensor in total.values():
         tensor /= len(folders)
     said = {f"{key}s": [each[key] for each in made_of] for key in ("step", "checkpoint")}
+    runs = [str(folder.resolve().parent.parent) for folder in folders]
+    if len(set(runs)) > 1:
+        said["runs"] = runs
     longest = max((first.model, *others), key=lambda model: model.max_position_embeddings)
     return Snapshot(longest, first.tokenizer, total, {**said, **{key: first.made_of[key] for key in LINEAGE}})
 

@@ -78,6 +78,26 @@ def test_the_mean_says_what_it_is_of(saved: tuple[Path, dict[int, Llama]], tmp_p
     assert "step" not in made_of
 
 
+def test_the_mean_may_be_one_over_several_runs(
+    saved: tuple[Path, dict[int, Llama]], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of branches; one checkpoint by its step and by its path is one."""
+    run_dir, models = saved
+    other = run.rename(tmp_path / "branch")
+    words = [str(run_dir), "--out", str(tmp_path / "mean"), "--average"]
+    export.main([*words, f"[9,{other}/checkpoints/step-00000012,{other}/checkpoints/step-00000009]"])
+    assert "mean of steps 9 of run, 12 of branch and 9 of branch, " in capsys.readouterr().out
+    made_of = json.loads((tmp_path / "mean" / "cria.json").read_text())
+    assert (made_of["steps"], made_of["runs"]) == ([9, 12, 9], [str(run_dir), str(other), str(other)])
+    _, mean = hf.load(tmp_path / "mean")
+    for name, tensor in mean.items():
+        a, b = (weights_of(models[step])[name].double() for step in (9, 12))
+        assert hf.same_bits(tensor, ((2 * a + b) / 3).float()), name
+    with pytest.raises(SystemExit):
+        export.main([*words, f"[9,{run_dir}/checkpoints/step-00000009]"])
+    assert "name at least two checkpoints, and each once" in capsys.readouterr().err
+
+
 def test_a_mean_takes_the_memory_of_two_models_at_any_number(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a checkpoint is read, nothing is left of the one before but what was added to the sum."""
     alive: list[weakref.ref] = []
@@ -99,11 +119,11 @@ def test_a_mean_takes_the_memory_of_two_models_at_any_number(run: Path, monkeypa
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ("[9]", "--average is [9]; name at least two steps, and each once"),
-        ("[]", "--average is []; name at least two steps"),
-        ("[9,10,9]", "--average is [9, 10, 9]; name at least two steps, and each once"),
+        ("[9]", "--average is [9]; name at least two checkpoints, and each once"),
+        ("[]", "--average is []; name at least two checkpoints"),
+        ("[9,10,9]", "--average is [9, 10, 9]; name at least two checkpoints, and each once"),
         ("[8,9,11]", "has no checkpoint of step 8, 11; it keeps: 9, 10, 12"),
-        ("[9,x]", "--average"),
+        ("[9,x]", "x is no checkpoint; name one of those in a run's checkpoints/"),
         ("9", "Expected a list"),
     ],
 )
