@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain import config, data, published, sharding, speed
+from pretrain.chips import CHIPS, Chip
 from pretrain.cli import Parser, fail
 from pretrain.history import short
 from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept, memory
 from pretrain.model import count
-from pretrain.speed import CHIPS, Chip, Rates, Step
+from pretrain.speed import Rates, Step
 
 ROOM = 0.05
 """Share of a GPU's memory that is left free, since the model of memory is not exact."""
@@ -117,19 +118,19 @@ def _known(name: str | None, compiled: bool) -> Basis:
         raise ValueError(f"--chip {name}: there are {', '.join(CHIPS)}; another one is measured by --probe")
     chip = CHIPS[name]
     error = f"±{100 * published.stated_error(chip, compiled):.0f}%"
-    where = "H100" if speed.rates_of(chip) is speed.HOPPER else "A100"
-    runs = [run for run in published.PUBLISHED if speed.rates_of(CHIPS[run.chip]) is speed.rates_of(chip)]
+    rates = speed.rates_of(chip)
+    runs = [run for run in published.PUBLISHED if speed.rates_of(CHIPS[run.chip]) is rates]
     most = max(run.layout.world_size for run in runs if not run.assumed)
     text = (
-        f"{error}: the largest error on a published run on {where} that was left out of the fit (pretrain plan --published), "
-        f"of up to {most} GPUs"
+        f"{error}: the largest error on a published run on {rates.fitted_on} that was left out of the fit "
+        f"(pretrain plan --published), of up to {most} GPUs"
     )
     if compiled:
         text += ", and what the gain of torch.compile is uncertain by"
     text += (
         f"; memory lies within the {100 * ROOM:.0f}% that are left free of what an allocator took (benchmarks/notes.md)"
     )
-    return Basis(name, chip, speed.rates_of(chip), 1.0, text, error)
+    return Basis(name, chip, rates, 1.0, text, error)
 
 
 def _probed(settings: config.Config, name: str | None) -> tuple[Basis, int]:
@@ -196,8 +197,7 @@ def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Ch
     p, world_size = settings.parallel, nodes * gpus_per_node
     if p.cpu_offload:
         raise ValueError("parallel.cpu_offload is true, for which the plan has no figures")
-    room = None if math.isinf(chip.memory_gib) else int(chip.memory_gib * GIB)
-    chosen = sharding.choose(p, count(settings.model).total, world_size, gpus_per_node, room)
+    chosen = sharding.choose(p, count(settings.model).total, world_size, gpus_per_node, chip.memory)
     grad_accum_steps = config.grad_accum_steps(settings.train, world_size)
     return Layout.of(p, chosen, nodes, gpus_per_node, settings.train.micro_batch_size, grad_accum_steps)
 

@@ -8,6 +8,7 @@ what the model says. On a GPU time and peak memory are measured; on a CPU time o
 """
 
 import gc
+import math
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,12 +20,13 @@ import torch
 from lightning.fabric import Fabric
 
 from pretrain import config, data, metrics, parallel, sharding
+from pretrain.chips import CHIPS, Chip
 from pretrain.memory import Layout, layer_keeps
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.run import Run
 from pretrain.skips import Skips
-from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
+from pretrain.speed import Rates, rates_of, step_seconds
 from pretrain.trainer import optimizer_step
 
 FITTED, HELD_OUT = (2, 6), 4
@@ -114,13 +116,16 @@ def _chip(device: torch.device) -> Chip:
     assumed.
     """
     if device.type == "cpu":
-        return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10, 1e11)
+        peaks = {"flops": 1e11, "fp32_flops": 1e11, "bytes_per_s": 2e10, "link": 1e9}
+        return Chip(device="cpu", **peaks, capability=(0, 0), memory_gib=math.inf, network_gbits=10)
     properties = torch.cuda.get_device_properties(device)
     for chip in CHIPS.values():
         if chip.device == properties.name:
             return chip
     peak = metrics.peak_flops(properties.name) or 100e12
-    return Chip(properties.name, peak, properties.total_memory / 2**30, 1e12, 25e9, 100, peak / 16)
+    peaks = {"flops": peak, "fp32_flops": peak / 16, "bytes_per_s": 1e12, "link": 25e9}
+    capability, memory_gib = (properties.major, properties.minor), properties.total_memory / 2**30
+    return Chip(device=properties.name, **peaks, capability=capability, memory_gib=memory_gib, network_gbits=100)
 
 
 def _line(measured: dict[int, float]) -> tuple[float, float, float]:

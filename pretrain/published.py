@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from pretrain.chips import CHIPS, Chip
 from pretrain.memory import GIB, Layout, memory
 from pretrain.sections import ModelConfig
-from pretrain.speed import CHIPS, Chip, rates_of, step_seconds, tokens_per_second
+from pretrain.speed import rates_of, step_seconds, tokens_per_second
 
 
 def _mpt(hidden_size: int, layers: int, heads: int) -> ModelConfig:

@@ -11,11 +11,11 @@ from conftest import tiny_config, write_config
 from torch import Tensor
 
 from pretrain import bench_step, config, parallel, plan, preparation, published, speed
+from pretrain.chips import CHIPS
 from pretrain.memory import GIB, Layout, kept_bytes, layer_keeps, loss_keeps, memory
 from pretrain.model import Llama, count
 from pretrain.published import PUBLISHED
 from pretrain.sections import ModelConfig, ParallelConfig
-from pretrain.speed import CHIPS
 
 ROOT = Path(__file__).parent.parent
 TINYLLAMA = config.load(ROOT / "configs" / "tinyllama-1.1b.yaml")
