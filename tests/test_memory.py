@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config, write_config
 from torch import Tensor
 
-from pretrain import bench_step, config, parallel, plan, preparation, published, speed
+from pretrain import bench_step, choice, config, parallel, preparation, published, speed
 from pretrain.chips import CHIPS
 from pretrain.memory import GIB, Layout, kept_bytes, layer_keeps, loss_keeps, memory
 from pretrain.model import Llama, count
@@ -121,7 +121,7 @@ def test_micro_batch_16_fits_40_gb_where_the_mlp_is_computed_again() -> None:
     assert [round(sum(layer_keeps(TINYLLAMA.model, layout).values())) for layout in layouts] == [59_528, 40_072, 17_544]
     limit = CHIPS["A100-40G"].memory_gib * GIB
     none, elementwise, mlp = (memory(TINYLLAMA.model, 2048, layout).total for layout in layouts)
-    assert mlp < (1 - plan.ROOM) * limit < limit < elementwise < none
+    assert mlp < (1 - choice.ROOM) * limit < limit < elementwise < none
     steps = [speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100) for layout in layouts]
     assert steps[0].recomputed == 0 < steps[1].recomputed < steps[2].recomputed
     assert steps[1].seconds < 1.02 * steps[0].seconds
@@ -145,7 +145,7 @@ def test_tinyllama_fits_as_it_did() -> None:
     assert run.name.startswith("TinyLlama")
     assert run.layout.micro_batch_size * run.seq_len == 16_384
     assert memory(run.model, run.seq_len, run.layout).total < CHIPS["A100-40G"].memory_gib * GIB
-    as_configured = plan.configured(TINYLLAMA, 2, 8, CHIPS["A100-40G"])
+    as_configured = choice.configured(TINYLLAMA, 2, 8, CHIPS["A100-40G"])
     assert as_configured.micro_batch_size == 8
     assert memory(TINYLLAMA.model, 2048, as_configured).total < CHIPS["A100-40G"].memory_gib * GIB
 

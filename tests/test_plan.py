@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY_MODEL, tiny_config, write_config
 
-from pretrain import config, parallel, plan, probe, retention, trainer
+from pretrain import answer, choice, config, parallel, plan, probe, retention, trainer
 from pretrain.memory import GIB
 from pretrain.published import PUBLISHED
 from pretrain.sections import CheckpointConfig
@@ -41,11 +41,11 @@ def test_the_advice_is_the_fastest_that_fits(capsys: pytest.CaptureFixture[str])
     assert len(shown) == 4
     assert set(shown) <= set(text.splitlines()), "the README shows another answer"
     basis = plan._known("A100-40G", compiled=True)
-    outcomes = [plan.outcome(TINYLLAMA, layout, basis) for layout in plan.layouts(TINYLLAMA, 2, 8)]
+    outcomes = [choice.outcome(TINYLLAMA, layout, basis) for layout in choice.layouts(TINYLLAMA, 2, 8)]
     assert any(not o.fits for o in outcomes)
-    best = plan.choose(outcomes, basis.chip)
+    best = choice.choose(outcomes)
     assert best is not None
-    limit = (1 - plan.ROOM) * basis.chip.memory_gib * GIB
+    limit = (1 - choice.ROOM) * basis.chip.memory_gib * GIB
     assert best.memory.total <= limit
     assert all(
         0.99 * o.tokens_per_sec_per_gpu <= best.tokens_per_sec_per_gpu or o.memory.total > limit for o in outcomes
@@ -61,16 +61,16 @@ def test_the_keys_to_set_make_training_take_the_fastest(nodes: int, capsys: pyte
     for given in ([], others):
         settings = config.parse(["--config", str(name), *given])
         basis = plan._known("A100-40G", compiled=True)
-        outcomes = [plan.outcome(settings, layout, basis) for layout in plan.layouts(settings, nodes, 8)]
-        best = plan.choose(outcomes, basis.chip)
+        outcomes = [choice.outcome(settings, layout, basis) for layout in choice.layouts(settings, nodes, 8)]
+        best = choice.choose(outcomes)
         assert best is not None
-        keys = plan.keys_to_set(settings, best.layout, basis.chip)
+        keys = choice.keys_to_set(settings, best.layout, basis.chip)
         assert ("cpu_offload" in keys) == bool(given)
         followed = config.parse(["--config", str(name), *given, *keys.split()])
-        taken = plan.configured(followed, nodes, 8, basis.chip)
+        taken = choice.configured(followed, nodes, 8, basis.chip)
         assert replace(taken, shard_size=0) == replace(best.layout, shard_size=0)
         assert taken.shards == best.layout.shards
-        assert plan.keys_to_set(followed, best.layout, basis.chip) == ""
+        assert choice.keys_to_set(followed, best.layout, basis.chip) == ""
 
 
 def test_what_is_configured_stays_where_nothing_is_faster_by_more_than_the_model_can_tell(
@@ -90,9 +90,9 @@ def test_what_is_configured_stays_where_nothing_is_faster_by_more_than_the_model
     )
     # Of two layouts that differ in more than the micro-batch the larger one is not taken for being larger.
     basis = plan._known("H100", compiled=True)
-    outcomes = [plan.outcome(TINYLLAMA, layout, basis) for layout in plan.layouts(TINYLLAMA, 1, 8)]
-    best = plan.choose(outcomes, basis.chip)
-    fastest = max((o for o in outcomes if plan.has_room(o, basis.chip)), key=lambda o: o.tokens_per_sec_per_gpu)
+    outcomes = [choice.outcome(TINYLLAMA, layout, basis) for layout in choice.layouts(TINYLLAMA, 1, 8)]
+    best = choice.choose(outcomes)
+    fastest = max((o for o in outcomes if o.roomy), key=lambda o: o.tokens_per_sec_per_gpu)
     assert best is not None
     assert (best.layout.recompute, best.layout.strategy) == (fastest.layout.recompute, fastest.layout.strategy)
     assert best.layout.micro_batch_size >= fastest.layout.micro_batch_size
@@ -111,12 +111,12 @@ def test_the_network_is_named_and_has_a_card_a_gpu(capsys: pytest.CaptureFixture
 def test_what_leaves_no_room_is_said_to() -> None:
     basis = plan._known("H100", compiled=True)
     settings = config.load(ROOT / "configs" / "llama-33b.yaml")
-    outcomes = [plan.outcome(settings, layout, basis) for layout in plan.layouts(settings, 1, 8)]
-    best = plan.choose(outcomes, basis.chip)
+    outcomes = [choice.outcome(settings, layout, basis) for layout in choice.layouts(settings, 1, 8)]
+    best = choice.choose(outcomes)
     assert best is not None
     assert best.fits
-    assert not plan.has_room(best, basis.chip)
-    line = plan.advice(settings, basis, outcomes, best)
+    assert not best.roomy
+    line = answer.advice(settings, basis, outcomes, best)
     assert line.startswith("fits, with less than 5% free: ")
     assert "(up to " not in line
 
@@ -188,14 +188,14 @@ def test_disk_is_what_the_saver_leaves(
         there.append(step)
         most = max(most, len(list((tmp_path / "checkpoints").iterdir())))
         retention.prune(tmp_path, settings.checkpoint)
-    expected, size = plan.disk(settings)
+    expected, size = answer.disk(settings)
     assert most <= expected <= most + 2
     assert size == expected * 12 * 1_100_048_384
 
 
 def test_epochs_come_from_the_manifests(datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run"))
-    found = plan.epochs(config.load(name))
+    found = answer.epochs(config.load(name))
     assert isinstance(found, dict)
     assert found == {"a": 112 / ((20_000 - 1) // 32), "b": 48 / ((25_000 - 1) // 32)}  # 7:3 of 20 steps of 8 sequences
     text = planned(capsys, "--config", name, "--chip", "H100", "--gpus_per_node", 2)
