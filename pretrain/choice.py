@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pretrain import config, sharding, speed
+import torch
+
+from pretrain import config, float8, sharding, speed
 from pretrain.chips import Chip
 from pretrain.memory import Layout, Memory, memory
-from pretrain.model import count
+from pretrain.model import Llama, count
 from pretrain.speed import Rates, Step
 
 ROOM = 0.05
@@ -36,6 +38,8 @@ class Basis:
     """The error alone, for the line of advice."""
     network: str = "assumed"
     """What the chip's network is: assumed, or given."""
+    measured: bool = False
+    """By a probe; or else by datasheet and published runs."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,54 @@ class Outcome:
     """It fits, and `ROOM` is left."""
     step: Step
     tokens_per_sec_per_gpu: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that was looked at, and what is best of it."""
+
+    outcomes: list[Outcome]
+    as_configured: Outcome | None
+    refused: str
+    """Why it cannot run as configured; empty where it can."""
+    best: Outcome | None
+    """None where nothing fits."""
+
+
+def look(settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> Choice:
+    """Every layout on these GPUs, and the best; in bf16 where the configuration asks for an fp8 that cannot be had.
+
+    Where the memory is not known nothing else can be told from it than what is configured.
+
+    Raises:
+        ValueError: the sequences of a step cannot be divided among the GPUs.
+    """
+    as_configured, possible = None, settings
+    refused = _fp8_refused(settings, basis.chip, basis.name)
+    if refused:
+        possible = replace(settings, parallel=replace(settings.parallel, precision="bf16"))
+    outcomes = [outcome(possible, layout, basis) for layout in layouts(possible, nodes, gpus_per_node)]
+    if not refused:
+        try:
+            as_configured = outcome(settings, configured(settings, nodes, gpus_per_node, basis.chip), basis)
+        except ValueError as error:
+            refused = str(error)
+    known = basis.chip.memory is not None
+    best = choose(outcomes, as_configured) if known or as_configured is None else as_configured
+    return Choice(outcomes, as_configured, refused, best)
+
+
+def _fp8_refused(settings: config.Config, chip: Chip, name: str) -> str:
+    """What training would say of fp8 on this chip; empty where it would take it, or is not asked to."""
+    if settings.parallel.precision != "fp8":
+        return ""
+    with torch.device("meta"):
+        model = Llama(settings.model)
+    try:
+        float8.check(model, chip.capability, name)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def layouts(settings: config.Config, nodes: int, gpus_per_node: int) -> Iterator[Layout]:
@@ -126,7 +178,7 @@ def choose(outcomes: list[Outcome], as_configured: Outcome | None = None) -> Out
     least = 0.99 * fastest.tokens_per_sec_per_gpu
     if as_configured is not None and as_configured.roomy and as_configured.tokens_per_sec_per_gpu >= least:
         return as_configured
-    alike = [o for o in roomy if same_but_batch(o.layout, fastest.layout) and o.tokens_per_sec_per_gpu >= least]
+    alike = [o for o in roomy if _same_but_batch(o.layout, fastest.layout) and o.tokens_per_sec_per_gpu >= least]
     return max(alike, key=lambda o: o.layout.micro_batch_size)
 
 
@@ -136,7 +188,9 @@ def keys_to_set(settings: config.Config, layout: Layout, chip: Chip) -> str:
     keys: dict[str, Any] = {"parallel.cpu_offload": "false"} if p.cpu_offload else {}
     if settings.train.micro_batch_size != layout.micro_batch_size:
         keys["train.micro_batch_size"] = layout.micro_batch_size
-    asked: dict[str, Any] = {name: getattr(layout, name) for name in ("activation_checkpointing", "recompute")}
+    asked: dict[str, Any] = {
+        name: getattr(layout, name) for name in ("activation_checkpointing", "recompute", "precision")
+    }
     keys |= {f"parallel.{name}": wanted for name, wanted in asked.items() if getattr(p, name) != wanted}
     if p.shard_size and layout.strategy == "hybrid":  # a plan's groups are nodes
         keys["parallel.shard_size"] = asked["shard_size"] = 0
@@ -156,7 +210,28 @@ def keys_to_set(settings: config.Config, layout: Layout, chip: Chip) -> str:
     return " ".join(f"--{key} {value}" for key, value in keys.items())
 
 
-def same_but_batch(a: Layout, b: Layout) -> bool:
-    """Whether two layouts differ in nothing but the micro-batch."""
+def _same_but_batch(a: Layout, b: Layout) -> bool:
     ours, others = (replace(x, micro_batch_size=1, grad_accum_steps=1, shard_size=0) for x in (a, b))
     return ours == others and a.shards == b.shards
+
+
+def larger(outcomes: list[Outcome], best: Outcome) -> list[Outcome]:
+    """Larger micro-batches that fit with room, each in its fastest layout; of those that compute the same again, the largest."""
+    above = [o for o in outcomes if o.roomy and o.layout.micro_batch_size > best.layout.micro_batch_size]
+    found = {}
+    for size in sorted({o.layout.micro_batch_size for o in above}):
+        of_size = (o for o in above if o.layout.micro_batch_size == size)
+        fastest = max(of_size, key=lambda o: o.tokens_per_sec_per_gpu)
+        found[fastest.layout.activation_checkpointing, fastest.layout.recompute] = fastest
+    return sorted(found.values(), key=lambda o: o.layout.micro_batch_size)
+
+
+def nodes_needed(settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> int | None:
+    """The fewest nodes, more than `nodes`, on which something fits with room; None where no number of them does."""
+    batch = settings.train.global_batch_size
+    for more in range(nodes + 1, batch // gpus_per_node + 1):
+        if batch % (more * gpus_per_node):
+            continue
+        if any(outcome(settings, layout, basis).roomy for layout in layouts(settings, more, gpus_per_node)):
+            return more
+    return None
