@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.chips import CHIPS
 from pretrain.published import PUBLISHED, Published
-from pretrain.speed import CHIPS, HOPPER, Rates, step_seconds, tokens_per_second
+from pretrain.speed import HOPPER, Rates, step_seconds, tokens_per_second
 
 
 class Numbers(NamedTuple):

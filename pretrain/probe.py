@@ -1,13 +1,15 @@
 """A short calibration on this machine: real training steps of the configuration's own layers, at small depths.
 
-    depths 2 and 6 ─> seconds and bytes = rest + depth x layer ─> measured / predicted ─> the plan's correction
-    depth 4, not used for it ─> predicted from the line, against measured: the probe's own error
+    depths 2, 6 and 2 again ─> seconds and bytes = rest + depth x layer ─> measured / predicted ─> the plan's correction
+    depth 4, not used for it ─> predicted from the line, against measured ┐
+    depth 2 against itself, each step against the others of its depth ────┴─> the largest is the probe's own error
 
 Random token ids, the configuration's width, micro-batch, precision and compile; one device, so that communication stays
 what the model says. On a GPU time and peak memory are measured; on a CPU time only.
 """
 
 import gc
+import math
 import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,16 +21,19 @@ import torch
 from lightning.fabric import Fabric
 
 from pretrain import config, data, metrics, parallel, sharding
+from pretrain.chips import CHIPS, Chip
 from pretrain.memory import Layout, layer_keeps
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.run import Run
 from pretrain.skips import Skips
-from pretrain.speed import CHIPS, Chip, Rates, rates_of, step_seconds
+from pretrain.speed import Rates, rates_of, step_seconds
 from pretrain.trainer import optimizer_step
 
 FITTED, HELD_OUT = (2, 6), 4
 """Depths (layers): two that the line goes through, one to test it on."""
+DEPTHS = (*FITTED, HELD_OUT, FITTED[0])
+"""In the order in which they are measured."""
 WARM_UP, MEASURED = 3, 5
 """Optimizer steps at each depth."""
 
@@ -54,10 +59,19 @@ class Probe:
     """With the corrections of time in them."""
     activations: float | None
     """Measured over predicted bytes that a layer keeps; None on a CPU."""
-    time_error: float
+    held_out_error: float
     """Of a step's seconds at the depth that was held out (share of 1)."""
+    drift: float
+    """Of those at the first depth, from the beginning to the end (share of 1)."""
+    spread: float
+    """Half of what lies between the fastest and the slowest step of a depth, of the depth that has most (share of 1)."""
     memory_error: float | None
     """Of its peak memory (share of 1); None on a CPU."""
+
+    @property
+    def time_error(self) -> float:
+        """The largest of the three (share of 1)."""
+        return max(self.held_out_error, self.drift, self.spread)
 
 
 def probe(settings: config.Config) -> Probe:
@@ -72,10 +86,15 @@ def probe(settings: config.Config) -> Probe:
     on_cpu = fabric.device.type == "cpu"
     chip = _chip(fabric.device)
     base = replace(rates_of(chip), compiled=1.0, compiled_error=0.0)
-    steps, peaks = {}, {}
-    for depth in (*FITTED, HELD_OUT):
-        steps[depth], peaks[depth] = _measure(fabric, settings, alone, depth)
-    layer_s, rest_s, time_error = _line(steps)
+    seconds, peaks = [], {}
+    for depth in DEPTHS:
+        of_depth, peaks[depth] = _measure(fabric, settings, alone, depth)
+        seconds.append(of_depth)
+    first, *others, again = map(median, seconds)
+    steps = dict(zip(DEPTHS, ((first + again) / 2, *others)))
+    spread = max((max(s) - min(s)) / 2 / median(s) for s in seconds)
+    layer_s, rest_s, held_out_error = _line(steps)
+    errors = (held_out_error, abs(again / first - 1), spread)
     if layer_s <= 0:
         raise OSError(
             f"the probe's steps of {FITTED[0]} layers took {steps[FITTED[0]]:.3f} s and those of {FITTED[1]} took "
@@ -91,13 +110,13 @@ def probe(settings: config.Config) -> Probe:
     rates = replace(base, layers=layer_s / layer_expected, rest=max(0.0, rest_s / rest_expected))
     gpus = 1 if on_cpu else torch.cuda.device_count()
     if on_cpu:
-        return Probe(chip, gpus, rates, None, time_error, None)
+        return Probe(chip, gpus, rates, None, *errors, None)
     layer_bytes, _, memory_error = _line(peaks)
     # A layer alone on a device stands for its weight, gradient and two moments in fp32, and in bf16 for a copy.
     fixed = count(settings.model).layer * (16 + (2 if layout.precision == "bf16" else 0))
     tokens = layout.micro_batch_size * T
     kept = (layer_bytes - fixed) / tokens / sum(layer_keeps(settings.model, layout).values())
-    return Probe(chip, gpus, rates, kept, time_error, memory_error)
+    return Probe(chip, gpus, rates, kept, *errors, memory_error)
 
 
 def _layout(settings: config.Config) -> Layout:
@@ -114,13 +133,16 @@ def _chip(device: torch.device) -> Chip:
     assumed.
     """
     if device.type == "cpu":
-        return Chip("cpu", 1e11, float("inf"), 2e10, 1e9, 10, 1e11)
+        peaks = {"flops": 1e11, "fp32_flops": 1e11, "bytes_per_s": 2e10, "link": 1e9}
+        return Chip(device="cpu", **peaks, capability=(0, 0), memory_gib=math.inf, network_gbits=10)
     properties = torch.cuda.get_device_properties(device)
     for chip in CHIPS.values():
         if chip.device == properties.name:
             return chip
     peak = metrics.peak_flops(properties.name) or 100e12
-    return Chip(properties.name, peak, properties.total_memory / 2**30, 1e12, 25e9, 100, peak / 16)
+    peaks = {"flops": peak, "fp32_flops": peak / 16, "bytes_per_s": 1e12, "link": 25e9}
+    capability, memory_gib = (properties.major, properties.minor), properties.total_memory / 2**30
+    return Chip(device=properties.name, **peaks, capability=capability, memory_gib=memory_gib, network_gbits=100)
 
 
 def _line(measured: dict[int, float]) -> tuple[float, float, float]:
@@ -131,8 +153,10 @@ def _line(measured: dict[int, float]) -> tuple[float, float, float]:
     return slope, rest, abs((rest + HELD_OUT * slope) / measured[HELD_OUT] - 1)
 
 
-def _measure(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int) -> tuple[float, float]:
-    """Median seconds of an optimizer step of one micro-batch, and its peak memory (bytes; 0 on a CPU)."""
+def _measure(
+    fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int
+) -> tuple[list[float], float]:
+    """Seconds of each optimizer step of one micro-batch, and their peak memory (bytes; 0 on a CPU)."""
     torch._dynamo.reset()
     run = _run(fabric, settings, alone, depth)
     B, T, V = settings.train.micro_batch_size, settings.data.seq_len, settings.model.vocab_size
@@ -153,12 +177,14 @@ def _measure(fabric: Fabric, settings: config.Config, alone: config.ParallelConf
     gc.collect()  # a compiled model refers to itself
     if cuda:
         torch.cuda.empty_cache()
-    return median(seconds[WARM_UP:]), float(peak)
+    return seconds[WARM_UP:], float(peak)
 
 
 def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, depth: int) -> Run:
     """All that a step needs, and no data, no folder and no log."""
-    model = parallel.build(fabric, replace(settings.model, num_hidden_layers=depth), alone, settings.seed)
+    shape = replace(settings.model, num_hidden_layers=depth)
+    eos_id = shape.vocab_size - 1 if settings.data.intra_document else None  # one of the random ids, as in `bench`
+    model = parallel.build(fabric, shape, alone, settings.seed, settings.train.z_loss, eos_id)
     return Run(
         config=replace(settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size)),
         run_dir=Path(),

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from pretrain.chips import CHIPS, Chip
+from pretrain.history import short
 from pretrain.memory import GIB, Layout, memory
-from pretrain.sections import ModelConfig
-from pretrain.speed import CHIPS, Chip, rates_of, step_seconds, tokens_per_second
+from pretrain.model import count
+from pretrain.sections import DataConfig, ModelConfig
+from pretrain.speed import rates_of, step_seconds, tokens_per_second
 
 
 def _mpt(hidden_size: int, layers: int, heads: int) -> ModelConfig:
@@ -140,21 +143,43 @@ def stated_error(chip: Chip, compiled: bool) -> float:
     return rates.fit_error + (rates.compiled_error if compiled else 0)
 
 
-def not_covered(layout: Layout, chip: Chip) -> str:
-    """What `stated_error` says nothing of: a strategy over several nodes, or a precision, that no counted run had; else empty."""
+def not_covered(model: ModelConfig, data: DataConfig, layout: Layout, chip: Chip) -> dict[str, str]:
+    """What `stated_error` says nothing of, for no run that is counted had it: each in a few words, and what is known of it."""
+    counted = [run for run in PUBLISHED if not run.assumed and rates_of(CHIPS[run.chip]) is rates_of(chip)]
+    none, found = f"no run on {rates_of(chip).fitted_on} that is counted", {}
     if layout.precision == "fp8":
-        return "no published run is in fp8: its gain over bf16 is not counted in"
-    if layout.precision != "bf16":
-        return f"no published run is in {layout.precision}: its speed is by the datasheet's peak"
-    if layout.nodes == 1:
-        return ""
-    alike = [run for run in PUBLISHED if run.layout.nodes > 1 and run.layout.strategy == layout.strategy]
-    alike = [run for run in alike if rates_of(CHIPS[run.chip]) is rates_of(chip)]
-    if any(not run.assumed for run in alike):
-        return ""
-    worst = max(alike, key=lambda run: abs(error(run)), default=None)
-    nearest = "" if worst is None else f"; {worst.name}, not counted, is predicted {100 * error(worst):+.0f}% off"
-    return f"no run that is counted is {layout.strategy} over several nodes{nearest}"
+        found["fp8"] = "no published run is in fp8: its gain over bf16 is not counted in"
+    elif layout.precision != "bf16":
+        found[layout.precision] = f"no published run is in {layout.precision}: its speed is by the datasheet's peak"
+    smallest = min(count(run.model).total for run in counted)
+    if 2 * count(model).total < smallest:
+        found["so small a model"] = f"{none} is of less than {short(smallest)} parameters"
+    longest = max(run.seq_len for run in counted)
+    if data.seq_len > longest:
+        found[f"sequences of {data.seq_len:,} tokens"] = (
+            f"{none} has sequences of more than {longest:,} tokens, and attention's part grows with them"
+        )
+    if data.intra_document:
+        found["data.intra_document"] = (
+            "no published run keeps attention within documents: neither what that saves is counted in, nor other kernels"
+        )
+    most = max(run.layout.world_size for run in counted)
+    if layout.world_size > most:
+        found[f"{layout.world_size:,} GPUs"] = f"{none} has more than {most} GPUs"
+    if layout.nodes > 1 and not any(_alike(run.layout, layout) for run in counted):
+        known = [run for run in PUBLISHED if _alike(run.layout, layout)]
+        worst = max(known, key=error, default=None)
+        words, sentence = f"{layout.strategy} over several nodes", ""
+        if worst is not None:
+            slower = f"{100 * (1 - worst.tokens_per_second / predicted(worst)):.0f}% slower"
+            words += f", where one run was {slower}"
+            sentence = f"; {worst.name}, not counted, was {slower} than is predicted"
+        found[words] = f"{none} is {layout.strategy} over several nodes{sentence}"
+    return found
+
+
+def _alike(a: Layout, b: Layout) -> bool:
+    return a.nodes > 1 and a.strategy == b.strategy
 
 
 def table() -> Table:

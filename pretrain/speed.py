@@ -9,53 +9,18 @@ published runs (`published.py` has them, and the error of each); a probe correct
 
 from dataclasses import dataclass, fields, replace
 
-from pretrain import chips
+from pretrain.chips import Chip
 from pretrain.memory import FP32, Layout, tokens_at_a_time
 from pretrain.model import count
 from pretrain.sections import ModelConfig
 
 
 @dataclass(frozen=True)
-class Chip:
-    """A GPU and its node, by datasheet."""
-
-    device: str
-    """What CUDA calls it."""
-    peak_flops: float
-    """Dense bf16 products (FLOP/s)."""
-    memory_gib: float
-    """What PyTorch reports as total memory (GiB)."""
-    bandwidth: float
-    """Of its memory (bytes/s)."""
-    link: float
-    """To the other GPUs of its node: NVLink, one direction (bytes/s)."""
-    network_gbits: float
-    """Of the whole node to the others, the usual machine's: eight network cards (Gbit/s)."""
-    fp32_flops: float
-    """Products in fp32 (FLOP/s); TF32 is not used."""
-
-
-def _chip(device: str, memory_gib: float, network_gbits: float) -> Chip:
-    sheet = chips.DATASHEETS[device]
-    assert sheet.flops is not None, f"{device} has no bf16 products"
-    assert sheet.link is not None, f"{device} has no NVLink"
-    assert sheet.fp32_flops is not None
-    return Chip(device, sheet.flops, memory_gib, sheet.bytes_per_s, sheet.link, network_gbits, sheet.fp32_flops)
-
-
-CHIPS = {
-    "A100-40G": _chip("NVIDIA A100-SXM4-40GB", 39.4, 1600),
-    "A100-80G": _chip("NVIDIA A100-SXM4-80GB", 79.2, 1600),
-    "H100": _chip("NVIDIA H100 80GB HBM3", 79.1, 3200),
-    "H200": _chip("NVIDIA H200", 139.8, 3200),
-}
-"""NVIDIA's datasheets; networks: DGX A100 (8 x 200 Gbit/s), DGX H100 (8 x 400 Gbit/s)."""
-
-
-@dataclass(frozen=True)
 class Rates:
     """What a chip attains of its datasheet; shares of 1."""
 
+    fitted_on: str
+    """The generation of chips whose published runs it is fitted to."""
     products: float
     """Of the dense peak, in matrix products of endless width."""
     half_width: float
@@ -81,12 +46,19 @@ class Rates:
 
 
 A100 = Rates(
-    products=0.78, half_width=0, attention=0.22, hidden=0.5, fit_error=0.067, compiled=1.12, compiled_error=0.03
+    "A100", products=0.78, half_width=0, attention=0.22, hidden=0.5, fit_error=0.067, compiled=1.12, compiled_error=0.03
 )
 """Fitted to `published.PUBLISHED` on A100: two numbers to 17 runs, `hidden` chosen. Compiled: 10 to 15% over hand-fused kernels,
 this project's estimate for A100."""
 HOPPER = Rates(
-    products=0.74, half_width=1000, attention=0.32, hidden=0.25, fit_error=0.087, compiled=1.20, compiled_error=0.05
+    "H100",
+    products=0.74,
+    half_width=1000,
+    attention=0.32,
+    hidden=0.25,
+    fit_error=0.087,
+    compiled=1.20,
+    compiled_error=0.05,
 )
 """Fitted on H100: four numbers to 9 runs. Compiled: nanochat's d24, 50% of the peak in the products' FLOPs."""
 
@@ -95,8 +67,8 @@ LAUNCH_S = 40 * 5e-6
 
 
 def rates_of(chip: Chip) -> Rates:
-    """The calibration of a chip's generation."""
-    return A100 if "A100" in chip.device else HOPPER
+    """The calibration of a chip's generation, or of the one that is nearest."""
+    return HOPPER if chip.capability >= (9, 0) else A100
 
 
 @dataclass(frozen=True)
@@ -122,12 +94,12 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
     """One optimizer step on every GPU of the layout."""
     counts, L, n = count(model), model.num_hidden_layers, layout.activation_checkpointing
     if layout.precision == "fp32":
-        chip = replace(chip, peak_flops=chip.fp32_flops)
+        chip = replace(chip, flops=chip.fp32_flops)
     tokens = layout.micro_batch_size * seq_len * layout.grad_accum_steps
-    bandwidth = rates.bandwidth * chip.bandwidth
+    bandwidth = rates.bandwidth * chip.bytes_per_s
     products = 6 * L * counts.layer_in_products * tokens / _product_flops(model, chip, rates)
     # Causal: 2 T D forward, and 2.5 times as much backward, where the scores are computed again (arXiv 2307.08691, 3.2).
-    attention = 7 * L * model.hidden_size * seq_len * tokens / (rates.attention * chip.peak_flops)
+    attention = 7 * L * model.hidden_size * seq_len * tokens / (rates.attention * chip.flops)
     between = layer_traffic(model, layout) * L * tokens / bandwidth
     between = max(between, L * LAUNCH_S * layout.grad_accum_steps - products - attention)
     checkpointed = -(-L // n) / L if n else 0
@@ -154,7 +126,7 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
 
 
 def _product_flops(model: ModelConfig, chip: Chip, rates: Rates) -> float:
-    return rates.products * chip.peak_flops * model.hidden_size / (model.hidden_size + rates.half_width)
+    return rates.products * chip.flops * model.hidden_size / (model.hidden_size + rates.half_width)
 
 
 def layer_traffic(model: ModelConfig, layout: Layout) -> float:
@@ -174,7 +146,7 @@ def _recomputed_part(model: ModelConfig, tokens: int, layout: Layout, chip: Chip
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     flops = 4 * D * F if layout.recompute == "mlp" else 0
     moved = (2 * D + F) * layout.compute_bytes
-    return L * tokens * (flops / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth))
+    return L * tokens * (flops / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bytes_per_s))
 
 
 def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
@@ -185,7 +157,7 @@ def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout,
     V, D, c = model.vocab_size, model.hidden_size, layout.compute_bytes
     chunk = tokens_at_a_time(model, seq_len, layout)
     moved = 40 * V * tokens + V * D * (2 * c if layout.compile else 2 * FP32 + 2 * c) * tokens / chunk
-    return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bandwidth)
+    return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bytes_per_s)
 
 
 def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> float:

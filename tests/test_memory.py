@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_config, write_config
 from torch import Tensor
 
-from pretrain import bench_step, config, parallel, plan, preparation, published, speed
+from pretrain import bench_step, choice, config, parallel, preparation, published, speed
+from pretrain.chips import CHIPS
 from pretrain.memory import GIB, Layout, kept_bytes, layer_keeps, loss_keeps, memory
 from pretrain.model import Llama, count
 from pretrain.published import PUBLISHED
 from pretrain.sections import ModelConfig, ParallelConfig
-from pretrain.speed import CHIPS
 
 ROOT = Path(__file__).parent.parent
 TINYLLAMA = config.load(ROOT / "configs" / "tinyllama-1.1b.yaml")
@@ -121,7 +121,7 @@ def test_micro_batch_16_fits_40_gb_where_the_mlp_is_computed_again() -> None:
     assert [round(sum(layer_keeps(TINYLLAMA.model, layout).values())) for layout in layouts] == [59_528, 40_072, 17_544]
     limit = CHIPS["A100-40G"].memory_gib * GIB
     none, elementwise, mlp = (memory(TINYLLAMA.model, 2048, layout).total for layout in layouts)
-    assert mlp < (1 - plan.ROOM) * limit < limit < elementwise < none
+    assert mlp < (1 - choice.ROOM) * limit < limit < elementwise < none
     steps = [speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100) for layout in layouts]
     assert steps[0].recomputed == 0 < steps[1].recomputed < steps[2].recomputed
     assert steps[1].seconds < 1.02 * steps[0].seconds
@@ -145,7 +145,7 @@ def test_tinyllama_fits_as_it_did() -> None:
     assert run.name.startswith("TinyLlama")
     assert run.layout.micro_batch_size * run.seq_len == 16_384
     assert memory(run.model, run.seq_len, run.layout).total < CHIPS["A100-40G"].memory_gib * GIB
-    as_configured = plan.configured(TINYLLAMA, 2, 8, CHIPS["A100-40G"])
+    as_configured = choice.configured(TINYLLAMA, 2, 8, CHIPS["A100-40G"])
     assert as_configured.micro_batch_size == 8
     assert memory(TINYLLAMA.model, 2048, as_configured).total < CHIPS["A100-40G"].memory_gib * GIB
 
@@ -252,5 +252,24 @@ def test_fp32_is_not_planned_at_the_peak_of_bf16() -> None:
     layout = Layout("full_shard", 1, 8, micro_batch_size=2, grad_accum_steps=8, precision="fp32")
     step = speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100)
     assert 1000 < speed.tokens_per_second(2048, layout, step) < 2885
-    assert "in fp32: its speed is by the datasheet's peak" in published.not_covered(layout, CHIPS["A100-40G"])
-    assert published.not_covered(replace(layout, precision="bf16"), CHIPS["A100-40G"]) == ""
+    found = published.not_covered(TINYLLAMA.model, TINYLLAMA.data, layout, CHIPS["A100-40G"])
+    assert found == {"fp32": "no published run is in fp32: its speed is by the datasheet's peak"}
+
+
+def test_what_the_stated_error_says_nothing_of_is_named() -> None:
+    """Nothing where published runs are alike; else each thing that none of them had, and what is known of it."""
+    model, data, usual = TINYLLAMA.model, TINYLLAMA.data, Layout("full_shard", 2, 8, micro_batch_size=8)
+    a100, h100 = CHIPS["A100-40G"], CHIPS["H100"]
+    assert not data.intra_document
+    assert published.not_covered(model, data, usual, a100) == published.not_covered(model, data, usual, h100) == {}
+    long = replace(data, seq_len=131_072, intra_document=True)
+    found = published.not_covered(model, long, replace(usual, precision="fp8"), h100)
+    assert list(found) == ["fp8", "sequences of 131,072 tokens", "data.intra_document"]
+    assert "no run on H100 that is counted has sequences of more than 2,048 tokens" in " ".join(found.values())
+    assert "so small a model" in published.not_covered(SHAPES[0], data, usual, a100)
+    assert list(published.not_covered(model, data, replace(usual, nodes=32), a100)) == ["256 GPUs"]
+    for strategy, chip in (("hybrid", a100), ("hybrid", h100), ("shard_grad_op", a100), ("shard_grad_op", h100)):
+        (words,) = published.not_covered(model, data, replace(usual, strategy=strategy), chip)
+        assert words.startswith(f"{strategy} over several nodes")
+        assert words.endswith(", where one run was 21% slower") == (strategy == "shard_grad_op")
+        assert published.not_covered(model, data, replace(usual, strategy=strategy, nodes=1), chip) == {}
