@@ -209,6 +209,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         trace=trace if args.profile else None,
         in_turns=args.in_turns,
         of_micro_steps=args.of_micro_steps,
+        scratch=None if args.row is None else args.row.parent,
     )
     row = {"name": "cria", **bench_step.measure(settings, timing)}
     first = ranks.rank() == 0

@@ -3,6 +3,7 @@
 import json
 import resource
 import statistics
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -95,6 +96,29 @@ def test_two_ranks_talk(settings: Path) -> None:
     assert row["grad_accum_steps"] == 2
     assert row["tokens_per_sec"] == pytest.approx(2 * row["tokens_per_sec_per_gpu"])
     assert 0 < row["communication_pct"] <= 100
+
+
+def test_ranks_of_a_call_share_a_folder_that_no_other_call_removes(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scratch(rank: str, **call: str) -> AbstractContextManager[config.Config]:
+        for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, **call}.items():
+            monkeypatch.setenv(name, value)
+        return bench_step._scratch(config.load(settings), bench_step.Timing())
+
+    with scratch("0", MASTER_PORT="1111") as changed:
+        folder = Path(changed.run_dir)
+        folder.mkdir(parents=True)
+        with scratch("1", MASTER_PORT="1111") as changed:
+            assert Path(changed.run_dir) == folder
+        assert folder.exists(), "rank 0 removes it"
+        with scratch("0", MASTER_PORT="2222") as changed:
+            Path(changed.run_dir).mkdir()
+            assert Path(changed.run_dir) != folder
+        assert not Path(changed.run_dir).exists()
+        assert folder.exists()
+        monkeypatch.setenv("RANK", "0")
+    assert not folder.exists()
 
 
 def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
