@@ -155,8 +155,11 @@ def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: lis
 def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
     children: dict[str, Child | Row] = {}
     try:
-        children |= {name: bench.cria(name, keys) for name, keys in ours.items() if bench.asked_for(name)}
-        children |= {variant.name: bench.peer(variant) for variant in wanted}
+        for name, keys in ours.items():
+            if bench.asked_for(name):
+                children[name] = bench.cria(name, keys)
+        for variant in wanted:
+            children[variant.name] = bench.peer(variant)
         take_turns([child for child in children.values() if isinstance(child, Child)])
         rows = {name: child.row() if isinstance(child, Child) else child for name, child in children.items()}
     except BaseException:  # Ctrl-C does not reach them
@@ -207,10 +210,11 @@ class Bench:
         """Start ours, on the handed over weights and data."""
         row = self.scratch / f"{name}.json"
         command = bench_command(
-            ["--config", str(self.scratch / "config.yaml"), *keys, "--data", "real", "--row", str(row)]
+            ["--config", str(self.scratch / "config.yaml"), *keys, "--data", "real"]
             + ["--steps", str(self.args.steps), "--warmup", str(self.args.warmup)]
             + (["--in_turns"] if self.in_turns else [])
-            + ([f"--memory_limit_gib={self.args.memory_limit_gib}"] if self.args.memory_limit_gib else [])
+            + ([f"--memory_limit_gib={self.args.memory_limit_gib}"] if self.args.memory_limit_gib else []),
+            row,
         )
         return Child(command, row, self.budget.left(), in_turns=self.in_turns)
 

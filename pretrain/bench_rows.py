@@ -47,7 +47,10 @@ class Budget:
 
 
 class Child:
-    """A process that times one row and writes it, as JSON, to `out`; killed after `timeout_s` (None: never)."""
+    """A process that times one row and writes it, as JSON, to `out`; killed after `timeout_s` (None: never).
+
+    It dies with this process, and so do its ranks, which see to that themselves.
+    """
 
     def __init__(self, command: list[str], out: Path, timeout_s: float | None, in_turns: bool = False):
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -55,7 +58,7 @@ class Child:
         out.unlink(missing_ok=True)  # of an earlier try under the same name
         self._log = open(out.with_suffix(".txt"), "w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            command,
+            processes.bound(command),
             stdin=subprocess.PIPE if in_turns else subprocess.DEVNULL,
             stdout=subprocess.PIPE if in_turns else self._log,
             stderr=self._log,
@@ -125,7 +128,7 @@ def _problem(status: int, said: str) -> str:
     return f"failed with status {status}: {errors[-1][:300] if errors else 'it said nothing'}"
 
 
-def bench_command(arguments: list[str], ranks: int = 1) -> list[str]:
-    """The command line of `pretrain bench` on so many ranks of this machine."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launch, "-m", "pretrain", "bench", *arguments]
+def bench_command(arguments: list[str], row: Path, ranks: int = 1) -> list[str]:
+    """The command line of `pretrain bench` on so many ranks of this machine; what it needs meanwhile lies beside its `row`."""
+    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--log-dir", str(row.parent), "-m"]
+    return [sys.executable, "-m", *(launch if ranks > 1 else []), "pretrain", "bench", "--row", str(row), *arguments]

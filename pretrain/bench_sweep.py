@@ -197,11 +197,11 @@ class Sweep:
         out = self._scratch / f"{len(self.tried)}.json"
         options = ["--config", str(args.config), *self._keys, *self.keys(point)]
         options += ["--train.global_batch_size", str(sequences), "--of_micro_steps", str(micro_steps)]
-        options += ["--data", args.data, "--row", str(out)]
+        options += ["--data", args.data]
         options += ["--steps", str(args.steps), "--warmup", str(args.warmup), "--out", str(out.with_suffix(""))]
         if args.memory_limit_gib:
             options += ["--memory_limit_gib", str(args.memory_limit_gib)]
-        row = Child(bench_command(options, args.ranks), out, self._budget.left()).row()
+        row = Child(bench_command(options, out, args.ranks), out, self._budget.left()).row()
         if row["problem"] is None:
             row["note"] = f"{micro_steps} micro-steps a step, {timed} timed"
         return row

@@ -12,13 +12,17 @@ turns and are saved at the end. `--compare` an earlier OUT.json ends with status
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pretrain import config
+from pretrain import config, processes
 from pretrain.cli import fail
 from pretrain.imports import importing
 
@@ -37,20 +41,52 @@ OF_KINDS = {
 """Options that not every kind of benchmark heeds, and those that do."""
 
 
+class Ended(KeyboardInterrupt):
+    """By a signal: all ends as by Ctrl-C, but for the status."""
+
+
 def main(argv: list[str]) -> int:
-    """Time, write the result, compare; 1: slower than before, or nothing could be timed; 130: interrupted."""
+    """Time, write the result, compare.
+
+    1: slower than before, or nothing could be timed; 130, 143, 129: ended by Ctrl-C, SIGTERM, SIGHUP.
+    """
     parser = _parser()
     args, keys = parser.parse_known_args(argv)
+    if args.row is not None:
+        processes.die_with_parent()
     try:
-        settings = config.parse(["--config", str(args.config), *keys], PROG)
-        _check_and_complete(args, settings)
-        return _bench(args, settings, keys)
+        with _as_ctrl_c():
+            settings = config.parse(["--config", str(args.config), *keys], PROG)
+            _check_and_complete(args, settings)
+            return _bench(args, settings, keys)
     except (ValueError, OSError) as error:
         fail(PROG, error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
         if os.environ.get("RANK", "0") == "0":
-            print(f"{PROG}: interrupted", file=sys.stderr)
-        return 130
+            print(f"{PROG}: interrupted" + f" by {number.name}" * isinstance(error, Ended), file=sys.stderr)
+        return 128 + number
+
+
+@contextmanager
+def _as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise Ended, once; not in one of several ranks: what it waits for may never return to Python."""
+    ends = (signal.SIGTERM, signal.SIGHUP) if os.environ.get("WORLD_SIZE", "1") == "1" else ()
+    before = {number: signal.getsignal(number) for number in ends}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)  # the end may take a while, and is not to be ended
+        raise Ended(signal.Signals(number))
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bench(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> int:

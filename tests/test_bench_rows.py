@@ -1,10 +1,20 @@
 """Rows of `pretrain bench` that are timed in processes of their own: they end, whatever ends first."""
 
+import os
+import signal
+import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
+from conftest import Process, tiny_config, until, write_config
+
 from pretrain import bench_rows, processes
+
+
+def gone(pid: int) -> bool:
+    return processes.stat(pid)[:1] in ([], ["Z"])
 
 
 def test_a_child_that_fails_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
@@ -24,14 +34,49 @@ def test_a_child_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
     rank = f"rank = subprocess.Popen([sys.executable, '-c', {asleep.format('')!r}], start_new_session=True); "
     script = asleep.format(rank + f"open({str(tmp_path / 'rank')!r}, 'w').write(f'{{rank.pid}}\\n'); ")
     child = bench_rows.Child([sys.executable, "-c", script], tmp_path / "row.json", None)
-    while not (tmp_path / "rank").exists() or not (tmp_path / "rank").read_text():
-        time.sleep(0.01)
+    until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text() != "")
     pid = int((tmp_path / "rank").read_text())
     child.kill()
-    until = time.monotonic() + 60
-    while processes.stat(pid)[:1] not in ([], ["Z"]) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert processes.stat(pid)[:1] in ([], ["Z"])
+    until(lambda: gone(pid))
+
+
+def test_a_child_and_its_ranks_die_with_who_started_them_even_by_sigkill(tmp_path: Path) -> None:
+    """A rank does what `pretrain bench --row` does first of all."""
+    rank = "import time; from pretrain import processes; processes.die_with_parent(); print('rank', flush=True); time.sleep(1000)"
+    agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    command = f"from pretrain import processes; processes.bound([sys.executable, '-c', {agent!r}])"
+    bench = f"import subprocess, sys; {command}; subprocess.run({command.partition('; ')[2]}, start_new_session=True)"
+    environment = {**os.environ, "PYTHONPATH": str(bench_rows.ROOT)}
+    with subprocess.Popen([sys.executable, "-c", bench], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "rank\n"
+        family = processes.descendants(process.pid)
+        assert len(family) == 2
+        process.kill()
+        until(lambda: all(gone(pid) for pid in family))
+
+
+@pytest.mark.parametrize("kind", [["--sweep"], ["--peers"], ["--paper", "--scale", "0.01"]], ids=lambda kind: kind[0])
+def test_sigterm_leaves_no_process_and_no_folder(kind: list[str], tmp_path: Path) -> None:
+    settings = write_config(tmp_path / "tiny.yaml", tiny_config(Path("/nowhere"), tmp_path / "run"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    argv = ("bench", "--config", str(settings), *kind)
+    process = Process(argv, {**os.environ, "TMPDIR": str(temporary)})
+
+    def times_a_row(pid: int) -> bool:
+        with suppress(OSError):
+            return b"--row" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    until(lambda: any(map(times_a_row, processes.descendants(process.pid))))
+    family = processes.descendants(process.pid)
+    assert any(temporary.iterdir())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert process.communicate()[1] == "pretrain bench: interrupted by SIGTERM\n"
+    until(lambda: all(gone(pid) for pid in family))
+    assert list(temporary.iterdir()) == []
 
 
 def test_processes_take_turns(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import statistics
 from pathlib import Path
 
@@ -145,22 +147,29 @@ def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     )
 
 
-def test_ctrl_c_keeps_the_rows_of_a_sweep(
-    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGINT, ""), (signal.SIGTERM, " by SIGTERM")])
+def test_ctrl_c_and_sigterm_keep_the_rows_of_a_sweep(
+    number: signal.Signals,
+    says: str,
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figures = iter([{"problem": None, "tokens_per_sec_per_gpu": 5.0}, {"problem": "does not fit"}])
 
     def time_(sweep: bench_sweep.Sweep, point: Point) -> dict:
         for row in figures:
             return row
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
 
     monkeypatch.setattr(bench_sweep.Sweep, "_time", time_)
     out = settings.parent / "stopped"
-    assert benchmark.main(["--config", str(settings), "--sweep", "--out", str(out)]) == 130
+    assert benchmark.main(["--config", str(settings), "--sweep", "--out", str(out)]) == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "as before"
     assert [row["problem"] for row in load(out)["rows"]] == [None, "does not fit"]
     said = capsys.readouterr()
-    assert said.err == "pretrain bench: interrupted\n"
+    assert said.err == f"pretrain bench: interrupted{says}\n"
     for text in (said.out, out.with_suffix(".md").read_text()):
         assert f"- {bench_result.UNFINISHED}\n- Best: micro-batch 2 eager: " in text
         assert "does not fit" in text
