@@ -25,6 +25,10 @@ ROOT = Path(__file__).parent.parent
 
 NOT_ASKED_FOR = "not asked for (--rows)"
 """Problem of a row that was left out."""
+DOES_NOT_FIT, NOT_TIMED, FAILED, REFUSED = "does not fit", "not timed", "failed with status", "refused: "
+"""How the problems of other rows begin."""
+_ERROR = "pretrain bench: error: "
+"""Before what `pretrain bench` says on standard error of what it refuses."""
 
 SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
 """A row is not begun with less time left (seconds)."""
@@ -106,7 +110,7 @@ class Child:
         if self._out.exists():
             return json.loads(self._out.read_text())
         if self._expired:
-            return {"problem": f"not timed: stopped after the {self._timeout_s:.0f} s that were left"}
+            return {"problem": f"{NOT_TIMED}: stopped after the {self._timeout_s:.0f} s that were left"}
         return {"problem": _problem(status, said)}
 
 
@@ -121,11 +125,14 @@ def _problem(status: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     spent = [line for line in lines if any(words in line for words in SPENT)]
     if spent:
-        return f"does not fit: {spent[-1][:200]}"
+        return f"{DOES_NOT_FIT}: {spent[-1][:200]}"
     if status == -9:
-        return "does not fit: the system killed it, most likely for its memory"
+        return f"{DOES_NOT_FIT}: the system killed it, most likely for its memory"
+    refused = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+    if refused:
+        return REFUSED + refused[0]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error): ", line)] or lines
-    return f"failed with status {status}: {errors[-1][:300] if errors else 'it said nothing'}"
+    return f"{FAILED} {status}: {errors[-1][:300] if errors else 'it said nothing'}"
 
 
 def bench_command(arguments: list[str], row: Path, ranks: int = 1) -> list[str]:

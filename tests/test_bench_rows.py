@@ -22,6 +22,8 @@ def test_a_child_that_fails_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
         return bench_rows.Child(["python3", "-c", script], tmp_path / "row.json", timeout_s).row()
 
     assert row("raise ValueError('no such peer')")["problem"] == "failed with status 1: ValueError: no such peer"
+    refused = "import sys; sys.exit('pretrain bench: error: there is no such data\\n===')"
+    assert row(refused)["problem"] == "refused: there is no such data"
     spent = "raise RuntimeError('CUDA out of memory. Tried to allocate 1 GiB')"
     assert row(spent)["problem"].startswith("does not fit: ")
     assert "killed" in row("import os; os.kill(os.getpid(), 9)")["problem"]

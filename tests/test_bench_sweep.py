@@ -33,17 +33,23 @@ def search(
     fits: int = 16,
     sequences: int = 256,
     backends: "dict[str, str] | None" = None,
+    compiled: float = 1.3,
+    eager_fits: int | None = None,
 ) -> tuple[bench_sweep.Sweep, Point | None]:
-    """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it."""
+    """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it.
+
+    compiled: how many times as fast it is then; eager_fits: sequences that fit where it is not compiled.
+    """
 
     class Machine(bench_sweep.Sweep):
         def _time(self, point: Point) -> dict:
-            if point.micro_batch_size > fits * (4 if point.checkpointing else 1) * (
+            room = fits if point.compile or eager_fits is None else eager_fits
+            if point.micro_batch_size > room * (4 if point.checkpointing else 1) * (
                 2 if point.recompute == "mlp" else 1
             ):
                 return {"problem": "does not fit: out of memory"}
             tokens = 1000 * point.micro_batch_size / (point.micro_batch_size + 4)
-            tokens *= 1.3 if point.compile else 1.0
+            tokens *= compiled if point.compile else 1.0
             tokens *= 0.8 if point.checkpointing else 1.0
             tokens *= {"none": 1.0, "elementwise": 0.99, "mlp": 0.85}[point.recompute]
             tokens *= (speed or {}).get(point.operations, 1.0)
@@ -95,6 +101,78 @@ def test_the_sweep_goes_down_until_it_fits(settings: Path, tmp_path: Path) -> No
     assert all(row["problem"] for row in machine.tried.values())
 
 
+def test_what_is_compiled_has_a_micro_batch_of_its_own(settings: Path, tmp_path: Path) -> None:
+    machine, best = search(settings, tmp_path, eager_fits=4)
+    assert best == Point(16, True, "as configured", 0)
+    assert Point(8, False, "as configured", 0) in machine.tried
+    machine, best = search(settings, tmp_path, compiled=0.9)
+    assert best == Point(16, False, "as configured", 0)
+    assert [point for point in machine.tried if point.compile] == [Point(16, True, "as configured", 0)], "it is slower"
+
+
+def test_a_library_has_a_micro_batch_of_its_own_where_nothing_is_compiled(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    kept = bench_sweep.Sweep._best_micro_batch
+    monkeypatch.setattr(
+        bench_sweep.Sweep, "_best_micro_batch", lambda sweep, point: looked.append(point) or kept(sweep, point)
+    )
+    for compiled, faster, wanted in ((0.9, 1.1, True), (0.9, 0.9, False), (1.3, 1.1, False)):
+        looked.clear()
+        search(settings, tmp_path, {"torch": faster}, compiled=compiled)
+        point = Point(16, False, "torch", 0)
+        assert (point in looked) == wanted
+
+
+def test_only_what_does_not_fit_is_halved(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails otherwise is a row like any other, and names no smaller ones."""
+
+    def time_(sweep: bench_sweep.Sweep, point: Point) -> dict:
+        good = {"problem": None, "tokens_per_sec_per_gpu": 9.0}
+        return {"problem": "failed with status 1: ..."} if point.compile or point.recompute == "mlp" else good
+
+    monkeypatch.setattr(bench_sweep.Sweep, "_time", time_)
+    args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
+    machine = bench_sweep.Sweep(args, config.load(settings), [], tmp_path)
+    assert machine.best() == Point(2, False, "as configured", 0)
+    assert {point.micro_batch_size for point, row in machine.tried.items() if row["problem"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        ("refused: data.sources has no manifest", "data.sources has no manifest"),
+        ("failed with status -11: it said nothing", "micro-batch 2 eager: failed with status -11: it said nothing"),
+    ],
+)
+def test_what_is_refused_at_first_is_an_error_and_no_table(
+    problem: str,
+    says: str,
+    settings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(bench_sweep.Sweep, "_time", lambda sweep, point: {"problem": problem})
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--config", str(settings), "--sweep", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", f"pretrain bench: error: {says}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_says_why_there_is_none(settings: Path, tmp_path: Path) -> None:
+    machine, _ = search(settings, tmp_path, fits=0)
+    args = machine._args
+    assert bench_sweep._result(args, machine, None, {}).notes[0] == "Nothing that was tried fits."
+    machine.tried[Point(2, True, "torch", 0)] = {"problem": "trains nothing: ..."}
+    assert bench_sweep._result(args, machine, None, {}).notes[0] == "Nothing that was tried could be timed."
+    machine.tried = {Point(2, True, "torch", 0): {"problem": "not asked for (--rows)"}}
+    result = bench_sweep._result(args, machine, None, {})
+    assert (result.rows, result.notes[0][:36]) == ([], "Nothing that was come to has a name ")
+
+
 def test_the_sweep_tries_what_training_takes(settings: Path, tmp_path: Path) -> None:
     machine, best = search(settings, tmp_path, sequences=24)
     assert best is not None
@@ -139,6 +217,7 @@ def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     machine = bench_sweep.Sweep(args, config.load(settings), [], tmp_path)
     assert machine.best() is None
     assert {row["problem"] for row in machine.tried.values()} == {"not timed: no time left"}
+    assert {point.micro_batch_size for point in machine.tried} == {2}, "it may fit"
     best = Point(2, False, "as configured", 0)
     machine.tried = {best: {"problem": None}, **{point: row for point, row in machine.tried.items() if point != best}}
     verdict = bench_sweep._result(args, machine, best, {}).notes[0]
