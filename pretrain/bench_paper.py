@@ -117,6 +117,7 @@ def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
         f"Each model is updated once every {sequences:,} x {seq_len:,} tokens, {ACCUMULATED} micro-batches of ours.",
         *bench_result.notes(args.steps, args.warmup, waits=False),
+        *bench_result.of_documents(settings),
     ]
     result = Result("paper", title, subject, [], notes)
     with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:

@@ -93,7 +93,16 @@ VARIANTS = (
 
 
 def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
-    """Time ours and every peer on the same weights and batches; ratios are the best of ours to each."""
+    """Time ours and every peer on the same weights and batches; ratios are the best of ours to each.
+
+    Raises:
+        ValueError: no peer does what is configured, or it cannot be compared with --compare.
+    """
+    if settings.data.intra_document:
+        raise ValueError(
+            "data.intra_document is true, and no peer keeps attention within documents: their models would be others; compare "
+            "with --data.intra_document false"
+        )
     settings = replace(
         settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
     )

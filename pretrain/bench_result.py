@@ -141,6 +141,16 @@ def notes(steps: int, warmup: int, waits: bool = True) -> list[str]:
     return lines + of_waits if waits else lines
 
 
+def of_documents(settings: Config, data: str = "random") -> list[str]:
+    """What figures on random ids do not tell where attention stays within documents."""
+    if not settings.data.intra_document or data == "real":
+        return []
+    return [
+        f"data.intra_document is on, and random ids have an EOS only every {settings.model.vocab_size:,} tokens: what attention "
+        "within documents costs or saves is not in these figures (pretrain bench --data real has it)."
+    ]
+
+
 def machine() -> dict[str, Any]:
     """The chip, and the versions of what may matter; a library that is not installed is not named."""
     found = {**versions(*LIBRARIES), "cria": CRIA, "torch": torch.__version__}

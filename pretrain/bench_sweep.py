@@ -99,7 +99,8 @@ def _result(args: Any, search: "Sweep", best: Point | None, subject: dict[str, A
         "the second; spread, data and communication are those of the timed ones."
     )
     title = f"{args.config.stem}: which settings are the fastest{limit}"
-    return Result("sweep", title, subject, rows, [verdict, steps, *bench_result.notes(args.steps, args.warmup)])
+    notes = [*bench_result.notes(args.steps, args.warmup), *bench_result.of_documents(search.settings, args.data)]
+    return Result("sweep", title, subject, rows, [verdict, steps, *notes])
 
 
 def _why_none(rows: list[Row], limit: str) -> str:
@@ -114,7 +115,7 @@ class Sweep:
     """The search; `tried` holds every point's row, in the order of the trials."""
 
     def __init__(self, args: Any, settings: config.Config, keys: list[str], scratch: Path):
-        self._args, self._settings, self._keys, self._scratch = args, settings, keys, scratch
+        self._args, self.settings, self._keys, self._scratch = args, settings, keys, scratch
         self._budget = Budget(args.budget_s)
         self._sequences = settings.train.global_batch_size // args.ranks
         self.tried: dict[Point, Row] = {}
@@ -122,7 +123,7 @@ class Sweep:
 
     def best(self) -> Point | None:
         """Go along one setting after the other; None where nothing fits."""
-        settings = self._settings
+        settings = self.settings
         checkpointing, recompute = settings.parallel.activation_checkpointing, settings.parallel.recompute
         start = Point(
             settings.train.micro_batch_size, settings.parallel.compile, AS_CONFIGURED, checkpointing, recompute
@@ -206,7 +207,7 @@ class Sweep:
 
     def _taken(self, point: Point) -> list[str]:
         """The operations that the point's library computes: all that it has and the configuration allows it."""
-        library, settings = point.operations, self._settings
+        library, settings = point.operations, self.settings
         if library == AS_CONFIGURED:
             return []
         situation = parallel.situation(

@@ -12,6 +12,7 @@ turns and are saved at the end. `--compare` an earlier OUT.json ends with status
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -189,6 +190,11 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
         )
     if args.compare is not None and not args.compare.is_file():
         raise FileNotFoundError(f"--compare {args.compare} is missing; an earlier result's OUT.json is needed")
+    for python in args.peers_python or []:
+        if shutil.which(python) is None:
+            raise ValueError(
+                f"--peers_python {python} is no program; give the Python of an environment that has peers, ENVIRONMENT/bin/python"
+            )
     if args.out is None:
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
     if args.row is None and os.environ.get("RANK", "0") == "0":
@@ -258,7 +264,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
         f"{grad_accum_steps} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
     )
-    notes = bench_result.notes(args.steps, args.warmup)
+    notes = bench_result.notes(args.steps, args.warmup) + bench_result.of_documents(settings, args.data)
     if row.get("planned_mem_gib"):
         peak, planned = row["peak_mem_gib"], row["planned_mem_gib"]
         notes.append(

@@ -130,6 +130,28 @@ def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
     assert row["tokens_per_step"] == 2 * 2 * 32  # two micro-batches instead of four
 
 
+def test_what_random_ids_do_not_tell_of_documents_is_said(settings: Path, stepped: Path, tmp_path: Path) -> None:
+    argv = [
+        "--config",
+        settings,
+        "--steps",
+        1,
+        "--warmup",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--data.intra_document",
+        "true",
+    ]
+    assert benchmark.main(list(map(str, argv))) == 0
+    says = "random ids have an EOS only every 320 tokens"
+    assert [says in note for note in load(tmp_path / "out")["notes"]].count(True) == 1
+    assert says in (tmp_path / "out.md").read_text()
+    assert says not in stepped.with_name("step.md").read_text()
+    chosen = config.parse(["--config", str(settings), "--data.intra_document", "true"])
+    assert bench_result.of_documents(chosen, "real") == []
+
+
 def test_memory_that_does_not_suffice_is_a_row(settings: Path) -> None:
     out = settings.parent / "large"
     argv = ["--config", str(settings), "--steps", "1", "--warmup", "1", "--out", str(out)]
@@ -233,10 +255,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_timed(
     earlier = settings.parent / "another.json"
     text = json.dumps(load(stepped))
     cases = [(["--data", "real"], text, "data was random and is real")] if kind in KINDS[:2] else []
+    if kind != ["--peers"]:
+        cases.append((["--data.intra_document", "true"], text, "intra_document was False and is True"))
     cases += [
         (["--train.z_loss", "0.1"], text, "z_loss was 0.0 and is 0.1"),
         (["--train.deterministic", "true"], text, "deterministic was False and is True"),
-        (["--data.intra_document", "true"], text, "intra_document was False and is True"),
         ([], text.replace('"kind"', '"kin"'), "is not a result of pretrain bench: KeyError('kind')"),
         ([], json.dumps({**json.loads(text), "rows": []}), "no row with figures"),
         ([], text.replace('"tokens_per_sec_per_gpu": ', '"tokens_per_sec_per_gpu": 0, "was": '), "has 0 tokens/s/GPU"),
@@ -278,6 +301,12 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
         (["--data", "real", "--paper"], "--data is for the step alone or --sweep; --paper would not heed it"),
         (["--scale", "0.5"], "--scale is for --paper; the step alone would not heed it"),
         (["--modle.hidden_size", "3"], "modle.hidden_size"),
+        (
+            ["--peers", "--peers_python", "/nope"],
+            "--peers_python /nope is no program; give the Python of an environment",
+        ),
+        (["--peers", "--peers_python", "/tmp"], "--peers_python /tmp is no program; give the Python of an environment"),
+        (["--peers", "--data.intra_document", "true"], "no peer keeps attention within documents"),
     ],
 )
 def test_what_is_wrong_is_one_line(settings: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
