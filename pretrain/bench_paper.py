@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrain import bench_peers, bench_result, config
 from pretrain.bench_result import Result, Row, SoFar
-from pretrain.bench_rows import Child
+from pretrain.bench_rows import DOES_NOT_FIT, Child
 from pretrain.sections import ModelConfig
 
 TOKENS = 300e9
@@ -159,7 +159,7 @@ def _time(bench: bench_peers.Bench, shape: Shape, seq_len: int) -> Row:
     while True:
         child = bench.peer(variant, micro_batch_size)
         row = {**(child.row() if isinstance(child, Child) else child), "name": shape.name}
-        if not (row["problem"] or "").startswith("does not fit") or micro_batch_size == 1:
+        if not (row["problem"] or "").startswith(DOES_NOT_FIT) or micro_batch_size == 1:
             break
         micro_batch_size = _divisor(sequences, micro_batch_size // 2)
     if row["problem"] is None:

@@ -336,7 +336,12 @@ def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
     ]
     if theirs:
         fastest = max(theirs, key=lambda row: row["tokens_per_sec_per_gpu"])
-        lines.append(f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']}).")
+        spread_pct = best.get("step_time_spread_pct", 0.0)
+        near = f", which is within the spread of ours, {spread_pct:.1f}%"
+        lines.append(
+            f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']})"
+            f"{near if 100 * abs(fastest['ratio'] - 1) <= spread_pct else ''}."
+        )
     again = next((row for row in ours if row["name"] == AGAIN), None)
     if again is not None:
         drift = 100 * (again["tokens_per_sec_per_gpu"] / rows[0]["tokens_per_sec_per_gpu"] - 1)

@@ -1,6 +1,6 @@
 """Which settings are the fastest here: micro-batch, compilation, operations, activation checkpointing.
 
-    start ─> micro-batches ─> compile ─> operations ─> recompute and checkpointing, with their own micro-batches ─> best
+    start ─> micro-batches ─> compile ─> operations ─> recompute ─> checkpointing, each with its own micro-batches ─> best
 
 One setting after the other, the best kept: not every combination. Each is a `pretrain bench` in processes of its own, so that
 one that runs out of memory is a row of the table and touches no other. A row is the whole step of the global batch, of which at
@@ -77,7 +77,14 @@ def sweep(args: Any, settings: config.Config, keys: list[str], so_far: SoFar) ->
     config.grad_accum_steps(settings.train, args.ranks)  # whole, or refused as training would
     with tempfile.TemporaryDirectory(prefix="cria-sweep-") as scratch:
         search = Sweep(args, settings, keys, Path(scratch))
-        search.after_row = lambda: so_far.add(_result(args, search, search.fastest(), subject))
+
+        def after_row(point: Point, row: Row) -> None:
+            so_far.add(_result(args, search, search.fastest(), subject))
+            if row["problem"] != NOT_ASKED_FOR:  # minutes go by between two lines
+                said = row["problem"] or f"{row['tokens_per_sec_per_gpu']:,.0f} tokens/s/GPU"
+                print(f"{point.name}: {said}", flush=True)
+
+        search.after_row = after_row
         best = search.best()
     return _result(args, search, best, subject)
 
@@ -93,7 +100,7 @@ def _result(args: Any, search: "Sweep", best: Point | None, subject: dict[str, A
     else:
         row = rows[list(tried).index(best)]
         row["note"] = ", ".join(["best", *filter(None, [row.get("note")])])
-        verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`.{caveat}"
+        verdict = f"Best{limit}: {best.name}: `{' '.join(search.keys(best))}`.{_near(rows, row)}{caveat}"
     steps = (
         f"Speed is that of a whole step. At most {MICRO_STEPS} of its micro-steps are timed, each further one counts as long as "
         "the second; spread, data and communication are those of the timed ones."
@@ -101,6 +108,15 @@ def _result(args: Any, search: "Sweep", best: Point | None, subject: dict[str, A
     title = f"{args.config.stem}: which settings are the fastest{limit}"
     notes = [*bench_result.notes(args.steps, args.warmup), *bench_result.of_documents(search.settings, args.data)]
     return Result("sweep", title, subject, rows, [verdict, steps, *notes])
+
+
+def _near(rows: list[Row], best: Row) -> str:
+    """Which other rows lie within the spread of the best, as one more sentence."""
+    spread_pct = best.get("step_time_spread_pct", 0.0)
+    least = best["tokens_per_sec_per_gpu"] * (1 - spread_pct / 100)
+    near = [row["name"] for row in rows if row["problem"] is None and row["tokens_per_sec_per_gpu"] >= least]
+    near.remove(best["name"])
+    return f" Within its spread of {spread_pct:.1f}% lie as well: {'; '.join(near)}." if near else ""
 
 
 def _why_none(rows: list[Row], limit: str) -> str:
@@ -119,7 +135,7 @@ class Sweep:
         self._budget = Budget(args.budget_s)
         self._sequences = settings.train.global_batch_size // args.ranks
         self.tried: dict[Point, Row] = {}
-        self.after_row: Callable[[], None] = lambda: None
+        self.after_row: Callable[[Point, Row], None] = lambda point, row: None
 
     def best(self) -> Point | None:
         """Go along one setting after the other; None where nothing fits."""
@@ -188,7 +204,7 @@ class Sweep:
             if first and problem.startswith(FAILED):
                 raise ValueError(f"{point.name}: {problem}")
             self.tried[point] = row
-            self.after_row()
+            self.after_row(point, row)
         row = self.tried[point]
         return 0.0 if row["problem"] else row["tokens_per_sec_per_gpu"]
 
@@ -244,7 +260,7 @@ class Sweep:
             options += ["--memory_limit_gib", str(args.memory_limit_gib)]
         row = Child(bench_command(options, out, args.ranks), out, self._budget.left()).row()
         if row["problem"] is None:
-            row["note"] = f"{micro_steps} micro-steps a step, {timed} timed"
+            row["note"] = f"{micro_steps} micro-step{'s' * (micro_steps > 1)} a step, {timed} timed"
         return row
 
 

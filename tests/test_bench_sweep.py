@@ -162,6 +162,20 @@ def test_what_is_refused_at_first_is_an_error_and_no_table(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_verdict_names_what_lies_within_the_spread_of_the_best(settings: Path, tmp_path: Path) -> None:
+    machine, _ = search(settings, tmp_path)
+    rows = {"eager": (96.0, 1.0), "compiled": (100.0, 5.0)}
+    points = {name: Point(2, name == "compiled", "as configured", 0) for name in rows}
+    machine.tried = {
+        points[name]: {"problem": None, "tokens_per_sec_per_gpu": tokens, "step_time_spread_pct": spread}
+        for name, (tokens, spread) in rows.items()
+    }
+    verdict = bench_sweep._result(machine._args, machine, points["compiled"], {}).notes[0]
+    assert verdict.endswith("`. Within its spread of 5.0% lie as well: micro-batch 2 eager.")
+    machine.tried[points["compiled"]]["step_time_spread_pct"] = 3.0
+    assert "spread" not in bench_sweep._result(machine._args, machine, points["compiled"], {}).notes[0]
+
+
 def test_the_verdict_says_why_there_is_none(settings: Path, tmp_path: Path) -> None:
     machine, _ = search(settings, tmp_path, fits=0)
     args = machine._args
@@ -219,7 +233,10 @@ def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     assert {row["problem"] for row in machine.tried.values()} == {"not timed: no time left"}
     assert {point.micro_batch_size for point in machine.tried} == {2}, "it may fit"
     best = Point(2, False, "as configured", 0)
-    machine.tried = {best: {"problem": None}, **{point: row for point, row in machine.tried.items() if point != best}}
+    machine.tried = {
+        best: {"problem": None, "tokens_per_sec_per_gpu": 1.0},
+        **{point: row for point, row in machine.tried.items() if point != best},
+    }
     verdict = bench_sweep._result(args, machine, best, {}).notes[0]
     assert verdict.endswith(
         f". Of {len(machine.tried)} rows tried, {len(machine.tried) - 1} not timed: --budget_s was over."
@@ -249,6 +266,7 @@ def test_ctrl_c_and_sigterm_keep_the_rows_of_a_sweep(
     assert [row["problem"] for row in load(out)["rows"]] == [None, "does not fit"]
     said = capsys.readouterr()
     assert said.err == f"pretrain bench: interrupted{says}\n"
+    assert said.out.startswith("micro-batch 2 eager: 5 tokens/s/GPU\nmicro-batch 4 eager: does not fit\n# ")
     for text in (said.out, out.with_suffix(".md").read_text()):
         assert f"- {bench_result.UNFINISHED}\n- Best: micro-batch 2 eager: " in text
         assert "does not fit" in text
