@@ -89,6 +89,9 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if kernels := row.get("kernels"):
             ran.setdefault("; ".join(f"{name}: {kernel}" for name, kernel in kernels.items()), []).append(row["name"])
+    timed = [row["name"] for row in rows if row["problem"] is None]
+    if len(timed) > 1 and all(set(timed) <= set(names) for names in ran.values()):
+        return [f"All ran on: {kernels}." for kernels in ran]
     return [f"{', '.join(names)} ran on: {kernels}." for kernels, names in ran.items()]
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from pretrain import config, processes
 from pretrain.cli import fail
@@ -120,8 +120,15 @@ def _show(result: Any, out: Path) -> None:
     print(f"{out}.json, {out}.md")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, as those of the configuration's keys."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(PROG, f"{message} ({PROG} --help explains every option)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROG,
         description="Time the real training step of a configuration on this machine.",
         epilog="Any key of the configuration can be set as well: pretrain train --help names them.",
@@ -159,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", type=Path, help="An earlier OUT.json; status 1 where a row lost more than --noise_pct, or is gone."
     )
     add("--noise_pct", type=float, default=5.0, help="What counts as slower (percent).")
-    add("--out", type=Path, help="Where the result goes, without suffix (path); none: RUN_DIR-bench/KIND.")
+    add("--out", type=Path, help="Where the result goes: OUT.json and OUT.md (path); none: RUN_DIR-bench/KIND.")
     add("--of_micro_steps", type=int, help=argparse.SUPPRESS)  # for a child: Timing.of_micro_steps
     add("--in_turns", action="store_true", help=argparse.SUPPRESS)  # for a child that takes turns with others
     add("--row", type=Path, help=argparse.SUPPRESS)  # for a child: write the bare row there
@@ -175,13 +182,17 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
     for name in ("memory_limit_gib", "budget_s", "scale"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan is not
             raise ValueError(f"--{name} is {value:g}; it must be above 0")
+    if not args.noise_pct >= 0:
+        raise ValueError(f"--noise_pct is {args.noise_pct:g}; it must be at least 0")
     args.kind = next((kind for kind in ("sweep", "peers", "paper") if getattr(args, kind)), "step")
     for name, kinds in OF_KINDS.items():
         if args.kind not in kinds and getattr(args, name) != _parser().get_default(name):
             there = " or ".join(map(_asked, kinds))
             raise ValueError(f"--{name} is for {there}; {_asked(args.kind)} would not heed it: leave it out")
+    if args.compare is None and args.noise_pct != _parser().get_default("noise_pct"):
+        raise ValueError("--noise_pct is for --compare, and there is none to heed it: leave it out")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.kind != "step" and world_size > 1:
         raise ValueError(
@@ -197,6 +208,8 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
             )
     if args.out is None:
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
+    if args.out.suffix in (".json", ".md"):
+        args.out = args.out.with_suffix("")
     if args.row is None and os.environ.get("RANK", "0") == "0":
         _make_folder(args.out)
 

@@ -293,7 +293,14 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
     ("argv", "says"),
     [
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--steps", "few"], "argument --steps: invalid int value: 'few' (pretrain bench --help"),
+        (["--sweep", "--peers"], "argument --peers: not allowed with argument --sweep"),
         (["--memory_limit_gib", "-1"], "--memory_limit_gib is -1; it must be above 0"),
+        (["--memory_limit_gib", "nan"], "--memory_limit_gib is nan; it must be above 0"),
+        (["--sweep", "--budget_s", "nan"], "--budget_s is nan; it must be above 0"),
+        (["--noise_pct", "-1"], "--noise_pct is -1; it must be at least 0"),
+        (["--noise_pct", "nan"], "--noise_pct is nan; it must be at least 0"),
+        (["--noise_pct", "2"], "--noise_pct is for --compare, and there is none"),
         (["--compare", "/nowhere.json"], "/nowhere.json is missing"),
         (["--out", "/proc/nowhere/out"], "--out /proc/nowhere/out: nothing can be written there"),
         (["--out", "/proc/out"], "--out /proc/out: nothing can be written there"),
@@ -324,6 +331,23 @@ def test_a_sweep_under_torchrun_is_refused(settings: Path, monkeypatch: pytest.M
     args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
     with pytest.raises(ValueError, match="start it without torchrun, with --ranks 4"):
         benchmark._check_and_complete(args, config.load(settings))
+
+
+def test_out_may_be_named_with_its_suffix(settings: Path) -> None:
+    for given in ("a.b", "a.b.json", "a.b.md"):
+        args = benchmark._parser().parse_args(["--config", str(settings), "--out", str(settings.parent / given)])
+        benchmark._check_and_complete(args, config.load(settings))
+        assert args.out == settings.parent / "a.b"
+
+
+def test_rows_that_all_ran_on_the_same_are_not_listed() -> None:
+    rows = [{"name": name, "problem": None, "kernels": {"rope": "PyTorch"}} for name in "ab"]
+    failed = {"name": "c", "problem": "does not fit"}
+    said = [
+        bench_result.Result("sweep", "t", {}, shown).markdown().splitlines()[-1]
+        for shown in ([*rows, failed], [*rows, {**rows[0], "name": "d", "kernels": {}}], rows[:1])
+    ]
+    assert said == ["- All ran on: rope: PyTorch.", "- a, b ran on: rope: PyTorch.", "- a ran on: rope: PyTorch."]
 
 
 def test_a_save_for_which_the_disk_has_no_room_leaves_the_rows_of_the_one_before(tmp_path: Path) -> None:
