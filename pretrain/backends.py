@@ -93,7 +93,10 @@ def obstacle(operation: str, backend: str, situation: Situation) -> str | None:
     if backend == "torch":
         return None
     if situation.capability is None:
-        return "it needs a CUDA device, and this runs on the CPU"
+        there = ""
+        if backend in PACKAGES and installed(backend) is None:
+            there = f"; on a GPU it needs {PACKAGES[backend]} as well: {INSTALL[backend]}"
+        return f"it needs a CUDA device, and this runs on the CPU: set model.ops.{operation} to auto or torch{there}"
     if backend == "torch_flash":
         masked = "it takes no mask, which data.intra_document needs: use torch" if situation.documents else None
         return masked or _flash_attention(situation, "")

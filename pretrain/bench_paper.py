@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrain import bench_peers, bench_result, config
 from pretrain.bench_result import Result, Row, SoFar
-from pretrain.bench_rows import Child
+from pretrain.bench_rows import DOES_NOT_FIT, Child
 from pretrain.sections import ModelConfig
 
 TOKENS = 300e9
@@ -117,6 +117,7 @@ def paper(args: Any, settings: config.Config, so_far: SoFar) -> Result:
         "Hours here are of the chip named above, and of transformers' code for the two others; the paper's are A100-40G hours.",
         f"Each model is updated once every {sequences:,} x {seq_len:,} tokens, {ACCUMULATED} micro-batches of ours.",
         *bench_result.notes(args.steps, args.warmup, waits=False),
+        *bench_result.of_documents(settings),
     ]
     result = Result("paper", title, subject, [], notes)
     with tempfile.TemporaryDirectory(prefix="cria-paper-") as scratch:
@@ -158,7 +159,7 @@ def _time(bench: bench_peers.Bench, shape: Shape, seq_len: int) -> Row:
     while True:
         child = bench.peer(variant, micro_batch_size)
         row = {**(child.row() if isinstance(child, Child) else child), "name": shape.name}
-        if not (row["problem"] or "").startswith("does not fit") or micro_batch_size == 1:
+        if not (row["problem"] or "").startswith(DOES_NOT_FIT) or micro_batch_size == 1:
             break
         micro_batch_size = _divisor(sequences, micro_batch_size // 2)
     if row["problem"] is None:

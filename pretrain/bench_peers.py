@@ -93,7 +93,16 @@ VARIANTS = (
 
 
 def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
-    """Time ours and every peer on the same weights and batches; ratios are the best of ours to each."""
+    """Time ours and every peer on the same weights and batches; ratios are the best of ours to each.
+
+    Raises:
+        ValueError: no peer does what is configured, or it cannot be compared with --compare.
+    """
+    if settings.data.intra_document:
+        raise ValueError(
+            "data.intra_document is true, and no peer keeps attention within documents: their models would be others; compare "
+            "with --data.intra_document false"
+        )
     settings = replace(
         settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
     )
@@ -155,8 +164,11 @@ def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: lis
 def _in_turns(bench: "Bench", ours: dict[str, list[str]], wanted: list[Variant]) -> list[Row]:
     children: dict[str, Child | Row] = {}
     try:
-        children |= {name: bench.cria(name, keys) for name, keys in ours.items() if bench.asked_for(name)}
-        children |= {variant.name: bench.peer(variant) for variant in wanted}
+        for name, keys in ours.items():
+            if bench.asked_for(name):
+                children[name] = bench.cria(name, keys)
+        for variant in wanted:
+            children[variant.name] = bench.peer(variant)
         take_turns([child for child in children.values() if isinstance(child, Child)])
         rows = {name: child.row() if isinstance(child, Child) else child for name, child in children.items()}
     except BaseException:  # Ctrl-C does not reach them
@@ -207,10 +219,11 @@ class Bench:
         """Start ours, on the handed over weights and data."""
         row = self.scratch / f"{name}.json"
         command = bench_command(
-            ["--config", str(self.scratch / "config.yaml"), *keys, "--data", "real", "--row", str(row)]
+            ["--config", str(self.scratch / "config.yaml"), *keys, "--data", "real"]
             + ["--steps", str(self.args.steps), "--warmup", str(self.args.warmup)]
             + (["--in_turns"] if self.in_turns else [])
-            + ([f"--memory_limit_gib={self.args.memory_limit_gib}"] if self.args.memory_limit_gib else [])
+            + ([f"--memory_limit_gib={self.args.memory_limit_gib}"] if self.args.memory_limit_gib else []),
+            row,
         )
         return Child(command, row, self.budget.left(), in_turns=self.in_turns)
 
@@ -323,7 +336,12 @@ def _verdict(rows: list[Row], best: Row, ours: list[Row]) -> list[str]:
     ]
     if theirs:
         fastest = max(theirs, key=lambda row: row["tokens_per_sec_per_gpu"])
-        lines.append(f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']}).")
+        spread_pct = best.get("step_time_spread_pct", 0.0)
+        near = f", which is within the spread of ours, {spread_pct:.1f}%"
+        lines.append(
+            f"Ours ({best['name']}) is {fastest['ratio']:.3f} times the fastest peer ({fastest['name']})"
+            f"{near if 100 * abs(fastest['ratio'] - 1) <= spread_pct else ''}."
+        )
     again = next((row for row in ours if row["name"] == AGAIN), None)
     if again is not None:
         drift = 100 * (again["tokens_per_sec_per_gpu"] / rows[0]["tokens_per_sec_per_gpu"] - 1)

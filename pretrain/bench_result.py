@@ -89,6 +89,9 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if kernels := row.get("kernels"):
             ran.setdefault("; ".join(f"{name}: {kernel}" for name, kernel in kernels.items()), []).append(row["name"])
+    timed = [row["name"] for row in rows if row["problem"] is None]
+    if len(timed) > 1 and all(set(timed) <= set(names) for names in ran.values()):
+        return [f"All ran on: {kernels}." for kernels in ran]
     return [f"{', '.join(names)} ran on: {kernels}." for kernels, names in ran.items()]
 
 
@@ -139,6 +142,16 @@ def notes(steps: int, warmup: int, waits: bool = True) -> list[str]:
         "Communication: share of a profiled window of two steps in which a NCCL kernel (CPU: a gloo collective) runs.",
     ]
     return lines + of_waits if waits else lines
+
+
+def of_documents(settings: Config, data: str = "random") -> list[str]:
+    """What figures on random ids do not tell where attention stays within documents."""
+    if not settings.data.intra_document or data == "real":
+        return []
+    return [
+        f"data.intra_document is on, and random ids have an EOS only every {settings.model.vocab_size:,} tokens: what attention "
+        "within documents costs or saves is not in these figures (pretrain bench --data real has it)."
+    ]
 
 
 def machine() -> dict[str, Any]:

@@ -25,6 +25,10 @@ ROOT = Path(__file__).parent.parent
 
 NOT_ASKED_FOR = "not asked for (--rows)"
 """Problem of a row that was left out."""
+DOES_NOT_FIT, NOT_TIMED, FAILED, REFUSED = "does not fit", "not timed", "failed with status", "refused: "
+"""How the problems of other rows begin."""
+_ERROR = "pretrain bench: error: "
+"""Before what `pretrain bench` says on standard error of what it refuses."""
 
 SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
 """A row is not begun with less time left (seconds)."""
@@ -47,7 +51,10 @@ class Budget:
 
 
 class Child:
-    """A process that times one row and writes it, as JSON, to `out`; killed after `timeout_s` (None: never)."""
+    """A process that times one row and writes it, as JSON, to `out`; killed after `timeout_s` (None: never).
+
+    It dies with this process, and so do its ranks, which see to that themselves.
+    """
 
     def __init__(self, command: list[str], out: Path, timeout_s: float | None, in_turns: bool = False):
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -55,7 +62,7 @@ class Child:
         out.unlink(missing_ok=True)  # of an earlier try under the same name
         self._log = open(out.with_suffix(".txt"), "w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            command,
+            processes.bound(command),
             stdin=subprocess.PIPE if in_turns else subprocess.DEVNULL,
             stdout=subprocess.PIPE if in_turns else self._log,
             stderr=self._log,
@@ -103,7 +110,7 @@ class Child:
         if self._out.exists():
             return json.loads(self._out.read_text())
         if self._expired:
-            return {"problem": f"not timed: stopped after the {self._timeout_s:.0f} s that were left"}
+            return {"problem": f"{NOT_TIMED}: stopped after the {self._timeout_s:.0f} s that were left"}
         return {"problem": _problem(status, said)}
 
 
@@ -118,14 +125,17 @@ def _problem(status: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     spent = [line for line in lines if any(words in line for words in SPENT)]
     if spent:
-        return f"does not fit: {spent[-1][:200]}"
+        return f"{DOES_NOT_FIT}: {spent[-1][:200]}"
     if status == -9:
-        return "does not fit: the system killed it, most likely for its memory"
+        return f"{DOES_NOT_FIT}: the system killed it, most likely for its memory"
+    refused = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+    if refused:
+        return REFUSED + refused[0]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error): ", line)] or lines
-    return f"failed with status {status}: {errors[-1][:300] if errors else 'it said nothing'}"
+    return f"{FAILED} {status}: {errors[-1][:300] if errors else 'it said nothing'}"
 
 
-def bench_command(arguments: list[str], ranks: int = 1) -> list[str]:
-    """The command line of `pretrain bench` on so many ranks of this machine."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launch, "-m", "pretrain", "bench", *arguments]
+def bench_command(arguments: list[str], row: Path, ranks: int = 1) -> list[str]:
+    """The command line of `pretrain bench` on so many ranks of this machine; what it needs meanwhile lies beside its `row`."""
+    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--log-dir", str(row.parent), "-m"]
+    return [sys.executable, "-m", *(launch if ranks > 1 else []), "pretrain", "bench", "--row", str(row), *arguments]

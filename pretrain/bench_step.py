@@ -6,6 +6,7 @@
 Under torchrun every rank calls `measure`; a step takes as long as its slowest rank.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 
 from data_prep.shard import TOKENIZER_DIR, Manifest, ShardWriter, TokenizerInfo, folder_fingerprint, token_dtype
 from pretrain import bench_profile, bench_timing, data, memory, metrics, parallel, preparation, ranks, trainer
+from pretrain.hosts import this_host
 from pretrain.sections import Config, SourceConfig
 
 PROFILED_STEPS = 2
@@ -52,6 +54,8 @@ class Timing:
     of_micro_steps: int | None = None
     """Number of micro-steps in the step that the figures describe. If fewer are timed, they must be `MICRO_STEPS`, and each
     missing one counts as long as the second. None: as many as are timed."""
+    scratch: Path | None = None
+    """Folder for what is needed meanwhile, which somebody else removes (path); None: temporary ones of its own."""
 
 
 def measure(settings: Config, timing: Timing) -> dict[str, Any]:
@@ -210,13 +214,16 @@ def _say_how_long(run: trainer.Run, timing: Timing) -> None:
         )
 
 
+_CALL = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What the ranks of a call have in common, and no other call that runs at the same time has, all together."""
+
+
 @contextmanager
 def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
     """`settings` as a run that leaves nothing: a run folder that is removed, no checkpoints, no validation, no loggers."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    with tempfile.TemporaryDirectory(prefix="cria-bench-") as own:  # on this rank's node
-        # Ranks of several nodes need one folder that they share; that of the run is on such a file system.
-        run_dir = Path(own) / "run" if world_size == 1 else Path(f"{settings.run_dir}-bench") / "run"
+    with tempfile.TemporaryDirectory(prefix="cria-bench-", dir=timing.scratch) as own:  # on this rank's node
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        run_dir = Path(own) / "run" if world_size == 1 else _shared(settings, timing, world_size)
         if not timing.real_data:
             settings = with_random_data(settings, Path(own) / "data")
         last_step = timing.warmup + timing.steps + PROFILED_STEPS
@@ -232,8 +239,20 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
                 checkpoint=replace(settings.checkpoint, every_steps=0),
             )
         finally:
-            if ranks.rank() == 0:
+            if os.environ.get("RANK", "0") == "0":
                 shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _shared(settings: Config, timing: Timing, world_size: int) -> Path:
+    """A run folder of this call's own, which its ranks name alike before they are connected.
+
+    Those of several nodes need one that they share; where the run's folder lies is such a file system.
+    """
+    call = [os.environ.get(name, "") for name in _CALL]
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # "localhost" is the address on every node
+        call.append(this_host())
+    name = f"run-{hashlib.sha256(repr(call).encode()).hexdigest()[:12]}"
+    return (timing.scratch or Path(f"{settings.run_dir}-bench")) / name
 
 
 def with_random_data(settings: Config, folder: Path) -> Config:

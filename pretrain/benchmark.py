@@ -12,13 +12,18 @@ turns and are saved at the end. `--compare` an earlier OUT.json ends with status
 import argparse
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from pretrain import config
+from pretrain import config, processes
 from pretrain.cli import fail
 from pretrain.imports import importing
 
@@ -37,20 +42,52 @@ OF_KINDS = {
 """Options that not every kind of benchmark heeds, and those that do."""
 
 
+class Ended(KeyboardInterrupt):
+    """By a signal: all ends as by Ctrl-C, but for the status."""
+
+
 def main(argv: list[str]) -> int:
-    """Time, write the result, compare; 1: slower than before, or nothing could be timed; 130: interrupted."""
+    """Time, write the result, compare.
+
+    1: slower than before, or nothing could be timed; 130, 143, 129: ended by Ctrl-C, SIGTERM, SIGHUP.
+    """
     parser = _parser()
     args, keys = parser.parse_known_args(argv)
+    if args.row is not None:
+        processes.die_with_parent()
     try:
-        settings = config.parse(["--config", str(args.config), *keys], PROG)
-        _check_and_complete(args, settings)
-        return _bench(args, settings, keys)
+        with _as_ctrl_c():
+            settings = config.parse(["--config", str(args.config), *keys], PROG)
+            _check_and_complete(args, settings)
+            return _bench(args, settings, keys)
     except (ValueError, OSError) as error:
         fail(PROG, error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
         if os.environ.get("RANK", "0") == "0":
-            print(f"{PROG}: interrupted", file=sys.stderr)
-        return 130
+            print(f"{PROG}: interrupted" + f" by {number.name}" * isinstance(error, Ended), file=sys.stderr)
+        return 128 + number
+
+
+@contextmanager
+def _as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise Ended, once; not in one of several ranks: what it waits for may never return to Python."""
+    ends = (signal.SIGTERM, signal.SIGHUP) if os.environ.get("WORLD_SIZE", "1") == "1" else ()
+    before = {number: signal.getsignal(number) for number in ends}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)  # the end may take a while, and is not to be ended
+        raise Ended(signal.Signals(number))
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bench(args: argparse.Namespace, settings: config.Config, keys: list[str]) -> int:
@@ -83,8 +120,15 @@ def _show(result: Any, out: Path) -> None:
     print(f"{out}.json, {out}.md")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, as those of the configuration's keys."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(PROG, f"{message} ({PROG} --help explains every option)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROG,
         description="Time the real training step of a configuration on this machine.",
         epilog="Any key of the configuration can be set as well: pretrain train --help names them.",
@@ -122,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", type=Path, help="An earlier OUT.json; status 1 where a row lost more than --noise_pct, or is gone."
     )
     add("--noise_pct", type=float, default=5.0, help="What counts as slower (percent).")
-    add("--out", type=Path, help="Where the result goes, without suffix (path); none: RUN_DIR-bench/KIND.")
+    add("--out", type=Path, help="Where the result goes: OUT.json and OUT.md (path); none: RUN_DIR-bench/KIND.")
     add("--of_micro_steps", type=int, help=argparse.SUPPRESS)  # for a child: Timing.of_micro_steps
     add("--in_turns", action="store_true", help=argparse.SUPPRESS)  # for a child that takes turns with others
     add("--row", type=Path, help=argparse.SUPPRESS)  # for a child: write the bare row there
@@ -138,13 +182,17 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
     for name in ("memory_limit_gib", "budget_s", "scale"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan is not
             raise ValueError(f"--{name} is {value:g}; it must be above 0")
+    if not args.noise_pct >= 0:
+        raise ValueError(f"--noise_pct is {args.noise_pct:g}; it must be at least 0")
     args.kind = next((kind for kind in ("sweep", "peers", "paper") if getattr(args, kind)), "step")
     for name, kinds in OF_KINDS.items():
         if args.kind not in kinds and getattr(args, name) != _parser().get_default(name):
             there = " or ".join(map(_asked, kinds))
             raise ValueError(f"--{name} is for {there}; {_asked(args.kind)} would not heed it: leave it out")
+    if args.compare is None and args.noise_pct != _parser().get_default("noise_pct"):
+        raise ValueError("--noise_pct is for --compare, and there is none to heed it: leave it out")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.kind != "step" and world_size > 1:
         raise ValueError(
@@ -153,8 +201,15 @@ def _check_and_complete(args: argparse.Namespace, settings: config.Config) -> No
         )
     if args.compare is not None and not args.compare.is_file():
         raise FileNotFoundError(f"--compare {args.compare} is missing; an earlier result's OUT.json is needed")
+    for python in args.peers_python or []:
+        if shutil.which(python) is None:
+            raise ValueError(
+                f"--peers_python {python} is no program; give the Python of an environment that has peers, ENVIRONMENT/bin/python"
+            )
     if args.out is None:
         args.out = Path(f"{settings.run_dir}-bench") / args.kind
+    if args.out.suffix in (".json", ".md"):
+        args.out = args.out.with_suffix("")
     if args.row is None and os.environ.get("RANK", "0") == "0":
         _make_folder(args.out)
 
@@ -209,6 +264,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         trace=trace if args.profile else None,
         in_turns=args.in_turns,
         of_micro_steps=args.of_micro_steps,
+        scratch=None if args.row is None else args.row.parent,
     )
     row = {"name": "cria", **bench_step.measure(settings, timing)}
     first = ranks.rank() == 0
@@ -221,7 +277,7 @@ def _step(args: argparse.Namespace, settings: config.Config, so_far: Any) -> Any
         f"A training step of {args.config.stem}: {world_size} rank{'s' * (world_size > 1)}, "
         f"{grad_accum_steps} x {settings.train.micro_batch_size} x {settings.data.seq_len} tokens a rank"
     )
-    notes = bench_result.notes(args.steps, args.warmup)
+    notes = bench_result.notes(args.steps, args.warmup) + bench_result.of_documents(settings, args.data)
     if row.get("planned_mem_gib"):
         peak, planned = row["peak_mem_gib"], row["planned_mem_gib"]
         notes.append(

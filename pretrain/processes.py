@@ -1,8 +1,14 @@
-"""What Linux tells of other processes, and a process's stacks; elsewhere, where there is no /proc, nothing is known."""
+"""What Linux tells of other processes, and a process's stacks; elsewhere, where there is no /proc, nothing is known.
 
+python -S -m pretrain.processes PID COMMAND... becomes the command, which dies with process PID, its parent. Standard library
+only.
+"""
+
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +61,21 @@ def kill_family(process: subprocess.Popen[Any]) -> None:
         time.sleep(0.02)
 
 
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when the thread that has started it ends, however it ends; what it becomes (exec) as well."""
+    with suppress(AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def bound(command: list[str]) -> list[str]:
+    """The command line of a child that runs `command` and dies with this process."""
+    return [sys.executable, "-S", "-m", "pretrain.processes", str(os.getpid()), *command]
+
+
 def catches(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal: the others would die of it."""
     try:
@@ -84,3 +105,10 @@ def stacks(pid: int, file: int, number: int, patience_s: float) -> str:
             break
         size = grown
     return os.pread(file, 50_000, before).decode(errors="replace") or "it did not answer\n"
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    if os.getppid() != int(sys.argv[1]):  # it has ended before
+        sys.exit(1)
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -98,6 +98,7 @@ def _run(argv: tuple[str, ...], env: dict[str, str], cwd: str, out: Path, err: P
     os.setsid()  # a terminal's Ctrl-C would reach the whole group
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # as the new environment says
     os.chdir(cwd)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)

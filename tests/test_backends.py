@@ -89,7 +89,8 @@ def test_a_gpu_never_gets_attention_that_holds_all_scores() -> None:
 @pytest.mark.parametrize(
     ("operation", "backend", "situation", "version", "problem"),
     [
-        ("attention", "flash_attn", on(None), "2.8.3", "needs a CUDA device"),
+        ("attention", "flash_attn", on(None), "2.8.3", "needs a CUDA device, .*: set model.ops.attention to auto or torch$"),
+        ("rope", "liger", on(None), None, r"set model.ops.rope to auto or torch; on a GPU it needs .*: pip install .*\.\[gpu\]"),
         ("attention", "flash_attn", on(A100), None, r"flash-attn is not installed: pip install .*\.\[flash-attn\]"),
         ("rms_norm", "liger", on(A100), None, r"liger-kernel is not installed: pip install .*\.\[gpu\]"),
         ("attention", "xformers", on(A100), None, "xformers is not installed: pip install"),

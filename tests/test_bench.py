@@ -1,10 +1,9 @@
-"""`pretrain bench`: the step, its figures and their comparison; memory that does not suffice; processes of its own."""
+"""`pretrain bench`: the step, its figures and their comparison; memory that does not suffice."""
 
 import json
 import resource
 import statistics
-import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,14 +16,12 @@ from pretrain import (
     bench_peers,
     bench_profile,
     bench_result,
-    bench_rows,
     bench_step,
     bench_sweep,
     bench_timing,
     benchmark,
     config,
     metrics,
-    processes,
 )
 
 
@@ -101,6 +98,29 @@ def test_two_ranks_talk(settings: Path) -> None:
     assert 0 < row["communication_pct"] <= 100
 
 
+def test_ranks_of_a_call_share_a_folder_that_no_other_call_removes(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scratch(rank: str, **call: str) -> AbstractContextManager[config.Config]:
+        for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, **call}.items():
+            monkeypatch.setenv(name, value)
+        return bench_step._scratch(config.load(settings), bench_step.Timing())
+
+    with scratch("0", MASTER_PORT="1111") as changed:
+        folder = Path(changed.run_dir)
+        folder.mkdir(parents=True)
+        with scratch("1", MASTER_PORT="1111") as changed:
+            assert Path(changed.run_dir) == folder
+        assert folder.exists(), "rank 0 removes it"
+        with scratch("0", MASTER_PORT="2222") as changed:
+            Path(changed.run_dir).mkdir()
+            assert Path(changed.run_dir) != folder
+        assert not Path(changed.run_dir).exists()
+        assert folder.exists()
+        monkeypatch.setenv("RANK", "0")
+    assert not folder.exists()
+
+
 def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
     real = write_config(tmp_path / "real.yaml", tiny_config(datasets, tmp_path / "run"))
     argv = ["--config", real, "--data", "real", "--steps", 1, "--warmup", 1, "--grad_accum_steps", 2]
@@ -108,6 +128,28 @@ def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
     assert benchmark.main([*map(str, argv), "--out", str(tmp_path / "real")]) == 0
     (row,) = load(tmp_path / "real")["rows"]
     assert row["tokens_per_step"] == 2 * 2 * 32  # two micro-batches instead of four
+
+
+def test_what_random_ids_do_not_tell_of_documents_is_said(settings: Path, stepped: Path, tmp_path: Path) -> None:
+    argv = [
+        "--config",
+        settings,
+        "--steps",
+        1,
+        "--warmup",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--data.intra_document",
+        "true",
+    ]
+    assert benchmark.main(list(map(str, argv))) == 0
+    says = "random ids have an EOS only every 320 tokens"
+    assert [says in note for note in load(tmp_path / "out")["notes"]].count(True) == 1
+    assert says in (tmp_path / "out.md").read_text()
+    assert says not in stepped.with_name("step.md").read_text()
+    chosen = config.parse(["--config", str(settings), "--data.intra_document", "true"])
+    assert bench_result.of_documents(chosen, "real") == []
 
 
 def test_memory_that_does_not_suffice_is_a_row(settings: Path) -> None:
@@ -131,7 +173,9 @@ def test_a_step_that_trains_nothing_has_no_speed(
     out = tmp_path / "out"
     assert benchmark.main(["--config", str(settings), "--steps", "2", "--warmup", "1", "--out", str(out)]) == 1
     (row,) = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert row["problem"] == "trains nothing: 3 updates were left out, for their gradient was 0 or not finite"
+    assert (
+        row["problem"] == "trains nothing: 3 updates were left out, for their gradient was 0, not finite or an outlier"
+    )
 
 
 def test_peak_memory_is_that_of_the_fullest_rank(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,10 +255,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_timed(
     earlier = settings.parent / "another.json"
     text = json.dumps(load(stepped))
     cases = [(["--data", "real"], text, "data was random and is real")] if kind in KINDS[:2] else []
+    if kind != ["--peers"]:
+        cases.append((["--data.intra_document", "true"], text, "intra_document was False and is True"))
     cases += [
         (["--train.z_loss", "0.1"], text, "z_loss was 0.0 and is 0.1"),
         (["--train.deterministic", "true"], text, "deterministic was False and is True"),
-        (["--data.intra_document", "true"], text, "intra_document was False and is True"),
         ([], text.replace('"kind"', '"kin"'), "is not a result of pretrain bench: KeyError('kind')"),
         ([], json.dumps({**json.loads(text), "rows": []}), "no row with figures"),
         ([], text.replace('"tokens_per_sec_per_gpu": ', '"tokens_per_sec_per_gpu": 0, "was": '), "has 0 tokens/s/GPU"),
@@ -248,7 +293,14 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
     ("argv", "says"),
     [
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--steps", "few"], "argument --steps: invalid int value: 'few' (pretrain bench --help"),
+        (["--sweep", "--peers"], "argument --peers: not allowed with argument --sweep"),
         (["--memory_limit_gib", "-1"], "--memory_limit_gib is -1; it must be above 0"),
+        (["--memory_limit_gib", "nan"], "--memory_limit_gib is nan; it must be above 0"),
+        (["--sweep", "--budget_s", "nan"], "--budget_s is nan; it must be above 0"),
+        (["--noise_pct", "-1"], "--noise_pct is -1; it must be at least 0"),
+        (["--noise_pct", "nan"], "--noise_pct is nan; it must be at least 0"),
+        (["--noise_pct", "2"], "--noise_pct is for --compare, and there is none"),
         (["--compare", "/nowhere.json"], "/nowhere.json is missing"),
         (["--out", "/proc/nowhere/out"], "--out /proc/nowhere/out: nothing can be written there"),
         (["--out", "/proc/out"], "--out /proc/out: nothing can be written there"),
@@ -256,6 +308,12 @@ def test_what_an_older_version_did_not_note_is_no_difference(stepped: Path, sett
         (["--data", "real", "--paper"], "--data is for the step alone or --sweep; --paper would not heed it"),
         (["--scale", "0.5"], "--scale is for --paper; the step alone would not heed it"),
         (["--modle.hidden_size", "3"], "modle.hidden_size"),
+        (
+            ["--peers", "--peers_python", "/nope"],
+            "--peers_python /nope is no program; give the Python of an environment",
+        ),
+        (["--peers", "--peers_python", "/tmp"], "--peers_python /tmp is no program; give the Python of an environment"),
+        (["--peers", "--data.intra_document", "true"], "no peer keeps attention within documents"),
     ],
 )
 def test_what_is_wrong_is_one_line(settings: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
@@ -275,6 +333,23 @@ def test_a_sweep_under_torchrun_is_refused(settings: Path, monkeypatch: pytest.M
         benchmark._check_and_complete(args, config.load(settings))
 
 
+def test_out_may_be_named_with_its_suffix(settings: Path) -> None:
+    for given in ("a.b", "a.b.json", "a.b.md"):
+        args = benchmark._parser().parse_args(["--config", str(settings), "--out", str(settings.parent / given)])
+        benchmark._check_and_complete(args, config.load(settings))
+        assert args.out == settings.parent / "a.b"
+
+
+def test_rows_that_all_ran_on_the_same_are_not_listed() -> None:
+    rows = [{"name": name, "problem": None, "kernels": {"rope": "PyTorch"}} for name in "ab"]
+    failed = {"name": "c", "problem": "does not fit"}
+    said = [
+        bench_result.Result("sweep", "t", {}, shown).markdown().splitlines()[-1]
+        for shown in ([*rows, failed], [*rows, {**rows[0], "name": "d", "kernels": {}}], rows[:1])
+    ]
+    assert said == ["- All ran on: rope: PyTorch.", "- a, b ran on: rope: PyTorch.", "- a ran on: rope: PyTorch."]
+
+
 def test_a_save_for_which_the_disk_has_no_room_leaves_the_rows_of_the_one_before(tmp_path: Path) -> None:
     result = bench_result.Result("sweep", "t", {}, [{"name": "first", "problem": None}])
     result.save(tmp_path / "sweep")
@@ -288,58 +363,6 @@ def test_a_save_for_which_the_disk_has_no_room_leaves_the_rows_of_the_one_before
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [row["name"] for row in load(tmp_path / "sweep")["rows"]] == ["first"]
     assert "| first |" in (tmp_path / "sweep.md").read_text()
-
-
-# --- children --------------------------------------------------------------------------------------------------------
-
-
-def test_a_child_that_fails_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
-    def row(script: str, timeout_s: float | None = None) -> dict:
-        return bench_rows.Child(["python3", "-c", script], tmp_path / "row.json", timeout_s).row()
-
-    assert row("raise ValueError('no such peer')")["problem"] == "failed with status 1: ValueError: no such peer"
-    spent = "raise RuntimeError('CUDA out of memory. Tried to allocate 1 GiB')"
-    assert row(spent)["problem"].startswith("does not fit: ")
-    assert "killed" in row("import os; os.kill(os.getpid(), 9)")["problem"]
-    assert row("import time; time.sleep(1000)", timeout_s=0.2)["problem"].startswith("not timed: stopped after")
-
-
-def test_a_child_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
-    """Each rank of torchrun's has a session of its own."""
-    asleep = "import subprocess, sys, time; {}time.sleep(1000)"
-    rank = f"rank = subprocess.Popen([sys.executable, '-c', {asleep.format('')!r}], start_new_session=True); "
-    script = asleep.format(rank + f"open({str(tmp_path / 'rank')!r}, 'w').write(f'{{rank.pid}}\\n'); ")
-    child = bench_rows.Child([sys.executable, "-c", script], tmp_path / "row.json", None)
-    while not (tmp_path / "rank").exists() or not (tmp_path / "rank").read_text():
-        time.sleep(0.01)
-    pid = int((tmp_path / "rank").read_text())
-    child.kill()
-    until = time.monotonic() + 60
-    while processes.stat(pid)[:1] not in ([], ["Z"]) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert processes.stat(pid)[:1] in ([], ["Z"])
-
-
-def test_processes_take_turns(tmp_path: Path) -> None:
-    """Each writes when it steps; steps never overlap, and the rest go on when one has no more."""
-    script = (
-        "import sys, time, torch; sys.path.insert(0, {root!r})\n"
-        "from pretrain.bench_timing import Timer\n"
-        "timer = Timer(torch.device('cpu'), in_turns=True)\n"
-        "for step in timer.steps({steps}, timed=True):\n"
-        "    with open({log!r}, 'a') as log: log.write('({name}')\n"
-        "    with open({log!r}, 'a') as log: log.write('{name})')\n"
-        "open({out!r}, 'w').write('{{\"problem\": null}}')\n"
-    )
-    log = tmp_path / "log"
-    children = []
-    for name, steps in (("a", 3), ("b", 1)):
-        out = tmp_path / f"{name}.json"
-        text = script.format(root=str(bench_rows.ROOT), steps=steps, log=str(log), name=name, out=str(out))
-        children.append(bench_rows.Child([sys.executable, "-c", text], out, None, in_turns=True))
-    bench_rows.take_turns(children)
-    assert [child.row() for child in children] == [{"problem": None}] * 2
-    assert log.read_text() == "(aa)(bb)(aa)(aa)"
 
 
 def test_kernels_are_told_apart_by_their_names() -> None:

@@ -125,6 +125,11 @@ def test_another_model_does_not_count(settings: Path) -> None:
     assert other["problem"].startswith("does not train the same model")
     assert nothing["problem"].startswith("does not train the same model")
     assert "Ours (cria) is 1.250 times the fastest peer (transformers (eager))." in result.notes
+    rows = [{**row("cria", 5.0, 100), "step_time_spread_pct": 4.0}, row("transformers (eager)", 5.0, 98)]
+    verdict = bench_peers._compared(rows, args, config.load(settings), in_turns=True).notes[-1]
+    assert verdict.endswith(
+        " is 1.020 times the fastest peer (transformers (eager)), which is within the spread of ours, 4.0%."
+    )
 
 
 def test_ours_does_not_count_where_it_agrees_with_nobody(settings: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import statistics
 from pathlib import Path
 
@@ -31,17 +33,23 @@ def search(
     fits: int = 16,
     sequences: int = 256,
     backends: "dict[str, str] | None" = None,
+    compiled: float = 1.3,
+    eager_fits: int | None = None,
 ) -> tuple[bench_sweep.Sweep, Point | None]:
-    """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it."""
+    """A sweep over a machine made of arithmetic: `fits` sequences without checkpointing, four times as many with it.
+
+    compiled: how many times as fast it is then; eager_fits: sequences that fit where it is not compiled.
+    """
 
     class Machine(bench_sweep.Sweep):
         def _time(self, point: Point) -> dict:
-            if point.micro_batch_size > fits * (4 if point.checkpointing else 1) * (
+            room = fits if point.compile or eager_fits is None else eager_fits
+            if point.micro_batch_size > room * (4 if point.checkpointing else 1) * (
                 2 if point.recompute == "mlp" else 1
             ):
                 return {"problem": "does not fit: out of memory"}
             tokens = 1000 * point.micro_batch_size / (point.micro_batch_size + 4)
-            tokens *= 1.3 if point.compile else 1.0
+            tokens *= compiled if point.compile else 1.0
             tokens *= 0.8 if point.checkpointing else 1.0
             tokens *= {"none": 1.0, "elementwise": 0.99, "mlp": 0.85}[point.recompute]
             tokens *= (speed or {}).get(point.operations, 1.0)
@@ -93,6 +101,92 @@ def test_the_sweep_goes_down_until_it_fits(settings: Path, tmp_path: Path) -> No
     assert all(row["problem"] for row in machine.tried.values())
 
 
+def test_what_is_compiled_has_a_micro_batch_of_its_own(settings: Path, tmp_path: Path) -> None:
+    machine, best = search(settings, tmp_path, eager_fits=4)
+    assert best == Point(16, True, "as configured", 0)
+    assert Point(8, False, "as configured", 0) in machine.tried
+    machine, best = search(settings, tmp_path, compiled=0.9)
+    assert best == Point(16, False, "as configured", 0)
+    assert [point for point in machine.tried if point.compile] == [Point(16, True, "as configured", 0)], "it is slower"
+
+
+def test_a_library_has_a_micro_batch_of_its_own_where_nothing_is_compiled(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    kept = bench_sweep.Sweep._best_micro_batch
+    monkeypatch.setattr(
+        bench_sweep.Sweep, "_best_micro_batch", lambda sweep, point: looked.append(point) or kept(sweep, point)
+    )
+    for compiled, faster, wanted in ((0.9, 1.1, True), (0.9, 0.9, False), (1.3, 1.1, False)):
+        looked.clear()
+        search(settings, tmp_path, {"torch": faster}, compiled=compiled)
+        point = Point(16, False, "torch", 0)
+        assert (point in looked) == wanted
+
+
+def test_only_what_does_not_fit_is_halved(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails otherwise is a row like any other, and names no smaller ones."""
+
+    def time_(sweep: bench_sweep.Sweep, point: Point) -> dict:
+        good = {"problem": None, "tokens_per_sec_per_gpu": 9.0}
+        return {"problem": "failed with status 1: ..."} if point.compile or point.recompute == "mlp" else good
+
+    monkeypatch.setattr(bench_sweep.Sweep, "_time", time_)
+    args = benchmark._parser().parse_args(["--config", str(settings), "--sweep"])
+    machine = bench_sweep.Sweep(args, config.load(settings), [], tmp_path)
+    assert machine.best() == Point(2, False, "as configured", 0)
+    assert {point.micro_batch_size for point, row in machine.tried.items() if row["problem"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        ("refused: data.sources has no manifest", "data.sources has no manifest"),
+        ("failed with status -11: it said nothing", "micro-batch 2 eager: failed with status -11: it said nothing"),
+    ],
+)
+def test_what_is_refused_at_first_is_an_error_and_no_table(
+    problem: str,
+    says: str,
+    settings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(bench_sweep.Sweep, "_time", lambda sweep, point: {"problem": problem})
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--config", str(settings), "--sweep", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", f"pretrain bench: error: {says}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_names_what_lies_within_the_spread_of_the_best(settings: Path, tmp_path: Path) -> None:
+    machine, _ = search(settings, tmp_path)
+    rows = {"eager": (96.0, 1.0), "compiled": (100.0, 5.0)}
+    points = {name: Point(2, name == "compiled", "as configured", 0) for name in rows}
+    machine.tried = {
+        points[name]: {"problem": None, "tokens_per_sec_per_gpu": tokens, "step_time_spread_pct": spread}
+        for name, (tokens, spread) in rows.items()
+    }
+    verdict = bench_sweep._result(machine._args, machine, points["compiled"], {}).notes[0]
+    assert verdict.endswith("`. Within its spread of 5.0% lie as well: micro-batch 2 eager.")
+    machine.tried[points["compiled"]]["step_time_spread_pct"] = 3.0
+    assert "spread" not in bench_sweep._result(machine._args, machine, points["compiled"], {}).notes[0]
+
+
+def test_the_verdict_says_why_there_is_none(settings: Path, tmp_path: Path) -> None:
+    machine, _ = search(settings, tmp_path, fits=0)
+    args = machine._args
+    assert bench_sweep._result(args, machine, None, {}).notes[0] == "Nothing that was tried fits."
+    machine.tried[Point(2, True, "torch", 0)] = {"problem": "trains nothing: ..."}
+    assert bench_sweep._result(args, machine, None, {}).notes[0] == "Nothing that was tried could be timed."
+    machine.tried = {Point(2, True, "torch", 0): {"problem": "not asked for (--rows)"}}
+    result = bench_sweep._result(args, machine, None, {})
+    assert (result.rows, result.notes[0][:36]) == ([], "Nothing that was come to has a name ")
+
+
 def test_the_sweep_tries_what_training_takes(settings: Path, tmp_path: Path) -> None:
     machine, best = search(settings, tmp_path, sequences=24)
     assert best is not None
@@ -137,30 +231,42 @@ def test_no_time_left_is_said(settings: Path, tmp_path: Path) -> None:
     machine = bench_sweep.Sweep(args, config.load(settings), [], tmp_path)
     assert machine.best() is None
     assert {row["problem"] for row in machine.tried.values()} == {"not timed: no time left"}
+    assert {point.micro_batch_size for point in machine.tried} == {2}, "it may fit"
     best = Point(2, False, "as configured", 0)
-    machine.tried = {best: {"problem": None}, **{point: row for point, row in machine.tried.items() if point != best}}
+    machine.tried = {
+        best: {"problem": None, "tokens_per_sec_per_gpu": 1.0},
+        **{point: row for point, row in machine.tried.items() if point != best},
+    }
     verdict = bench_sweep._result(args, machine, best, {}).notes[0]
     assert verdict.endswith(
         f". Of {len(machine.tried)} rows tried, {len(machine.tried) - 1} not timed: --budget_s was over."
     )
 
 
-def test_ctrl_c_keeps_the_rows_of_a_sweep(
-    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGINT, ""), (signal.SIGTERM, " by SIGTERM")])
+def test_ctrl_c_and_sigterm_keep_the_rows_of_a_sweep(
+    number: signal.Signals,
+    says: str,
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figures = iter([{"problem": None, "tokens_per_sec_per_gpu": 5.0}, {"problem": "does not fit"}])
 
     def time_(sweep: bench_sweep.Sweep, point: Point) -> dict:
         for row in figures:
             return row
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
 
     monkeypatch.setattr(bench_sweep.Sweep, "_time", time_)
     out = settings.parent / "stopped"
-    assert benchmark.main(["--config", str(settings), "--sweep", "--out", str(out)]) == 130
+    assert benchmark.main(["--config", str(settings), "--sweep", "--out", str(out)]) == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "as before"
     assert [row["problem"] for row in load(out)["rows"]] == [None, "does not fit"]
     said = capsys.readouterr()
-    assert said.err == "pretrain bench: interrupted\n"
+    assert said.err == f"pretrain bench: interrupted{says}\n"
+    assert said.out.startswith("micro-batch 2 eager: 5 tokens/s/GPU\nmicro-batch 4 eager: does not fit\n# ")
     for text in (said.out, out.with_suffix(".md").read_text()):
         assert f"- {bench_result.UNFINISHED}\n- Best: micro-batch 2 eager: " in text
         assert "does not fit" in text
