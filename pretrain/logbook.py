@@ -55,7 +55,7 @@ def log_start(run: Run, display: Display) -> None:
     display.say(
         f"{parameters:,} parameters on {run.fabric.world_size} x {device}; "
         f"{settings.train.global_batch_size} sequences = {tokens_per_step:,} tokens a step, "
-        f"{run.grad_accum_steps} micro-steps of {settings.train.micro_batch_size} sequences; {mixture}"
+        f"{run.grad_accum_steps} micro-step{'s' * (run.grad_accum_steps > 1)} of {settings.train.micro_batch_size} sequences; {mixture}"
     )
     display.say(backends.table(operations))
     display.say(str(run.sharding))
