@@ -1,7 +1,7 @@
 """Everything that a GPU has to show, in under ten minutes, from a plain checkout: make bench-gpu.
 
-    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> the peers ─> products and attention ─> four micro-steps
-    ─> a killed run resumed ─> attention within documents ─> float8 ─> the plan's probe ─> the paper ─> a sweep
+    operations ─> the step, with a profile ─> micro-batch 16 in 40 GB ─> a killed run resumed ─> the peers ─> products,
+    attention ─> four micro-steps ─> attention within documents ─> float8 ─> the plan's probe ─> the paper ─> a sweep
 
     python3 benchmarks/gpu.py [--seconds 580] [--out benchmarks/results]
     python3 benchmarks/gpu.py --device cpu --small        the same in miniature, on a CPU
@@ -107,10 +107,10 @@ PARTS = (
         ["--memory_limit_gib", "38.8", *RECOMPUTE, *TWO, "--steps", "6"],
         SHORT,
     ),
+    Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
     Part("peers", "ours against every peer", 560, ["--peers"], [*SHORT, *SOME], True),
     Part("kernels", "The step's products by each library, and its attention by each kernel, by themselves", 60),
     Part("four", "the same step of four micro-steps, as far as a run's goes", 200, AS_A_RUN, SHORT),
-    Part("resume", "A killed run goes on as the same run, full_shard on one rank", 110),
     Part("documents", "What attention within documents costs, forward and backward", 150),
     Part("fp8", "the step with its layers' products in float8", 250, [*ONE, *FP8], needs="torchao"),
     Part("probe", "The plan of this chip, by a probe of a few steps", 200),

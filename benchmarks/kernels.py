@@ -86,9 +86,9 @@ def time_products(model: ModelConfig, tokens: int, device: torch.device, times: 
             torch.backends.cuda.preferred_blas_library(library)
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = in_bf16
             warm_up(device)
-        name = library if in_bf16 else f"{library}, parts of a sum in fp32"
+        way = library if in_bf16 else f"{library}, parts of a sum in fp32"
         print(
-            f"| {name} | forward | input's gradient | weight's gradient | its error |\n| --- | --- | --- | --- | --- |"
+            f"| {way} | forward | input's gradient | weight's gradient | its error |\n| --- | --- | --- | --- | --- |"
         )
         total = 0.0
         for name, N, out, width, often in products(model, tokens, device):
@@ -103,7 +103,9 @@ def time_products(model: ModelConfig, tokens: int, device: torch.device, times: 
                 cells.append(f"{ms:.3f} ms, {2 * N * out * width / ms / 1e9:.0f} TFLOP/s")
             cells.append(f"{error_of(y.T @ x, y.T.float() @ x.float()):.2e}")
             print(f"| {name}, {N} x {width} to {out} | {' | '.join(cells)} |")
-        print(f"\na step by {library}: {total:.1f} ms\n", flush=True)
+        print(f"\na step by {way}: {total:.1f} ms\n", flush=True)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
 
 
 def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:

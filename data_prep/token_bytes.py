@@ -60,11 +60,11 @@ def of(tokenizer_json: Path, vocab_size: int) -> Lengths | None:
         plain = (lambda text: len(text.encode())) if "ByteLevel" in decoders else _bytes
         for added in raw.get("added_tokens") or []:
             found[added["id"]] = 0 if added["special"] else plain(added["content"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        bytes_of = np.zeros(max(vocab_size, 1 + max(found, default=0)), dtype=np.int64)
+        bytes_of[list(found)] = list(found.values())
+        return Lengths(bytes_of, int(_puts_a_space_before(raw)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
-    bytes_of = np.zeros(max(vocab_size, 1 + max(found, default=0)), dtype=np.int64)
-    bytes_of[list(found)] = list(found.values())
-    return Lengths(bytes_of, int(_puts_a_space_before(raw)))
 
 
 def _words(model: dict[str, Any]) -> Iterator[tuple[int, str]]:

@@ -37,7 +37,7 @@ def facts(
             "global_batch_size": settings.train.global_batch_size,
             "manifests": [source.train.manifest.fingerprint for source in sources],
             "mixture": [[stage.first_step, *map(str, stage.shares)] for stage in mixture.stages],
-            "leave_out": [[one.first_step, one.last_step] for one in settings.train.leave_out],
+            "leave_out": left_out.merged(settings.train.leave_out),
         },
         "validation": {name: d.manifest.fingerprint for name, d in data.validated(sources, sets).items()},
     }

@@ -9,7 +9,7 @@ This is apart from `pretrain.metrics`, which writes the file, because reading ne
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -43,8 +43,8 @@ class History:
     """One a process start, in the order of the file; all but the first are restarts, at step 0 where nothing was saved."""
     train: list[Record]
     """One a line of metrics."""
-    steps: list[Record]
-    """One a step of which loss and gradient norm are known, as `train` names them: also of those between lines of metrics."""
+    steps: list[tuple[int, float | None, float | None]]
+    """Step, loss and gradient norm of all steps of which they are known: also of those between lines of metrics."""
     validation: list[Record]
     stop: Record | None
     """How the last process ended; None: it has not, or was killed."""
@@ -58,7 +58,8 @@ class History:
     @property
     def last_step(self) -> int:
         """The last step with any record (steps)."""
-        return max(record["step"] for record in [*self.starts[-1:], *self.train, *self.validation])
+        records = [*self.starts[-1:], *self.train, *self.validation]
+        return max([step for step, *_ in self.steps[-1:]] + [record["step"] for record in records])
 
     @property
     def resumes(self) -> list[int]:
@@ -87,8 +88,10 @@ class History:
         """Steps and values of a figure, float64 both; NaN where a record has none. Loss and gradient norm are each step's, all
         others the lines' of metrics.
         """
-        records = self.steps if name in ("loss", "grad_norm") else self.train
-        return _columns([(record["step"], record.get(name)) for record in records])
+        if name in ("loss", "grad_norm"):
+            place = 1 if name == "loss" else 2
+            return _columns([(step[0], step[place]) for step in self.steps])
+        return _columns([(record["step"], record.get(name)) for record in self.train])
 
     def validation_series(self, source: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and validation losses of one source (nats a token), where it has one."""
@@ -112,6 +115,12 @@ class History:
         ended = "finished" if reason == "finished" else f"stopped by {reason}"
         return f"step {self.last_step:,}{of}; {ended}{unsaved}"
 
+    def _last_bits(self, name: str) -> float | None:
+        """A source's newest validation loss in bits a byte; None where it is not known."""
+        newest = next((record for record in reversed(self.validation) if name in record["losses"]), {})
+        bits = newest.get("bits_per_byte")
+        return bits.get(name) if isinstance(bits, dict) else None
+
     def source_lines(self) -> list["SourceLine"]:
         """One a source, then one a set, in the order of the configuration."""
         lines = []
@@ -122,8 +131,7 @@ class History:
             after = float(losses[-1]) if len(steps) and steps[-1] > begins else None
             entropy = about.get("unigram_entropy")
             below = None if after is None or entropy is None else after < entropy
-            size = about.get("bytes_per_token")
-            bits = after / math.log(2) / size if after is not None and size else None
+            bits = None if after is None else self._last_bits(name)
             figures = (about.get("train_tokens"), about.get("share"), before, after, entropy, below, bits)
             lines.append(SourceLine(name, *figures))
         return lines
@@ -163,7 +171,8 @@ def read(run_dir: Path) -> History:
             f"{run_dir} has no metrics.jsonl; name the folder of a run (run_dir in its configuration)"
         )
     starts: list[Record] = []
-    by_step: dict[str, dict[int, Record]] = {"train": {}, "steps": {}, "validation": {}}
+    by_step: dict[str, dict[int, Record]] = {"train": {}, "validation": {}}
+    of_steps: dict[int, tuple[float | None, float | None]] = {}
     stop, torn = None, 0
     saved, unsaved = None, None
     for line in path.read_bytes().splitlines():
@@ -174,23 +183,22 @@ def read(run_dir: Path) -> History:
             starts.append(record)
             stop, saved, unsaved = None, record["step"] or None, None
             # What a killed run had logged beyond the checkpoint that this one goes on from is not part of it.
-            for kind, records in by_step.items():
-                by_step[kind] = {
-                    step: r for step, r in records.items() if record["step"] > 0 and record["step"] >= step
-                }
+            for of in (*by_step.values(), cast(dict[int, Any], of_steps)):
+                for step in [step for step in of if step > record["step"] or record["step"] == 0]:
+                    del of[step]
         elif record["kind"] == "stop":
             stop = record
         elif record["kind"] == "save":
             unsaved = record.get("problem")
             saved = record["step"] if unsaved is None else saved
         elif record["kind"] == "steps":
-            for step, loss, norm in zip(record["steps"], record["step_losses"], record["grad_norms"]):
-                by_step["steps"][step] = {"step": step, "loss": loss, "grad_norm": norm}
+            of_steps.update(zip(record["steps"], zip(record["step_losses"], record["grad_norms"])))
         elif record["kind"] in by_step:
             by_step[record["kind"]][record["step"]] = record
-    by_step["steps"] |= by_step["train"]  # which has them in full
-    train, steps, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
-    if not starts and not train and not validation:
+    train, validation = ([records[step] for step in sorted(records)] for records in by_step.values())
+    of_steps |= {record["step"]: (record.get("loss"), record.get("grad_norm")) for record in train}  # in full
+    steps = [(step, *of_steps[step]) for step in sorted(of_steps)]
+    if not starts and not steps and not validation:
         raise ValueError(f"{path} has no record yet; wait for the first one")
     return History(starts, train, steps, validation, stop, torn, saved, unsaved)
 

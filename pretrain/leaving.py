@@ -6,7 +6,7 @@ finished, or told to stop â”€> the last save, tried again while there is time â”
 import time
 from dataclasses import asdict, dataclass, field
 
-from pretrain import checkpoint, ranks, soundness
+from pretrain import checkpoint, logbook, ranks, soundness
 from pretrain.hosts import this_host
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
@@ -33,25 +33,32 @@ class Loop:
     """Of the steps since the last line of metrics."""
 
 
-def check(run: Run) -> None:
+def check(loop: Loop) -> None:
     """Raise FloatingPointError, on all ranks, where weights or the optimizer's state are broken: a restart does without them."""
+    run = loop.run
     problem = soundness.problem(checkpoint.tensors_of(run.llama, run.optimizer))
     if problem is not None:
+        logbook.log_steps(run, loop.unlogged)
+        loop.saver.wait()  # what was sound may be still on its way to the disk
+        log_saves(run, loop.saver)
         raise FloatingPointError(
             f"after step {run.step} {problem}. What was trained since the last save is not saved; where this comes again at the "
             "same step, go back to an earlier checkpoint with --resume, and look at the hosts with pretrain doctor"
         )
 
 
-def save(run: Run, saver: Saver) -> None:
+def save(loop: Loop) -> None:
     """Everything that the next step depends on. No random number is drawn in training, so no generator's state is in it.
 
     Raises:
         FloatingPointError: as `check`.
     """
+    run = loop.run
     at("save", run.step)
     run.clock.pause()
-    check(run)
+    check(loop)
+    logbook.log_steps(run, loop.unlogged)  # what goes on from here knows nothing of them
+    at("save", run.step)
     state = {
         "step": run.step,
         **run.facts,
@@ -65,7 +72,7 @@ def save(run: Run, saver: Saver) -> None:
         "config": asdict(run.config),
         "versions": run_versions(),
     }
-    saver.save(run.step, run.llama, run.optimizer, state)
+    loop.saver.save(run.step, run.llama, run.optimizer, state)
     run.clock.go_on()
 
 
@@ -104,7 +111,7 @@ def _save_last(loop: Loop) -> bool:
     """
     run, saver = loop.run, loop.saver
     if saver.step < run.step:
-        save(run, saver)
+        save(loop)
     for pause_s in _PAUSES_S:
         at("waiting for the last checkpoint to be written", run.step)
         if saver.wait() is None:
@@ -118,7 +125,7 @@ def _save_last(loop: Loop) -> bool:
         for _ in range(int(pause_s)):
             time.sleep(1)
             alive()
-        save(run, saver)
+        save(loop)
     saver.close()
     return True
 

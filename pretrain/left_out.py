@@ -24,6 +24,17 @@ def trained_steps(after: int, last_step: int, left_out: Sequence[StepRange]) -> 
     return sum(b - a for a, b in spans(after, last_step, left_out))
 
 
+def merged(left_out: Sequence[StepRange]) -> list[list[int]]:
+    """First and last steps of the ranges, those that touch as one: the same steps are the same list, however they were named."""
+    found: list[list[int]] = []
+    for one in left_out:
+        if found and found[-1][1] + 1 == one.first_step:
+            found[-1][1] = one.last_step
+        else:
+            found.append([one.first_step, one.last_step])
+    return found
+
+
 def problems(train: TrainConfig, branch_point: int) -> list[str]:
     """Everything in `train.leave_out` that cannot be; branch_point: as the configuration has it, 0 for none."""
     found = []

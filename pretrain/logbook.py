@@ -55,7 +55,7 @@ def log_start(run: Run, display: Display) -> None:
     display.say(
         f"{parameters:,} parameters on {run.fabric.world_size} x {device}; "
         f"{settings.train.global_batch_size} sequences = {tokens_per_step:,} tokens a step, "
-        f"{run.grad_accum_steps} micro-step{'s' * (run.grad_accum_steps > 1)} of {settings.train.micro_batch_size} sequences; {mixture}"
+        f"micro-steps of {settings.train.micro_batch_size} sequences: {run.grad_accum_steps} a step; {mixture}"
     )
     display.say(backends.table(operations))
     display.say(str(run.sharding))
@@ -66,12 +66,12 @@ def log_start(run: Run, display: Display) -> None:
 def log_step(run: Run, display: Display, results: list[StepResult]) -> str | None:
     """Write a line of metrics of the last step, and one of all `results`, which are those since the last lines.
 
-    Figures are each step's own, over all ranks, so that a resumed run logs the same ones. The one place where training waits for
-    the device, and once. Returns, on all ranks, why the run must not go on, where too many steps updated nothing.
+    Figures are each step's own, over all ranks, so that a resumed run logs the same ones. Waits for the device, once: of what is
+    done every few steps nothing else does. Returns, on all ranks, why the run must not go on, where too many updated nothing.
     """
     at("metrics", run.step)
     data_hash = ranks.all_reduce_sum(torch.tensor(results[-1].data_hash % 2**63)).numpy()  # on the CPU; overflow wraps
-    losses, grad_norms, skipped, (total, lately) = _figures(run, results)
+    losses, grad_norms, skipped, (total, too_many) = _figures(run, results)
     run.clock.pause(finished=True)
     tokens_per_step = run.config.train.global_batch_size * run.config.data.seq_len
     record = {
@@ -85,7 +85,8 @@ def log_step(run: Run, display: Display, results: list[StepResult]) -> str | Non
             run.clock, tokens_per_step, run.fabric.world_size, run.flops_per_token, run.fabric.device
         ),
     }
-    _write_steps(run, results, losses, grad_norms, skipped)
+    if len(results) > 1:
+        _write_steps(run, results, losses, grad_norms, skipped)
     run.log.write("train", run.step, record)
     display.train_line(run.step, record)
     for slow in run.comparison.add(run.clock.steps, run.clock.train_s, run.clock.data_wait_s, run.clock.work_s):
@@ -94,16 +95,25 @@ def log_step(run: Run, display: Display, results: list[StepResult]) -> str | Non
     run.clock.reset()
     norms = {one.step: norm for one, norm, it in zip(results, grad_norms, skipped) if it}
     if norms:
-        which = ", ".join(f"{step} (gradient norm {norm:.4g})" for step, norm in norms.items())
-        display.say(f"nothing was updated in step {which}; {int(total)} such steps in all")
-    if lately < run.config.train.max_skipped_steps:
-        return None
+        display.say(f"nothing was updated in step {_in_words(norms)}; {int(total)} such steps in all")
+    return _too_many(run, norms) if too_many and norms else None
+
+
+def _in_words(norms: dict[int, float]) -> str:
+    """norms: of the steps that updated nothing."""
+    said = [f"{step} (gradient norm {norm:.4g})" for step, norm in norms.items()]
+    return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
+
+
+def _too_many(run: Run, norms: dict[int, float]) -> str:
     last, norm = max(norms.items())
+    ratio = run.config.optim.skip_grad_norm_above
+    outliers = f", 0, or above optim.skip_grad_norm_above {ratio:g} times the usual one" if ratio else ", or 0"
     return (
         f"too many of the last steps up to step {last}, whose gradient norm was {norm:.4g}, updated nothing "
-        f"(train.max_skipped_steps {run.config.train.max_skipped_steps}): norms that are not finite, 0, or more than "
-        f"{run.config.optim.skip_grad_norm_above:g} times the usual one. Their documents: pretrain order --config "
-        f"{run.run_dir / 'config.yaml'} --step {last}; from a checkpoint before them, train.leave_out leaves them out"
+        f"(train.max_skipped_steps {run.config.train.max_skipped_steps}): norms that are not finite{outliers}. Their documents: "
+        f"pretrain order --config {run.run_dir / 'config.yaml'} --step {last}; from a checkpoint before them, train.leave_out "
+        "leaves them out"
     )
 
 
@@ -117,7 +127,7 @@ def log_validation(run: Run, display: Display, losses: dict[str, float]) -> None
 
 
 def log_steps(run: Run, results: list[StepResult]) -> None:
-    """Write what is known of the steps since the last line of metrics, where training ends between two."""
+    """Write what is known of the steps since the last line of metrics, where a run ends between two, or may be taken up again."""
     if results:
         losses, grad_norms, skipped, _ = _figures(run, results)
         _write_steps(run, results, losses, grad_norms, skipped)
@@ -125,12 +135,12 @@ def log_steps(run: Run, results: list[StepResult]) -> None:
 
 def _figures(run: Run, results: list[StepResult]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Of each step: its loss over all ranks, its gradient norm, 1.0 where nothing was updated; then of all of the run how often
-    that was, and lately. Waits for the device, once.
+    that was, and whether too often. Waits for the device, once.
     """
     at("metrics", run.step)
     device, skips = run.fabric.device, run.skips
     columns = [[one.loss for one in results], [one.grad_norm for one in results], [one.skipped for one in results]]
-    columns.append([skips.total, skips.lately()])
+    columns.append([skips.total, skips.too_many])
     # parallel.cpu_offload clips, and judges, on the host
     found = torch.stack([scalar.to(device) for column in columns for scalar in column]).tolist()
     n = len(results)
@@ -148,8 +158,7 @@ def _write_steps(
         "grad_norms": [_six_digits(norm) for norm in grad_norms],
         "skipped": [one.step for one, it in zip(results, skipped) if it],
     }
-    if len(results) > 1:
-        run.log.write("steps", run.step, columns)
+    run.log.write("steps", run.step, columns)
 
 
 def _six_digits(number: float) -> float:

@@ -74,6 +74,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
+def updates(optimizer: torch.optim.AdamW) -> int:
+    """How often the weights were updated, by the optimizer's own count; waits for the device."""
+    return int(next(iter(optimizer.state.values()))["step"].item()) if optimizer.state else 0
+
+
 def step_unless(optimizer: torch.optim.AdamW, skipped: Tensor) -> None:
     """Update the weights, unless `skipped`, () on the device of the weights, is 1.0, not 0.0.
 

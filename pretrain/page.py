@@ -64,8 +64,9 @@ def key_figures(history: History) -> list[tuple[str, str]]:
     """Names and values of what one looks at first; only what the run has."""
     about = history.about
     figures: list[tuple[str, str]] = []
-    if history.train:
+    if history.steps:
         figures.append(("training loss, last step", f"{history.series('loss')[1][-1]:.4f}"))
+    if history.train:
         figures.append(("tokens seen", short(history.series("tokens")[1][-1])))
     speed, world_size = history.typical("tokens_per_sec"), about.get("world_size")
     if speed is not None:

@@ -61,10 +61,10 @@ def draw(history: History, folder: Path, max_grad_norm: float | None) -> dict[st
     max_grad_norm: where gradients were clipped (L2 norm), to be marked; None: not known.
     """
     pictures: dict[str, tuple[str, Callable[[Axes, History], None], bool]] = {
-        "Training loss": ("loss", _loss, bool(history.train)),
+        "Training loss": ("loss", _loss, bool(history.steps)),
         "Validation loss": ("validation", _validation, bool(history.validation)),
         "Learning rate": ("learning_rate", _learning_rate, bool(history.train)),
-        "Gradient norm": ("grad_norm", lambda ax, h: _grad_norm(ax, h, max_grad_norm), bool(history.train)),
+        "Gradient norm": ("grad_norm", lambda ax, h: _grad_norm(ax, h, max_grad_norm), bool(history.steps)),
         "Throughput": ("tokens_per_sec", _tokens_per_sec, bool(history.train)),
     }
     files = {}

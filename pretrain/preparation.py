@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -22,6 +23,7 @@ from pretrain import (
     data,
     going_on,
     init_from,
+    left_out,
     metrics,
     pace,
     parallel,
@@ -123,12 +125,20 @@ def _build(
         clock=metrics.Clock(fabric.device),
         comparison=pace.Comparison(settings.watchdog.stragglers_every, fabric.device),
         step=taken_up.step,
-        skips=Skips(
-            settings.optim.skip_grad_norm_above, next(model.parameters()).device, before and before.get("skips")
-        ),
+        skips=_make_skips(settings, next(model.parameters()).device, before),
         taken_up=taken_up,
         sets=sets,
     )
+
+
+def _make_skips(settings: config.Config, device: torch.device, before: dict[str, Any] | None) -> Skips:
+    """As they were at a checkpoint, whose state is `before`; None: of a new run."""
+    saved = None
+    if before is not None:
+        trained = left_out.trained_steps(0, before["step"], settings.train.leave_out)
+        without = {"total": max(0, trained - before["updates"]), "tally": 0, "grad_norms": []}
+        saved = before.get("skips", without)  # an earlier version of Cria saved none
+    return Skips(settings.optim.skip_grad_norm_above, settings.train.max_skipped_steps, device, saved)
 
 
 def _take_up(
@@ -146,8 +156,11 @@ def _take_up(
         init_from.load(settings, sources, model, say)
         return TakenUp(init_from=str(Path(settings.init_from).resolve()))
     state = checkpoint.load(found.folder, model, optimizer)
-    if problem := soundness.problem(checkpoint.tensors_of(model, optimizer)):
+    tensors = checkpoint.tensors_of(model, optimizer)
+    if problem := soundness.not_finite(tensors):
         raise ValueError(f"{found.folder} was saved broken: {problem}. Take an earlier checkpoint with --resume")
+    if problem := soundness.unlike_replicas(tensors):  # which have read the same bytes
+        raise OSError(f"{found.folder} was read unlike by the replicas: {problem}. Start again without that host")
     if settings.init_from is not None:
         say(f"{settings.run_dir} has a checkpoint: the run goes on from it, and --init_from changes nothing")
     return TakenUp(

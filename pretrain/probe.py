@@ -199,5 +199,5 @@ def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, 
         flops_per_token={},
         log=cast(Any, None),
         clock=metrics.Clock(fabric.device),
-        skips=Skips(0.0, fabric.device),
+        skips=Skips(0.0, 1, fabric.device),
     )

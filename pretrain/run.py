@@ -80,10 +80,6 @@ class Run:
         self.step += 1
         self.clock.steps += 1
 
-    def updates(self) -> int:
-        """How often the weights were updated, in all of the run; waits for the device."""
-        return left_out.trained_steps(0, self.step, self.config.train.leave_out) - int(self.skips.total)
-
     def tokens_per_source(self) -> dict[str, int]:
         """Tokens taken from each source so far, by its name."""
         spans = left_out.spans(self.taken_up.step, self.step, self.config.train.leave_out)

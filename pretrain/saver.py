@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain import back, checkpoint, lock, ranks, retention, scheduler, synced
 from pretrain.folder import sync
+from pretrain.optim import updates
 from pretrain.sections import CheckpointConfig
 from pretrain.watchdog import alive
 
@@ -100,13 +101,12 @@ class Saver:
         tensors = self._stager.stage(checkpoint.tensors_of(model, optimizer), non_blocking=cuda)
         if cuda:
             torch.cuda.synchronize()  # the copies are done
-        updates = int(next(iter(optimizer.state.values()))["step"].item())
         # Where train.leave_out has passed over a milestone this one stays in its place.
         since = range(min(before + 1, step), step + 1)
         milestone = any(retention.is_milestone(n, self._config, self._branch_point) for n in since)
         keep = self._config.keep_last == 0 or milestone or self._owed
         start = None if self._back is None else self._back.start
-        state = {**state, "updates": updates, "keep": keep, "back": start, "job": scheduler.job()}
+        state = {**state, "updates": updates(optimizer), "keep": keep, "back": start, "job": scheduler.job()}
         self._pending = self._thread.submit(self._write, step, tensors, state)
 
     @property

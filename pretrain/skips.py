@@ -23,16 +23,22 @@ _MAKE_UP = 10
 class Skips:
     """The window of norms, and counts; scalars are tensors of shape () on the device."""
 
-    def __init__(self, ratio: float, device: torch.device, saved: dict[str, Any] | None = None):
-        """ratio: see `optim.skip_grad_norm_above`. saved: what `state` gave, None for a new run."""
+    def __init__(self, ratio: float, most: int, device: torch.device, saved: dict[str, Any] | None = None):
+        """ratio: `optim.skip_grad_norm_above`. most: `train.max_skipped_steps`. saved: what `state` gave; None: a new run.
+
+        A run that has ended because there were too many begins to count anew.
+        """
         saved = saved or {"total": 0, "tally": 0, "grad_norms": []}
-        self._ratio = ratio
+        self._ratio, self._most = ratio, most
         norms = [float("nan")] * (WINDOW - len(saved["grad_norms"])) + saved["grad_norms"]
         self.grad_norms = torch.tensor(norms, dtype=torch.float32, device=device)
         """The last norms that were taken, (WINDOW,), the newest last; NaN where there are none yet."""
         self.total = torch.full((), float(saved["total"]), device=device)
         """Updates of the run that were left out."""
-        self._tally = torch.full((), float(saved["tally"]), device=device)
+        tally = saved["tally"] if saved["tally"] < most * _MAKE_UP else 0
+        self._tally = torch.full((), float(tally), device=device)
+        self.too_many = torch.zeros((), device=device)
+        """1.0 once `most` were left out in a row, or with too few updates between; else 0.0."""
 
     def judge(self, grad_norm: Tensor) -> Tensor:
         """Whether the update with this gradient norm, (), is to be left out: 1.0, else 0.0, (), on the device."""
@@ -45,14 +51,12 @@ class Skips:
             usable &= ~((known >= LEAST) & (grad_norm > self._ratio * median))
         newer = torch.cat((self.grad_norms[1:], grad_norm.view(1)))
         self.grad_norms = torch.where(usable, newer, self.grad_norms)
-        self._tally = torch.where(usable, (self._tally - 1).clamp(min=0), self._tally + _MAKE_UP)
+        tally = torch.where(usable, self._tally - 1, self._tally + _MAKE_UP)
+        self._tally = tally.clamp(0, self._most * _MAKE_UP)
+        self.too_many = self.too_many.maximum((self._tally >= self._most * _MAKE_UP).float())
         skipped = (~usable).float()
         self.total += skipped
         return skipped
-
-    def lately(self) -> Tensor:
-        """How many were left out lately, (): those in a row, and those before that too few updates have made up for."""
-        return self._tally / _MAKE_UP
 
     def state(self) -> dict[str, Any]:
         """For state.json: exact, so that a resume judges alike. Waits for the device."""

@@ -22,12 +22,13 @@ from pretrain.hosts import this_host
 def problem(tensors: dict[str, Tensor]) -> str | None:
     """What is wrong with `tensors` (any shapes, fp32; sharded ones as DTensors), by name and rank, the same on all ranks.
 
-    None where nothing is. Called by all ranks; waits for the device.
+    None where nothing is. Called by all ranks; waits for the device. So do both of its parts.
     """
-    return _not_finite(tensors) or _unlike_replicas(tensors)
+    return not_finite(tensors) or unlike_replicas(tensors)
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The first tensor that holds a number that is not finite, and whose it is."""
     held = {
         name: part for name, tensor in tensors.items() if (part := _local(tensor)).numel()
     }  # a rank may hold no row
@@ -43,13 +44,14 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _unlike_replicas(tensors: dict[str, Tensor]) -> str | None:
+def unlike_replicas(tensors: dict[str, Tensor]) -> str | None:
     """Replicas exchange gradients alone: once they differ, they stay different, and a checkpoint would be made of both."""
     meshes = [tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)]
     if not meshes or meshes[0].ndim < 2:
         return None
     names = list(tensors)
-    sums = torch.stack([_local(tensor).view(torch.int32).sum(dtype=torch.int64) for tensor in tensors.values()])
+    sums = torch.stack([_local(tensor).view(torch.int32).sum(dtype=torch.int32) for tensor in tensors.values()])
+    sums = sums.to(torch.int64)  # of 32 bits they wrap; summed as 64, each tensor would be copied at twice its size
     unlike = [name for name, differs in zip(names, _differ(sums.to(meshes[0].device_type), meshes[0])) if differs]
     shard = meshes[0].get_local_rank("shard")
     found = ranks.gather((this_host(), shard, unlike[:1], int(sums[names.index(unlike[0])]) if unlike else 0))

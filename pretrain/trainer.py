@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import data, left_out, logbook, ranks, validation
 from pretrain.leaving import Loop, check, leave, log_saves, save
-from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_unless
+from pretrain.optim import clip_gradients, learning_rate, set_learning_rate, step_unless, updates
 from pretrain.progress import Display
 from pretrain.run import Run, StepResult
 from pretrain.saver import Saver
@@ -102,7 +102,7 @@ def _train(loop: Loop) -> int:
         if _due(run, settings.validation.every_steps):
             _validate(loop)
         if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == settings.branch_point:
-            save(run, loop.saver)
+            save(loop)
         log_saves(run, loop.saver)
     logbook.log_steps(run, loop.unlogged)
     return leave(loop)
@@ -123,7 +123,7 @@ def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
     except OSError:  # nothing of this step has reached the weights
         alone = run.fabric.world_size == 1  # of several ranks the others wait in the backward
         if alone and loop.saver.step < run.step:
-            save(run, loop.saver)
+            save(loop)
         raise
     first_step_done()
     loop.display.step(run.step)
@@ -145,9 +145,10 @@ def _log(loop: Loop) -> None:
     loop.unlogged.clear()
     if problem is None:
         return
-    check(run)  # broken weights have no gradient either, and no documents are to blame
-    if run.updates() > run.taken_up.updates:  # else each restart would save the same, and prune good ones
-        save(run, loop.saver)
+    if updates(run.optimizer) > run.taken_up.updates:  # else each restart would save the same, and prune good ones
+        save(loop)
+    else:
+        check(loop)  # broken weights have no gradient either, and no documents are to blame
     try:
         loop.saver.close()
     except OSError as error:
@@ -200,5 +201,5 @@ def _validate(loop: Loop) -> None:
     if losses:
         logbook.log_validation(run, loop.display, losses)
         if not all(map(math.isfinite, losses.values())):
-            check(run)
+            check(loop)
     run.clock.go_on()

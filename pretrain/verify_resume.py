@@ -235,6 +235,7 @@ class Trial:
             "optim.warmup_steps": self.steps // 4,
             "optim.lr_decay_steps": 0,
             "train.stop_after_step": 0,
+            "train.leave_out": "[]",
         }
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []

@@ -35,6 +35,12 @@ def test_spans_are_all_steps_but_those_left_out(after: int, last: int, gaps: lis
     assert left_out.trained_steps(after, last, ranges) == len(expected)
 
 
+def test_ranges_that_touch_are_one() -> None:
+    ranges = [StepRange(2, 3), StepRange(4, 4), StepRange(6, 9), StepRange(10, 12)]
+    assert left_out.merged(ranges) == [[2, 4], [6, 12]] == left_out.merged([StepRange(2, 4), StepRange(6, 12)])
+    assert left_out.merged([]) == []
+
+
 def test_every_other_step_is_what_it_would_have_been(
     datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

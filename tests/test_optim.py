@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import soundness
 from pretrain.model import Llama
 from pretrain.optim import clip_gradients, learning_rate, make_optimizer, step_unless
 from pretrain.sections import ModelConfig, OptimConfig
@@ -84,7 +85,7 @@ def test_norms_and_the_embedding_are_not_decayed_unless_asked() -> None:
 def test_a_gradient_that_is_not_finite_updates_nothing(bad: float, device: str) -> None:
     """By fused AdamW's own switch, which is another kernel's on each kind of device."""
     model = small_model(device)
-    optimizer, skips = make_optimizer(model, OptimConfig()), Skips(10.0, torch.device(device))
+    optimizer, skips = make_optimizer(model, OptimConfig()), Skips(10.0, 10, torch.device(device))
     tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(spoil: bool) -> float:
@@ -105,3 +106,22 @@ def test_a_gradient_that_is_not_finite_updates_nothing(bad: float, device: str) 
         assert all(torch.equal(optimizer.state[p][k], v) for k, v in old_state.items())
     assert step(spoil=False) == 0
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+@pytest.mark.gpu
+def test_judging_an_update_waits_for_nothing_and_a_broken_weight_is_found() -> None:
+    """Where only deterministic algorithms are allowed, too; the number that is not finite stands amid many."""
+    device = torch.device("cuda")
+    skips, norms = Skips(10.0, 10, device), torch.rand(100, device=device) + 1
+    torch.use_deterministic_algorithms(True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        skipped = [skips.judge(norm) for norm in norms.unbind()] + [skips.judge(100 * norms[0])]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    assert torch.stack(skipped).tolist() == [0.0] * 100 + [1.0]
+    tensors = {"a": torch.ones(5, device=device), "b": torch.ones(3_000, 5_000, device=device)}
+    assert soundness.problem(tensors) is None
+    tensors["b"][1_234, 4_321] = float("nan")
+    assert str(soundness.problem(tensors)).startswith("b of rank 0 on ")

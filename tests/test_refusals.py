@@ -90,7 +90,7 @@ def test_a_rank_that_waits_for_the_first_leaves_in_silence_when_the_launcher_end
         "import sys; from pretrain import __main__, cli; cli.PATIENCE_S = 600; sys.exit(__main__.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", patient, "bench", "--config", str(tmp_path / "nowhere.yaml")]
-    environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
     waiting = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     status = Path(f"/proc/{waiting.pid}/status")
     while waiting.poll() is None and not _catches(status, signal.SIGTERM):

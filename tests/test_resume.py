@@ -154,7 +154,7 @@ def test_gradients_that_stay_unusable_end_the_run(
     state = checkpoint.read_state(saved)
     assert (saved.name, state["skips"]["total"], state["updates"]) == ("step-00000008", 4, 4), "it ends with a save"
     again = preparation.prepare(config.load(config_file)).skips
-    assert (again.total, again.lately()) == (4, pytest.approx(3.8)), "two updates have made up for a fifth of the first"
+    assert (again.total, again.state()["tally"]) == (4, 0), "it begins to count anew"
 
 
 def test_a_gradient_that_one_rank_cannot_use_is_used_by_none(datasets: Path, tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_a_gradient_that_one_rank_cannot_use_is_used_by_none(datasets: Path, tmp
             patch.setattr(trainer, "clip_gradients", spoil)
             status = trainer.train(run)
         updates = {int(state["step"]) for state in run.optimizer.state.values()}
-        (tmp_path / f"{rank}").write_text(f"{run.updates()} {updates}")
+        (tmp_path / f"{rank}").write_text(f"{int(run.skips.total)} {updates}")
         parallel.leave()
         return status
 
     output = tmp_path / "output.txt"
     assert forks.finish(forks.fork_ranks(2, output, body)) == [0, 0], output.read_text()
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3 {3}"] * 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 {3}"] * 2
     logged = records(tmp_path / "run", "train")
     assert {step: r["skipped_steps"] for step, r in logged.items()} == {1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
     assert [step for step, r in logged.items() if r["grad_norm"] is None] == [2, 4]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median_low
@@ -14,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_going_on import train
 
-from pretrain import checkpoint, history, preparation
+from pretrain import checkpoint, history, pictures, preparation, trainer
 from pretrain.run import Run
+from pretrain.saver import Saver
+from pretrain.scheduler import REQUEUE
 from pretrain.skips import LEAST, WINDOW, Skips
 
+MOST = 4
 NORMS = st.sampled_from([0.5, 0.75, 1.0, 1.5, 9.0, 50.0, 0.0, math.nan, math.inf])
 
 
@@ -25,7 +30,7 @@ class Reference:
     """The same with lists."""
 
     def __init__(self, ratio: float):
-        self.ratio, self.taken, self.total, self.tally = ratio, [], 0, 0
+        self.ratio, self.taken, self.total, self.tally, self.too_many = ratio, [], 0, 0, False
 
     def judge(self, norm: float) -> float:
         usual = self.taken[-WINDOW:]
@@ -33,8 +38,14 @@ class Reference:
         usable = math.isfinite(norm) and norm > 0 and not outlier
         self.taken += [norm] if usable else []
         self.total += not usable
-        self.tally = max(0, self.tally - 1) if usable else self.tally + 10
+        self.tally = max(0, self.tally - 1) if usable else min(10 * MOST, self.tally + 10)
+        self.too_many |= self.tally == 10 * MOST
         return float(not usable)
+
+    def taken_up(self) -> None:
+        """A run that has ended for it begins to count anew."""
+        self.tally = 0 if self.tally == 10 * MOST else self.tally
+        self.too_many = False
 
 
 @given(
@@ -46,12 +57,14 @@ class Reference:
 @settings(max_examples=40, deadline=None)
 def test_each_update_is_judged_as_the_plain_words_say(before: int, norms: list[float], ratio: float, cut: int) -> None:
     """Saved and taken up again on the way, too."""
-    skips, reference = Skips(ratio, torch.device("cpu")), Reference(ratio)
+    skips, reference = Skips(ratio, MOST, torch.device("cpu")), Reference(ratio)
     for number, norm in enumerate([0.5 + i % 3 / 4 for i in range(before)] + norms):
         if number == before + cut:
-            skips = Skips(ratio, torch.device("cpu"), json.loads(json.dumps(skips.state())))
+            skips = Skips(ratio, MOST, torch.device("cpu"), json.loads(json.dumps(skips.state())))
+            reference.taken_up()
         assert skips.judge(torch.tensor(norm)).item() == reference.judge(norm)
-        assert (skips.total.item(), 10 * skips.lately().item()) == (reference.total, pytest.approx(reference.tally))
+        assert (skips.total.item(), skips.too_many.item()) == (reference.total, reference.too_many)
+        assert skips.state()["tally"] == reference.tally
 
 
 @pytest.fixture
@@ -98,9 +111,9 @@ def test_an_outlier_updates_nothing_is_said_and_a_resume_judges_alike(
     assert train(datasets, parts, **stop_between) == 0
     assert train(datasets, parts, **LONG) == 0
     everywhere, in_parts = history.read(run), history.read(parts)
-    assert [one["step"] for one in in_parts.steps] == [*range(1, 91)]
-    figures = [[(one["step"], one.get(f)) for one in past.steps] for past in (everywhere, in_parts) for f in ("loss",)]
-    assert [step for (step, a), (_, b) in zip(*figures) if abs(a - b) > 1e-5 * a] == []
+    assert [step for step, *_ in in_parts.steps] == [*range(1, 91)]
+    losses = [past.series("loss")[1].tolist() for past in (everywhere, in_parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert [line for line in trajectory(parts) if line[0] != 73] == trajectory(run)
 
 
@@ -114,7 +127,7 @@ def test_between_two_lines_of_metrics_every_step_is_known(datasets: Path, tmp_pa
     every = records(each, "train")
     for run_dir in (seldom, two):
         past = history.read(run_dir)
-        assert [one["step"] for one in past.steps] == [*range(1, 21)]
+        assert [step for step, *_ in past.steps] == [*range(1, 21)]
         for figure in ("loss", "grad_norm"):
             expected = [every[step][figure] for step in range(1, 21)]
             assert past.series(figure)[1].tolist() == pytest.approx(expected, rel=1e-5 if run_dir == seldom else 1e-3)
@@ -129,6 +142,71 @@ def test_a_run_that_learns_one_step_in_ten_does_not_go_on_for_days(
     with pytest.raises(FloatingPointError, match=r"up to step 19, whose gradient norm was nan, updated nothing"):
         train(datasets, tmp_path / "run", **LONG)
     assert [step for step, _ in checkpoint.committed(tmp_path / "run")] == [20]
+
+
+def test_what_has_ended_a_run_ends_no_later_start_that_is_sound(
+    datasets: Path, tmp_path: Path, gradients_times: Callable[..., None]
+) -> None:
+    """The first line after it would still have the old tally against it, and no step to name."""
+    gradients_times(lambda step: math.nan if 2 <= step <= 19 else 1.0)
+    shorter = LONG | {"train": LONG["train"] | {"max_steps": 50}}
+    with pytest.raises(FloatingPointError, match=r"up to step 19, .*leave_out leaves them out"):
+        train(datasets, tmp_path / "run", **shorter)
+    assert train(datasets, tmp_path / "run", **shorter) == 0
+    assert records(tmp_path / "run", "train")[50]["skipped_steps"] == 18
+
+
+def test_a_checkpoint_of_before_norms_were_kept_goes_on_with_its_count(
+    datasets: Path, tmp_path: Path, gradients_times: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients_times(lambda step: math.nan if step in (3, 4) else 1.0)
+    with monkeypatch.context() as patch:
+        inner = Saver.save
+        patch.setattr(
+            Saver,
+            "save",
+            lambda self, step, m, o, state: inner(self, step, m, o, {k: state[k] for k in state if k != "skips"}),
+        )
+        assert train(datasets, tmp_path / "run", train={"max_steps": 5}) == 0
+    assert train(datasets, tmp_path / "run", train={"max_steps": 7}) == 0
+    assert records(tmp_path / "run", "train")[7]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("last", [11, 13])
+def test_where_a_stop_comes_between_two_lines_the_steps_since_are_written(
+    last: int, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where a save does: a run that is killed goes on from there, and knows nothing of them."""
+    with monkeypatch.context() as patch:
+        rate = trainer.learning_rate
+
+        def warned(step: int, *rest: Any) -> float:
+            if step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rate(step, *rest)
+
+        patch.setattr(trainer, "learning_rate", warned)
+        assert train(datasets, tmp_path / "run", train={"log_every": 10}) == REQUEUE
+    assert [step for step, *_ in history.read(tmp_path / "run").steps] == [*range(1, last + 1)]
+    with monkeypatch.context() as patch:
+        step_of = trainer.optimizer_step
+        patch.setattr(trainer, "optimizer_step", lambda run, m: step_of(run, m) if run.step < 18 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(datasets, tmp_path / "run", train={"log_every": 10})
+    assert [step for step, *_ in history.read(tmp_path / "run").steps] == [*range(1, 16)], "saved after step 15"
+    assert train(datasets, tmp_path / "run", train={"log_every": 10}) == 0
+    assert [step for step, *_ in history.read(tmp_path / "run").steps] == [*range(1, 21)]
+
+
+def test_a_run_that_ends_before_its_first_line_has_a_report(datasets: Path, tmp_path: Path) -> None:
+    seldom = {"log_every": 100, "stop_after_step": 13, "max_steps": 20}
+    assert train(datasets, tmp_path / "run", train=seldom, checkpoint={"every_steps": 6}) == 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["kind"] not in ("train", "stop")]
+    metrics.write_text("\n".join(kept) + "\n")
+    past = history.read(tmp_path / "run")
+    assert past.status.startswith("step 13 of 20; no end is recorded")
+    assert {"loss", "grad_norm"} <= {file.stem for file in pictures.draw(past, tmp_path, None).values()}
 
 
 def test_a_rare_step_without_an_update_ends_no_run(
