@@ -20,7 +20,11 @@ from pretrain import checkpoint, config, data, order, processes, verify_resume
 def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a real verification, on one rank and on two as is the default, with a kill, and what it printed."""
     folder = tmp_path_factory.mktemp("verify")
-    early = {"train": {"stop_after_step": 7}, "optim": {"lr_decay_steps": 5}}  # neither is of what is proved
+    left_out = [{"first_step": 5, "last_step": 6}, {"first_step": 18, "last_step": 19}]
+    early = {
+        "train": {"stop_after_step": 7, "leave_out": left_out},
+        "optim": {"lr_decay_steps": 5},
+    }  # none is of what is proved
     config_file = write_config(folder / "c.yaml", tiny_config(datasets, folder / "run", **early))
     done = pretrain(
         "verify-resume", "--config", config_file, "--steps", 18, "--kills", 1, "--seed", 32, "--out", folder / "out"
