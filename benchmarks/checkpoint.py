@@ -37,6 +37,8 @@ from pretrain import checkpoint, config, saver
 from pretrain.bench_result import machine
 from pretrain.model import Llama, count
 from pretrain.optim import clip_gradients, make_optimizer, step_unless
+from pretrain.progress import Display
+from pretrain.scheduler import Stop
 from pretrain.sections import CheckpointConfig, ModelConfig
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
@@ -224,7 +226,7 @@ def first_step(path: Path, save_as: int | None) -> None:
         run.step = save_as
         writer = saver.Saver(run.run_dir, settings.checkpoint, say=print)
         checkpoint.tensors_of(run.model, run.optimizer)
-        leaving.save(run, writer)
+        leaving.save(leaving.Loop(run, Stop(), Display(run.config.train.max_steps, run.step, show=False), writer))
         writer.close()
         print("{}")
         return
