@@ -54,7 +54,7 @@ class Reference:
     ratio=st.sampled_from([0.0, 2.0, 10.0]),
     cut=st.integers(0, 90),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_each_update_is_judged_as_the_plain_words_say(before: int, norms: list[float], ratio: float, cut: int) -> None:
     """Saved and taken up again on the way, too."""
     skips, reference = Skips(ratio, MOST, torch.device("cpu")), Reference(ratio)
@@ -86,7 +86,7 @@ def gradients_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int]
 
 
 LONG: dict[str, Any] = {
-    "train": {"max_steps": 90, "global_batch_size": 4, "log_every": 10},
+    "train": {"max_steps": 90, "global_batch_size": 4, "micro_batch_size": 4, "log_every": 10},
     "validation": {"every_steps": 0},
     "checkpoint": {"every_steps": 70, "keep_last": 0},
 }

@@ -139,21 +139,16 @@ def of_rank(guilty: int, number: float) -> Callable[[int, Run], None]:
     return lambda rank, run: spoil(run, number=number) if rank == guilty else None
 
 
-def test_of_two_replicas_that_differ_both_are_named(datasets: Path, tmp_path: Path) -> None:
-    """Undisturbed ones agree to the bit: the saves before."""
-    (said,) = set(replicas(datasets, tmp_path, 2, 1, of_rank(1, 0.25)))
-    assert re.match(rf"after step 12 model.{BROKEN} differs between the replicas rank 0 on \S+, rank 1 on ", said)
-
-
-def test_of_three_replicas_the_odd_one_is_named(datasets: Path, tmp_path: Path) -> None:
-    (said,) = set(replicas(datasets, tmp_path, 3, 1, of_rank(1, 0.25)))
-    assert re.match(
-        rf"after step 12 model.{BROKEN} of rank 1 on \S+ differs from that of the 2 other replicas: it", said
-    )
+def test_of_three_replicas_the_odd_one_is_named() -> None:
+    """Of two nobody knows which is right."""
+    said = soundness._who_differs("w", {0: ("a", 7), 1: ("b", 8), 2: ("c", 7)})
+    assert said == "w of rank 1 on b differs from that of the 2 other replicas: it computes wrongly"
+    said = soundness._who_differs("w", {0: ("a", 7), 2: ("b", 8)})
+    assert said == "w differs between the replicas rank 0 on a, rank 2 on b: one of them computes wrongly"
 
 
 def test_replicas_of_shards_are_compared_shard_by_shard(datasets: Path, tmp_path: Path) -> None:
-    """Rank 3 holds what rank 1 holds, and neither rank 0 nor rank 2."""
+    """Rank 3 holds what rank 1 holds, and neither rank 0 nor rank 2. Undisturbed ones agree to the bit: the saves before."""
     (said,) = set(replicas(datasets, tmp_path, 4, 2, of_rank(3, 0.25)))
     assert re.match(rf"after step 12 model.{BROKEN} differs between the replicas rank 1 on \S+, rank 3 on ", said)
 
