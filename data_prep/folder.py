@@ -24,7 +24,7 @@ import orjson
 
 from data_prep.documents import index_path
 from data_prep.lock import LOCK_NAME, locked
-from data_prep.manifest import check_counts, check_types, is_left_over, read_object, staged_path
+from data_prep.manifest import check_counts, check_types, read_object
 from data_prep.readers import BROKEN_GROUP, UNREADABLE
 from data_prep.shard import (
     MANIFEST_NAME,
@@ -37,6 +37,7 @@ from data_prep.shard import (
     check_tokenizer,
     write_atomically,
 )
+from data_prep.staging import is_left_over, staged_path
 from data_prep.tokenizer import Tokenizer
 
 SETTINGS_NAME = "settings.json"

@@ -14,12 +14,10 @@ import gc
 import hashlib
 import json
 import os
-import secrets
-import socket
 import stat
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_prep.staging import write_atomically
 
 FORMAT = "cria-shards"
 VERSION = 1
@@ -211,6 +211,13 @@ class Manifest:
         inconsistent or leading out of the folder, and for a shard too short for its tokens (reading on would end in
         wrong tokens, or SIGBUS under a memory map).
         """
+        return cls.load_with_facts(directory, check_files)[0]
+
+    @classmethod
+    def load_with_facts(
+        cls, directory: str | os.PathLike[str], check_files: bool = True
+    ) -> tuple[Manifest, np.ndarray | None]:
+        """What `load` returns and, if `check_files`, what `file_facts` does."""
         collected = gc.isenabled()
         gc.disable()  # none of some 60,000 shards is garbage, and looking for it would take a third of the time
         try:
@@ -220,7 +227,7 @@ class Manifest:
                 gc.enable()
 
     @classmethod
-    def _load(cls, directory: Path, check_files: bool) -> Manifest:
+    def _load(cls, directory: Path, check_files: bool) -> tuple[Manifest, np.ndarray | None]:
         path = directory / MANIFEST_NAME
         try:
             raw = read_object(path, "the file is damaged; prepare the dataset again")
@@ -229,13 +236,12 @@ class Manifest:
             raise FileNotFoundError(f"{path} does not exist: {hint}") from None
         try:
             manifest = cls._from_json(raw)
-            if check_files:
-                manifest._check_files(directory)
+            facts = manifest.file_facts(directory) if check_files else None
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a manifest that this version can read: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        return manifest
+        return manifest, facts
 
     @classmethod
     def _from_json(cls, raw: dict[str, Any]) -> Manifest:
@@ -258,16 +264,22 @@ class Manifest:
     def _totals(self) -> dict[str, Any]:
         return {"documents": self.documents, "tokens": self.tokens, "dropped": self.dropped}
 
-    def _check_files(self, directory: Path) -> None:
-        """Every shard is a regular file inside the folder, as long as its tokens need. One lstat a shard."""
+    def file_facts(self, directory: Path) -> np.ndarray:
+        """Size in bytes, modification and change time in ns of each shard's file, int64 (shards, 3). One lstat a shard.
+
+        Raises FileNotFoundError, or ValueError for what is not a regular file inside the folder, as long as its tokens need.
+        """
         root = os.path.realpath(directory)
         for folder in {os.path.dirname(shard.path) for shard in self.shards}:
             real = os.path.realpath(os.path.join(root, folder))
             if os.path.commonpath((root, real)) != root:
                 raise ValueError(f"folder {folder} is a link that leads out of the dataset, to {real}")
-        for shard, status in zip(self.shards, lstat_all(f"{root}/{shard.path}" for shard in self.shards)):
-            if isinstance(status, OSError):
-                raise FileNotFoundError(f"shard {shard.path} of {directory} is missing ({status.strerror})")
+
+        def one(shard: Shard) -> tuple[int, int, int]:
+            try:
+                status = os.lstat(f"{root}/{shard.path}")
+            except OSError as error:
+                raise FileNotFoundError(f"shard {shard.path} of {directory} is missing ({error.strerror})") from None
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"shard {shard.path} is not a regular file (a link may lead out of the dataset)")
             if status.st_size < shard.end:
@@ -275,6 +287,9 @@ class Manifest:
                     f"shard {shard.path} has {status.st_size:,} bytes, its {shard.tokens:,} tokens need {shard.end:,}: "
                     "it was cut short; copy or prepare it again"
                 )
+            return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+        return _ask_all(one, self.shards)
 
 
 def _stored(shard: Shard) -> dict[str, Any]:
@@ -307,32 +322,27 @@ def _check_digest(what: str, value: str) -> None:
         raise ValueError(f"{what} is {value!r}, not sha256: and 64 hexadecimal digits")
 
 
-def lstat_all(paths: Iterable[str]) -> list[os.stat_result | OSError]:
-    """Status (lstat) of each path, or why not.
+def _ask_all(one: Callable[[Shard], tuple[int, int, int]], shards: Sequence[Shard]) -> np.ndarray:
+    """What `one` tells of each shard's file, int64 (shards, 3).
 
     16 at a time, since a file system of many hosts takes a millisecond for one; where it is quick, threads would only be in each
-    other's way.
+    other's way. It is slow when it was twice running: once is anybody's hiccup.
     """
+    facts = np.empty((len(shards), 3), np.int64)
+    parts = [slice(first, first + 64) for first in range(0, len(shards), 64)]
 
-    def one(path: str) -> os.stat_result | OSError:
-        try:
-            return os.lstat(path)
-        except OSError as error:
-            return error
+    def some(part: slice) -> None:
+        facts[part] = [one(shard) for shard in shards[part]]
 
-    def some(part: list[str]) -> list[os.stat_result | OSError]:
-        return [one(path) for path in part]
-
-    everything = list(paths)
-    waiting = deque(everything[first : first + 256] for first in range(0, len(everything), 256))
-    found: list[os.stat_result | OSError] = []
-    took_s = 0.0
-    while waiting and took_s < 0.01:
+    done = slow = 0
+    while done < len(parts) and slow < 2:
         started = time.perf_counter()
-        found += some(waiting.popleft())
-        took_s = time.perf_counter() - started
+        some(parts[done])
+        slow = slow + 1 if time.perf_counter() - started > 0.0025 else 0
+        done += 1
     with ThreadPoolExecutor(16) as pool:
-        return found + [facts for part in pool.map(some, waiting) for facts in part]
+        deque(pool.map(some, parts[done:]), maxlen=0)  # raises the first error, in the order of the shards
+    return facts
 
 
 def check_inside(path: str) -> None:
@@ -349,47 +359,3 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is not an object of JSON but {type(raw).__name__}: {remedy}")
     return raw
-
-
-def staged_path(path: Path) -> Path:
-    """Where to write what is then renamed to `path`: another file each time, so that two writers never mix in one."""
-    return path.with_name(f"{path.name[:40]}{_staged_here()}{secrets.token_hex(4)}.tmp")
-
-
-def is_left_over(staged: Path) -> bool:
-    """Whether a staged file was left by a killed writer: any of this host's (the caller is its only writer), others' when
-    older than a day.
-    """
-    try:
-        return _staged_here() in staged.name or time.time() - staged.stat().st_mtime > 86400
-    except FileNotFoundError:
-        return False
-
-
-def _staged_here() -> str:
-    return f".{socket.gethostname()[:60]}-"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, durably, at once or not at all: stage beside it, fsync, rename, fsync the folder.
-
-    Raises OSError, naming the file: what a write raises names none.
-    """
-    staged = staged_path(path)
-    try:
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    finally:
-        staged.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

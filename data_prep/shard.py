@@ -50,11 +50,9 @@ from data_prep.manifest import (
     SubsetTotals,
     TokenizerInfo,
     check_inside,
-    lstat_all,
-    staged_path,
-    write_atomically,
 )
 from data_prep.scan import Stretch, scan_all
+from data_prep.staging import staged_path, write_atomically
 from data_prep.tokenizer_files import TOKENIZER_DIR, check_tokenizer, folder_fingerprint
 
 __all__ = [
@@ -189,7 +187,7 @@ class TokenDataset:
     def __init__(self, directory: str | os.PathLike[str], max_open_files: int = 256, check_files: bool = True) -> None:
         """Open the dataset in `directory`; checks and raises as Manifest.load does."""
         self.directory = Path(directory)
-        self.manifest = Manifest.load(directory, check_files)
+        self.manifest, self._facts = Manifest.load_with_facts(directory, check_files)
         self._shards = [shard for shard in self.manifest.shards if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()  # in tokens
         self._begins = [0, *self._ends[:-1]]
@@ -265,18 +263,21 @@ class TokenDataset:
             start, number = until, number + 1
 
     def signature(self, of_these_files: bool = False) -> str:
-        """Changes when a shard's file is written: sizes and modification times, without reading a token.
+        """Another when a shard's file was written since: sizes and modification times, without reading a token.
+
+        They are those of the opening, which asked every file. Where it did not (`check_files`), they are asked for now; raises as
+        Manifest.load does.
 
         of_these_files: count the change times too, which nobody can set, so that a copy has another signature even where it was
         made with the times of the original.
         """
-        lines = [self.manifest.fingerprint]
-        for shard, facts in zip(self._shards, lstat_all(self._paths)):
-            if isinstance(facts, OSError):
-                raise facts
-            changed_ns = facts.st_ctime_ns if of_these_files else 0  # of its entry, which nobody can set
-            lines.append(f"{shard.path}:{facts.st_size}:{facts.st_mtime_ns}:{changed_ns}\n")
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        if self._facts is None:
+            self._facts = self.manifest.file_facts(self.directory)
+        names = "\n".join([self.manifest.fingerprint, *(shard.path for shard in self.manifest.shards)])
+        facts = (
+            self._facts if of_these_files else self._facts[:, :2]
+        )  # the last is when its entry changed, which nobody can set
+        return hashlib.sha256(names.encode() + b"\0" + facts.tobytes()).hexdigest()
 
     def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:
         """Read shards and compare them with the manifest: checksum, and ids within the vocabulary.

@@ -84,7 +84,7 @@ def fill(
     """
     run_dir = Path(settings.run_dir)
     for pattern in ("*.json", "*.yaml", "*.txt", "tokenizer/*"):
-        for torn in run_dir.glob(f"{pattern}.*-????????.tmp"):  # of a killed start: see data_prep.manifest.staged_path
+        for torn in run_dir.glob(f"{pattern}.*-????????.tmp"):  # of a killed start: see data_prep.staging.staged_path
             torn.unlink()
     _keep_config(settings, run_dir / "config.yaml", before, say)
     _keep_tokenizer(tokenizer, run_dir / "tokenizer")

@@ -159,6 +159,7 @@ def calls_to_open(root: Path, count: int) -> Counter[str]:
     sys.setprofile(follow)
     try:
         dataset = TokenDataset(root)
+        dataset.signature(of_these_files=True)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)

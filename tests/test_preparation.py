@@ -62,13 +62,16 @@ def test_shards_that_were_replaced_are_read_again_whatever_times_the_copy_has(tm
     folder = write_dataset(tmp_path / "a", 600, 0)
     dataset = shard.TokenDataset(folder)
     before, path = dataset.signature(of_these_files=True), folder / dataset.manifest.shards[0].path
-    assert dataset.signature(of_these_files=True) == before
+    assert shard.TokenDataset(folder).signature(of_these_files=True) == before
     times, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_mtime_ns == times.st_mtime_ns
-    assert dataset.signature(of_these_files=True) != before
+    assert dataset.signature(of_these_files=True) == before, "as it was opened"
+    for check_files in (True, False):
+        again = shard.TokenDataset(folder, check_files=check_files)
+        assert again.signature(of_these_files=True) != before
     shutil.copytree(folder, tmp_path / "local")
     copies = [shard.TokenDataset(tmp_path / name).signature() for name in ("a", "local")]
     assert len(set(copies)) == 1, "doctor compares what nodes have in places of their own"

@@ -22,10 +22,10 @@ from test_tokenizer import LLAMA_MODEL
 from data_prep import encoder, workers
 from data_prep.__main__ import COMMANDS, main
 from data_prep.encoder import Encoder
-from data_prep.manifest import staged_path
 from data_prep.prepare import SlimPajamaOptions, StarCoderOptions, run
 from data_prep.scan import cores
 from data_prep.shard import Manifest, TokenDataset
+from data_prep.staging import staged_path
 from data_prep.tokenizer import load
 
 BOS, EOS = 1, 2

@@ -12,9 +12,9 @@ from test_prepare import options
 from test_prepare_faults import assert_same_bytes_of_any_size, clean  # noqa: F401  clean: a fixture
 
 from data_prep import readers
-from data_prep.manifest import staged_path
 from data_prep.prepare import FinishOptions, finish, run
 from data_prep.readers import Position, Record
+from data_prep.staging import staged_path
 
 
 def test_a_damaged_file_that_was_borne_is_read_again_once_it_is_whole(
@@ -100,7 +100,7 @@ def test_what_killed_runs_left_is_swept_and_what_others_write_is_not(
     (shard,) = out.glob("shards/train/*/*.npy")
     mine = [staged_path(path) for path in (shard, out / "manifest.json")]
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.manifest.socket.gethostname", lambda: "elsewhere")
+        patch.setattr("data_prep.staging.socket.gethostname", lambda: "elsewhere")
         living, old = staged_path(shard), staged_path(shard)
     for path in (*mine, living, old):
         path.touch()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from data_prep.folder import Folder, UnitRecord
-from data_prep.manifest import staged_path, write_atomically
 from data_prep.shard import DTYPES, Manifest, Shard, ShardWriter, TokenDataset, TokenizerInfo, token_dtype
+from data_prep.staging import staged_path, write_atomically
 
 DIGEST = "sha256:" + "0" * 64
 TOKENIZER = TokenizerInfo(DIGEST, "sentencepiece", 32000, 1, 2)
