@@ -8,6 +8,7 @@ from rich.table import Table
 from pretrain import config, data, published
 from pretrain.choice import ROOM, Basis, Outcome, keys_to_set, larger, look, nodes_needed
 from pretrain.history import short
+from pretrain.left_out import spans, trained_steps
 from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept
 from pretrain.model import count
 from pretrain.speed import Step
@@ -15,7 +16,13 @@ from pretrain.speed import Step
 
 def seconds(settings: config.Config, found: Outcome) -> float:
     """Of training, without validation, saving and waiting."""
-    return settings.train.max_steps * found.step.seconds
+    return trained_steps(0, settings.train.max_steps, settings.train.leave_out) * found.step.seconds
+
+
+def tokens(settings: config.Config) -> int:
+    """What the run trains on, without the steps that it leaves out."""
+    steps = trained_steps(0, settings.train.max_steps, settings.train.leave_out)
+    return steps * settings.train.global_batch_size * settings.data.seq_len
 
 
 def disk(settings: config.Config) -> tuple[int, int]:
@@ -31,8 +38,8 @@ def epochs(settings: config.Config) -> dict[str, float] | str:
     except FileNotFoundError as error:
         return f"not known before the data is prepared ({error})"
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
-    drawn = mixture.drawn(settings.train.max_steps)
-    return {source.name: n / length for source, n, length in zip(sources, drawn, mixture.lengths)}
+    taken = mixture.taken(spans(0, settings.train.max_steps, settings.train.leave_out))
+    return {source.name: n / length for source, n, length in zip(sources, taken, mixture.lengths)}
 
 
 def show(console: Console, settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int, length: str) -> bool:
@@ -44,8 +51,9 @@ def show(console: Console, settings: config.Config, basis: Basis, nodes: int, gp
         console.print(f"as configured it cannot run: {found.refused}", soft_wrap=True, highlight=False, markup=False)
     if best is not None and best is not as_is:
         columns.append(("fastest that fits" if basis.chip.memory else "fastest", best))
-    tokens = settings.train.max_steps * settings.train.global_batch_size * settings.data.seq_len
-    title = f"{count(settings.model).total:,} parameters, {settings.train.max_steps:,} steps, {tokens:,} tokens"
+    title = (
+        f"{count(settings.model).total:,} parameters, {settings.train.max_steps:,} steps, {tokens(settings):,} tokens"
+    )
     network = f", {basis.chip.network_gbits:,.0f} Gbit/s a node {basis.network}" if nodes > 1 else ""
     console.print(f"{title}; {nodes} x {gpus_per_node} {basis.name}{network}", soft_wrap=True, highlight=False)
     if columns:
@@ -78,12 +86,11 @@ def not_covered(settings: config.Config, basis: Basis, layout: Layout) -> dict[s
 
 def advice(settings: config.Config, basis: Basis, best: Outcome, beyond: dict[str, str]) -> str:
     """What to set, in one line; beyond: what the stated error says nothing of."""
-    tokens = settings.train.max_steps * settings.train.global_batch_size * settings.data.seq_len
     but = f", but not for {'; '.join(beyond)}" if beyond else ""
     return (
         f"{_fits(best) if basis.chip.memory else 'memory aside'}: {_words(best.layout)}; {best.layout.world_size} "
         f"{basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU ({basis.note}{but}), "
-        f"{_duration(seconds(settings, best))} for {short(tokens)} tokens"
+        f"{_duration(seconds(settings, best))} for {short(tokens(settings))} tokens"
     )
 
 

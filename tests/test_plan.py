@@ -83,10 +83,14 @@ def test_what_is_configured_stays_where_nothing_is_faster_by_more_than_the_model
         speeds = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", text.split("tokens/s/GPU ")[1].split("\n")[0])]
         assert len(speeds) == 1 + faster
         assert not faster or speeds[1] > 1.01 * speeds[0]
-    assert "--parallel.strategy shard_grad_op" in text
+    assert "--parallel.strategy full_shard" in text
+    # One whose speed is not well known must be faster by more; where it is configured, it stays, and that is said.
+    asked = ["--config", name, "--chip", "H100", "--nodes", 2, "--parallel.strategy", "shard_grad_op"]
+    text = planned(capsys, *asked)
+    assert "to set" not in text
     known = "shard_grad_op over several nodes; nanotron 1.3B, 64 H100, not counted, was 21% slower than is predicted"
     assert f"no run on H100 that is counted is {known}" in text
-    said = "(±14%, but not for 128 GPUs; shard_grad_op over several nodes, where one run was 21% slower)"
+    said = "(±14%, but not for shard_grad_op over several nodes, where one run was 21% slower)"
     assert said in text.splitlines()[-1]
     # Of two layouts that differ in more than the micro-batch the larger one is not taken for being larger.
     basis = plan._known("H100", compiled=True)
@@ -278,3 +282,9 @@ def test_epochs_come_from_the_manifests(datasets: Path, tmp_path: Path, capsys: 
     assert found == {"a": 112 / ((20_000 - 1) // 32), "b": 48 / ((25_000 - 1) // 32)}  # 7:3 of 20 steps of 8 sequences
     text = planned(capsys, "--config", name, "--chip", "H100", "--gpus_per_node", 2)
     assert f"epochs         a {found['a']:.2f}, b {found['b']:.2f}" in text
+    without = ["--train.leave_out", "[{first_step: 11, last_step: 19}]"]  # ten steps and the last are trained
+    ten, last = (56, 24), (6, 2)
+    found = answer.epochs(config.parse(["--config", str(name), *without]))
+    assert found == {"a": (ten[0] + last[0]) / ((20_000 - 1) // 32), "b": (ten[1] + last[1]) / ((25_000 - 1) // 32)}
+    text = planned(capsys, "--config", name, "--chip", "H100", "--gpus_per_node", 2, *without)
+    assert " 20 steps, 2,816 tokens; " in text.splitlines()[0]
