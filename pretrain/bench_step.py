@@ -234,7 +234,10 @@ def _scratch(settings: Config, timing: Timing) -> Iterator[Config]:
                 logger="none",
                 resume=None,
                 data=replace(settings.data, verify="sizes"),
-                train=replace(settings.train, max_steps=max(settings.train.max_steps, last_step), stop_after_step=0),
+                # Steps 1 to last_step, whatever the run leaves out or ends after.
+                train=replace(
+                    settings.train, max_steps=max(settings.train.max_steps, last_step), stop_after_step=0, leave_out=[]
+                ),
                 validation=replace(settings.validation, every_steps=0, sets=[]),
                 checkpoint=replace(settings.checkpoint, every_steps=0),
             )

@@ -130,6 +130,20 @@ def test_the_run_s_own_data(datasets: Path, tmp_path: Path) -> None:
     assert row["tokens_per_step"] == 2 * 2 * 32  # two micro-batches instead of four
 
 
+def test_steps_that_the_run_leaves_out_are_timed(datasets: Path, tmp_path: Path) -> None:
+    """They are of the run: a bench takes as many steps as it was asked for, on what the order has in the first ones."""
+    rows = []
+    for name, left_out in (("all", []), ("out", [{"first_step": 1, "last_step": 15}])):
+        changed = tiny_config(datasets, tmp_path / "run", train={"leave_out": left_out})
+        file = write_config(tmp_path / f"{name}.yaml", changed)
+        argv = ["--config", file, "--data", "real", "--steps", 2, "--warmup", 1, "--out", tmp_path / name]
+        argv += ["--train.max_steps", 16, "--optim.warmup_steps", 2]
+        assert benchmark.main(list(map(str, argv))) == 0
+        rows += load(tmp_path / name)["rows"]
+    assert [row["problem"] for row in rows] == [None, None]
+    assert rows[0]["last_loss"] == rows[1]["last_loss"]
+
+
 def test_what_random_ids_do_not_tell_of_documents_is_said(settings: Path, stepped: Path, tmp_path: Path) -> None:
     argv = [
         "--config",
