@@ -226,7 +226,9 @@ def first_step(path: Path, save_as: int | None) -> None:
         run.step = save_as
         writer = saver.Saver(run.run_dir, settings.checkpoint, say=print)
         checkpoint.tensors_of(run.model, run.optimizer)
-        leaving.save(leaving.Loop(run, Stop(), Display(run.config.train.max_steps, run.step, show=False), writer))
+        train = run.config.train
+        display = Display(train.max_steps, run.step, last_step=train.last_step, show=False)
+        leaving.save(leaving.Loop(run, Stop(), display, writer))
         writer.close()
         print("{}")
         return

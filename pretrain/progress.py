@@ -11,9 +11,10 @@ from rich.text import Text
 class Display:
     """A bar with loss, tokens/s and time left; or, where nobody looks on, one line a call of `train_line`."""
 
-    def __init__(self, max_steps: int, step: int, show: bool):
+    def __init__(self, max_steps: int, step: int, *, last_step: int, show: bool):
+        """last_step: where this run ends, which may be before `max_steps`; the time left is until there."""
         self._console = Console(quiet=not show, highlight=False, soft_wrap=True)
-        self._max_steps = max_steps
+        self._max_steps, self._last_step = max_steps, last_step
         self._bar: Progress | None = None
         if show and self._console.is_terminal:
             left = _TimeLeft()
@@ -36,7 +37,7 @@ class Display:
     def train_line(self, step: int, record: dict[str, float]) -> None:
         """Show a `train` record of the metrics."""
         figures = f"loss {record['loss']:.4f}  {_short(record['tokens_per_sec'])} tokens/s"
-        seconds_left = (self._max_steps - step) * record["step_time_s"]
+        seconds_left = (self._last_step - step) * record["step_time_s"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, seconds_left=seconds_left)
             return

@@ -72,7 +72,8 @@ def train(run: Run, stop: Stop | None = None) -> int:
         FloatingPointError: `train.max_skipped_steps` updates were left out, or weights are broken.
         OSError: the data cannot be read.
     """
-    display = Display(run.config.train.max_steps, run.step, show=run.fabric.is_global_zero)
+    settings = run.config.train
+    display = Display(settings.max_steps, run.step, last_step=settings.last_step, show=run.fabric.is_global_zero)
     with run.at_end as at_end:  # whatever happens: the terminal as it was, the log closed, the run's folder released
         at_end.callback(data.stop_waiting, data.datasets(run.sources, run.sets))
         at_end.callback(display.close)

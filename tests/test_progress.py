@@ -59,7 +59,7 @@ RECORD = {"loss": 2.34567, "tokens_per_sec": 24_130.0, "lr": 4e-4, "grad_norm": 
 
 def test_a_line_a_record_of_training(capsys: pytest.CaptureFixture) -> None:
     """What is left are the steps that are to come, each as long as the last."""
-    display = training.Display(10_000, 100, show=True)
+    display = training.Display(10_000, 100, last_step=10_000, show=True)
     for step, left in ((1_000, "6:15:00"), (9_999, "0:00:02"), (10_000, "0:00:00")):
         display.step(step)
         display.train_line(step, RECORD)
@@ -69,14 +69,22 @@ def test_a_line_a_record_of_training(capsys: pytest.CaptureFixture) -> None:
     display.say("install .[gpu]")
     display.close()
     assert capsys.readouterr().out == "install .[gpu]\n"
-    training.Display(10_000, 100, show=False).train_line(1_000, RECORD)  # of another rank
+    training.Display(10_000, 100, last_step=10_000, show=False).train_line(1_000, RECORD)  # of another rank
     assert not capsys.readouterr().out
+
+
+def test_time_left_is_until_the_run_ends(capsys: pytest.CaptureFixture) -> None:
+    """As by `train.stop_after_step`; the schedule's length is shown all the same."""
+    training.Display(10_000, 100, last_step=1_100, show=True).train_line(1_000, RECORD)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 1000/10000  ")
+    assert line.endswith("  0:04:10 left")
 
 
 def test_one_bar_of_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(training, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
-    display = training.Display(1_000_000, 100, show=True)
+    display = training.Display(1_000_000, 100, last_step=1_000_000, show=True)
     display.step(150)
     display.train_line(200, RECORD)
     display.say("saved")

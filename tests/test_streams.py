@@ -34,7 +34,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(
 ) -> None:
     descriptor = opened()
     monkeypatch.setattr(sys, "stdout", _stream(descriptor, None, "replace", _nothing))
-    display = Display(max_steps=10, step=0, show=True)
+    display = Display(max_steps=10, step=0, last_step=10, show=True)
     display.say("a line")
     display.train_line(1, RECORD)
     print("another", flush=True)
