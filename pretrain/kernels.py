@@ -86,7 +86,7 @@ def xformers_document_mask(document: Tensor) -> Any:
 
 
 def xformers_swiglu(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
-    """`ops.swiglu_block` in one."""
+    """`ops.swiglu` in one."""
     from xformers.ops import swiglu
 
     w1, w2, w3 = (layer.weight.to(x.dtype) for layer in (gate_proj, up_proj, down_proj))  # type: ignore[operator]
@@ -113,7 +113,7 @@ def liger_rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def liger_swiglu(x: Tensor, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
-    """`ops.swiglu_block`, the elementwise part fused."""
+    """`ops.swiglu`, the elementwise part fused."""
     from liger_kernel.ops import LigerSiLUMulFunction
 
     return down_proj(LigerSiLUMulFunction.apply(gate_proj(x), up_proj(x)))

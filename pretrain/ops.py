@@ -123,17 +123,17 @@ def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return apply_rope(q, table), apply_rope(k, table)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, elementwise (arXiv 2002.05202, eq. 6)."""
     return F.silu(gate) * up
 
 
-def swiglu_side_by_side(gate_and_up: Tensor) -> Tensor:
-    """`swiglu` of gate and up that stand in one tensor, (..., 2 F) -> (..., F)."""
-    return _SwiGLU.apply(gate_and_up)
+def silu_mul_side_by_side(gate_and_up: Tensor) -> Tensor:
+    """`silu_mul` of gate and up that stand in one tensor, (..., 2 F) -> (..., F)."""
+    return _SiluMul.apply(gate_and_up)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SiluMul(torch.autograd.Function):
     """For the compiler: by itself it joins the two gradients by computing both of them for each element of either half, and the
     pass is bound by its instructions; here a half computes what is its own.
     """
@@ -142,7 +142,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         """(..., 2 F) -> (..., F)."""
         ctx.save_for_backward(gate_and_up)
-        return swiglu(*gate_and_up.chunk(2, dim=-1))
+        return silu_mul(*gate_and_up.chunk(2, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Tensor:  # type: ignore[override]
@@ -157,22 +157,22 @@ class _SwiGLU(torch.autograd.Function):
         return d_both.flatten(-2).to(gate_and_up.dtype)
 
 
-def swiglu_block(
+def swiglu(
     x: Tensor,
     gate_proj: nn.Module,
     up_proj: nn.Module,
     down_proj: nn.Module,
     elementwise: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The whole block around `swiglu`, (B, T, D) -> (B, T, D); some libraries fuse it with its products.
+    """The whole block around `silu_mul`, (B, T, D) -> (B, T, D); some libraries fuse it with its products.
 
-    elementwise: takes the place of `swiglu`, as where its result is to be computed again in the backward; None: as is best.
+    elementwise: takes the place of `silu_mul`, as where its result is to be computed again in the backward; None: as is best.
     """
     side_by_side = _joined(x, gate_proj, up_proj)
     if side_by_side is None:
-        return down_proj((elementwise or swiglu)(gate_proj(x), up_proj(x)))
+        return down_proj((elementwise or silu_mul)(gate_proj(x), up_proj(x)))
     if elementwise is None:
-        return down_proj(swiglu_side_by_side(side_by_side))
+        return down_proj(silu_mul_side_by_side(side_by_side))
     return down_proj(elementwise(*side_by_side.chunk(2, dim=-1)))
 
 
@@ -333,7 +333,7 @@ class Choice:
     operation: str
     """attention, rope, ..."""
     backend: str
-    """torch, flash_attn, xformers or liger."""
+    """torch, torch_flash, flash_attn, xformers or liger."""
     kernel: str
     """What runs: the library's version, or PyTorch's own kernel."""
     why: str
@@ -342,13 +342,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations that a model computes with; each takes and returns what the reference of the same name does."""
+    """The operations that a model computes with; each takes and returns what the reference of the same name does
+    (`cross_entropy`: `linear_cross_entropy`).
+    """
 
     attention: Callable[..., Tensor] = attention
     document_mask: Callable[[Tensor], Any] = document_mask
     """(B, T) documents -> the mask that `attention` takes."""
     rope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope
-    swiglu: Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor] = swiglu_block
+    swiglu: Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor] = swiglu
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     cross_entropy: Callable[..., Tensor] = linear_cross_entropy
     choices: tuple[Choice, ...] = ()

@@ -217,7 +217,7 @@ def recompute(model: Llama, parallel: ParallelConfig) -> None:
     for i, layer in enumerate(model.model.layers):
         assert isinstance(layer, Layer)
         if every and i % every == 0:
-            _set_swiglu(layer, ops.swiglu)
+            _set_silu_mul(layer, ops.silu_mul)
             _replace(layer, "forward")
         elif parallel.recompute != "none":
             _recompute_part(layer, parallel)
@@ -228,20 +228,20 @@ def _recompute_part(layer: Layer, parallel: ParallelConfig) -> None:
     if parallel.compile:
         _replace(layer.input_layernorm, "forward")
     if parallel.recompute == "mlp":
-        _set_swiglu(layer, ops.swiglu)
+        _set_silu_mul(layer, ops.silu_mul)
         _replace(layer, "feed_forward")
         return
     if parallel.compile:
         _replace(layer.post_attention_layernorm, "forward")
-    _set_swiglu(layer, _again(ops.swiglu))
+    _set_silu_mul(layer, _again(ops.silu_mul))
 
 
-def _set_swiglu(layer: Layer, elementwise: Callable[..., torch.Tensor]) -> None:
+def _set_silu_mul(layer: Layer, elementwise: Callable[..., torch.Tensor]) -> None:
     """Not PyTorch's with a backward of its own, whose result is kept although it is part of what is computed again; nor any other
     library's, which keeps what its own backward wants.
     """
-    if layer.mlp.operations.swiglu is ops.swiglu_block:
-        swiglu = partial(ops.swiglu_block, elementwise=elementwise)
+    if layer.mlp.operations.swiglu is ops.swiglu:
+        swiglu = partial(ops.swiglu, elementwise=elementwise)
         layer.mlp.operations = replace(layer.mlp.operations, swiglu=swiglu)
 
 

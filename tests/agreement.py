@@ -136,15 +136,18 @@ def swiglu_cases(swiglu: Callable[..., Tensor]) -> Iterator[Case]:
         inputs = [_random(1, B, T, D), *weights]
         name = f"swiglu {B} x {T} x {D}"
         yield Case(
-            name, lambda x, *w: swiglu(x, *map(Product, w)), lambda x, *w: ops.swiglu_block(x, *map(Product, w)), inputs
+            name, lambda x, *w: swiglu(x, *map(Product, w)), lambda x, *w: ops.swiglu(x, *map(Product, w)), inputs
         )
 
 
-def side_by_side_cases(swiglu: Callable[[Tensor], Tensor]) -> Iterator[Case]:
-    """`ops.swiglu` of gate and up in one tensor."""
+def side_by_side_cases(silu_mul: Callable[[Tensor], Tensor]) -> Iterator[Case]:
+    """`ops.silu_mul` of gate and up in one tensor."""
     for B, T, D in ROWS:
         yield Case(
-            f"swiglu {B} x {T} x 2 {D}", swiglu, lambda x: ops.swiglu(*x.chunk(2, dim=-1)), [_random(1, B, T, 2 * D)]
+            f"silu_mul {B} x {T} x 2 {D}",
+            silu_mul,
+            lambda x: ops.silu_mul(*x.chunk(2, dim=-1)),
+            [_random(1, B, T, 2 * D)],
         )
 
 

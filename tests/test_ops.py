@@ -170,7 +170,7 @@ def test_rms_norm_and_swiglu_are_their_formulas() -> None:
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w
     torch.testing.assert_close(ops.rms_norm(x, w, 1e-5), expected)
     assert ops.rms_norm(x.bfloat16(), w, 1e-5).dtype == torch.bfloat16
-    torch.testing.assert_close(ops.swiglu(x, x + 1), x * torch.sigmoid(x) * (x + 1))
+    torch.testing.assert_close(ops.silu_mul(x, x + 1), x * torch.sigmoid(x) * (x + 1))
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_swiglu_of_gate_and_up_side_by_side(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     both = (3 * torch.randn(4, 5, 2 * 24, generator=generator)).to(dtype).requires_grad_()
     d_out = torch.randn(4, 5, 24, generator=generator).to(dtype)
-    out = ops.swiglu_side_by_side(both)
-    assert torch.equal(out, ops.swiglu(*both.chunk(2, dim=-1)))
+    out = ops.silu_mul_side_by_side(both)
+    assert torch.equal(out, ops.silu_mul(*both.chunk(2, dim=-1)))
     out.backward(d_out)
     exact = both.detach().double().requires_grad_()
-    ops.swiglu(*exact.chunk(2, dim=-1)).backward(d_out.double())
+    ops.silu_mul(*exact.chunk(2, dim=-1)).backward(d_out.double())
     assert both.grad is not None
     assert both.grad.dtype == dtype
     torch.testing.assert_close(both.grad.double(), exact.grad, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-5)
@@ -236,8 +236,8 @@ def test_the_compiled_block_of_swiglu_is_the_eager_one(again: bool) -> None:
     torch.manual_seed(3)
     layers = [ops.Linear(16, 40), ops.Linear(16, 40), ops.Linear(40, 16)]
     data, results = torch.randn(2, 9, 16).bfloat16(), []
-    whole = partial(ops.swiglu_block, elementwise=parallel._again(ops.swiglu)) if again else ops.swiglu_block
-    for block in (ops.swiglu_block, torch.compile(lambda *args: whole(*args), fullgraph=True)):
+    whole = partial(ops.swiglu, elementwise=parallel._again(ops.silu_mul)) if again else ops.swiglu
+    for block in (ops.swiglu, torch.compile(lambda *args: whole(*args), fullgraph=True)):
         x = data.clone().requires_grad_()
         out = block(x, *layers)
         out.float().square().sum().backward()

@@ -99,7 +99,7 @@ def test_swiglu(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_swiglu_side_by_side(dtype: torch.dtype) -> None:
-    check_all(side_by_side_cases(compiled(ops.swiglu_side_by_side)), dtype)
+    check_all(side_by_side_cases(compiled(ops.silu_mul_side_by_side)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
