@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.chips import CHIPS
 from pretrain.published import PUBLISHED, Published
-from pretrain.speed import HOPPER, Rates, step_seconds, tokens_per_second
+from pretrain.speed import HOPPER, Rates, step_seconds, tokens_per_sec_per_gpu
 
 
 class Numbers(NamedTuple):
@@ -35,7 +35,7 @@ GRIDS = {
 def error(run: Published, rates: Rates) -> float:
     """Predicted over published tokens/s, less 1."""
     step = step_seconds(run.model, run.seq_len, run.layout, CHIPS[run.chip], rates)
-    return tokens_per_second(run.seq_len, run.layout, step) / run.tokens_per_second - 1
+    return tokens_per_sec_per_gpu(run.seq_len, run.layout, step) / run.tokens_per_sec_per_gpu - 1
 
 
 def fit(generation: str) -> tuple[Numbers, float, float]:

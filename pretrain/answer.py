@@ -63,7 +63,7 @@ def show(console: Console, settings: config.Config, basis: Basis, nodes: int, gp
     lines = [
         f"checkpoints    {_size(checkpoint_bytes(settings.model))} each, {kept} at most: {_size(size)} of disk",
         f"epochs         {_epochs_line(settings)}",
-        f"error          {'; '.join([basis.error, *beyond.values()])}",
+        f"error          {'; '.join([basis.explained, *beyond.values()])}",
     ]
     others = [] if best is None or basis.chip.memory is None else larger(found.outcomes, best)
     if others:
@@ -89,7 +89,7 @@ def advice(settings: config.Config, basis: Basis, best: Outcome, beyond: dict[st
     but = f", but not for {'; '.join(beyond)}" if beyond else ""
     return (
         f"{_fits(best) if basis.chip.memory else 'memory aside'}: {_words(best.layout)}; {best.layout.world_size} "
-        f"{basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU ({basis.note}{but}), "
+        f"{basis.name}: {_thousands(best.tokens_per_sec_per_gpu)} tokens/s/GPU ({basis.error}{but}), "
         f"{_duration(seconds(settings, best))} for {short(tokens(settings))} tokens"
     )
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend
 
 from pretrain import kernels, ops
 from pretrain.hosts import suspect, this_host
-from pretrain.ops import Choice, Operations
+from pretrain.ops import Chosen, Operations
 from pretrain.sections import ModelConfig, OpsConfig
 
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers", "liger": "liger-kernel", "torchao": "torchao"}
@@ -163,7 +163,7 @@ def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
 
-def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
+def decide(config: OpsConfig, situation: Situation) -> tuple[Chosen, ...]:
     """One choice for each operation of `config`.
 
     Raises:
@@ -179,7 +179,7 @@ def decide(config: OpsConfig, situation: Situation) -> tuple[Choice, ...]:
             if problem := obstacle(operation, backend, situation):
                 problems.append(f"model.ops.{operation} is {backend}: {problem}")
         kernel = "PyTorch" if backend in ("torch", "torch_flash") else f"{PACKAGES[backend]} {installed(backend)}"
-        choices.append(Choice(operation, backend, kernel, why))
+        choices.append(Chosen(operation, backend, kernel, why))
     if problems:
         raise ValueError("; ".join(problems))
     return tuple(choices)
@@ -233,7 +233,7 @@ _MADE: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {
 }
 
 
-def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) -> Operations:
+def make(choices: tuple[Chosen, ...], situation: Situation, shape: ModelConfig) -> Operations:
     """The functions for `choices`; on a GPU, with an attention that was seen to work there.
 
     Raises:
@@ -255,7 +255,7 @@ def make(choices: tuple[Choice, ...], situation: Situation, shape: ModelConfig) 
     return Operations(**functions, choices=tuple(named))  # type: ignore[arg-type]
 
 
-def _torch_attention(choice: Choice, s: Situation, shape: ModelConfig) -> tuple[dict[str, Callable[..., Any]], Choice]:
+def _torch_attention(choice: Chosen, s: Situation, shape: ModelConfig) -> tuple[dict[str, Callable[..., Any]], Chosen]:
     """Bound to the one kernel, the fastest that was seen to work here."""
     if s.capability is None:
         return {}, replace(choice, kernel="SDPA of the CPU" + (", block-diagonal mask" if s.documents else ""))
@@ -352,7 +352,7 @@ def choose(config: ModelConfig, situation: Situation) -> Operations:
     return make(decide(config.ops, situation), situation, config)
 
 
-def table(choices: tuple[Choice, ...]) -> str:
+def table(choices: tuple[Chosen, ...]) -> str:
     """The choices as aligned text, a line each."""
     rows = [("operation", "backend", "kernel", "why"), *((c.operation, c.backend, c.kernel, c.why) for c in choices)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]

@@ -87,7 +87,7 @@ def measure(settings: Config, timing: Timing) -> dict[str, Any]:
 def _untrained(row: dict[str, Any]) -> str | None:
     """Why the steps that were timed are none: what trains nothing may be as fast as it likes."""
     if row["skipped_steps"]:
-        return f"trains nothing: {row['skipped_steps']} updates were left out, for their gradient was 0 or not finite"
+        return f"trains nothing: {row['skipped_steps']} updates were skipped, for their gradient was 0 or not finite"
     return None if math.isfinite(row["last_loss"]) else f"trains nothing: its last loss is {row['last_loss']}"
 
 

@@ -34,11 +34,11 @@ class Basis:
     name: str
     chip: Chip
     rates: Rates
-    activations: float
+    activations_factor: float
     """A probe's correction of the activations; 1 without."""
+    explained: str
+    """The error of the tokens/s, and where it comes from."""
     error: str
-    """Of the tokens/s, with where it comes from."""
-    note: str
     """The error alone, for the line of advice."""
     network: str = "assumed"
     """What the chip's network is: assumed, or given."""
@@ -162,11 +162,11 @@ def configured(settings: config.Config, nodes: int, gpus_per_node: int, chip: Ch
 def outcome(settings: config.Config, layout: Layout, basis: Basis) -> Outcome:
     """Memory and speed of one layout."""
     T = settings.data.seq_len
-    held = memory(settings.model, T, layout, basis.activations)
+    held = memory(settings.model, T, layout, basis.activations_factor)
     step = speed.step_seconds(settings.model, T, layout, basis.chip, basis.rates)
     room = basis.chip.memory
     fits, roomy = (room is None or held.total <= share * room for share in (1, 1 - ROOM))
-    return Outcome(layout, held, fits, roomy, step, speed.tokens_per_second(T, layout, step))
+    return Outcome(layout, held, fits, roomy, step, speed.tokens_per_sec_per_gpu(T, layout, step))
 
 
 def choose(outcomes: list[Outcome], as_configured: Outcome | None = None) -> Outcome | None:

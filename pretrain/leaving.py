@@ -38,7 +38,7 @@ def check(loop: Loop) -> None:
     run = loop.run
     problem = soundness.problem(checkpoint.tensors_of(run.llama, run.optimizer))
     if problem is not None:
-        logbook.log_steps(run, loop.unlogged)
+        logbook.flush_steps(run, loop.unlogged)
         loop.saver.wait()  # what was sound may be still on its way to the disk
         log_saves(run, loop.saver)
         raise FloatingPointError(
@@ -57,7 +57,7 @@ def save(loop: Loop) -> None:
     at("save", run.step)
     run.clock.pause()
     check(loop)
-    logbook.log_steps(run, loop.unlogged)  # what goes on from here knows nothing of them
+    logbook.flush_steps(run, loop.unlogged)  # what goes on from here knows nothing of them
     at("save", run.step)
     state = {
         "step": run.step,

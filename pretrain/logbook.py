@@ -63,7 +63,7 @@ def log_start(run: Run, display: Display) -> None:
         display.say(f"resumed after step {run.step}")
 
 
-def log_step(run: Run, display: Display, results: list[StepResult]) -> str | None:
+def log_line(run: Run, display: Display, results: list[StepResult]) -> str | None:
     """Write a line of metrics of the last step, and one of all `results`, which are those since the last lines.
 
     Figures are each step's own, over all ranks, so that a resumed run logs the same ones. Waits for the device, once: of what is
@@ -126,7 +126,7 @@ def log_validation(run: Run, display: Display, losses: dict[str, float]) -> None
     display.say(f"step {run.step}: validation loss  {figures}")
 
 
-def log_steps(run: Run, results: list[StepResult]) -> None:
+def flush_steps(run: Run, results: list[StepResult]) -> None:
     """Write what is known of the steps since the last line of metrics, where a run ends between two, or may be taken up again."""
     if results:
         losses, grad_norms, skipped, _ = _figures(run, results)

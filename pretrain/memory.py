@@ -218,8 +218,8 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1.0) -> Memory:
-    """The peak memory of a training step on one GPU, in bytes; `measured`: a probe's correction of the activations."""
+def memory(model: ModelConfig, seq_len: int, layout: Layout, activations_factor: float = 1.0) -> Memory:
+    """The peak memory of a training step on one GPU, in bytes; activations_factor: a probe's correction of the activations."""
     counts, sharded = count(model), layout.strategy != "single"
     share = counts.total / layout.shards
     copies = 0 if sharded or layout.precision == "fp32" else BF16 * copied(model, layout)
@@ -229,7 +229,7 @@ def memory(model: ModelConfig, seq_len: int, layout: Layout, measured: float = 1
         "parameters": FP32 * share + copies,
         "gradients": FP32 * share + (FP32 * counts.total if adds_up_whole else 0),
         "optimizer": 2 * FP32 * share,
-        "activations": measured * kept_bytes(model, seq_len, layout),
+        "activations": activations_factor * kept_bytes(model, seq_len, layout),
         "logits": loss_keeps(model, seq_len, layout) + chunk,
         "working": max(0, layer_backward(model, seq_len, layout) - chunk),
         "communication": _communication(model, layout) if sharded else 0,

@@ -327,7 +327,7 @@ def _minus_one_hot(softmax: Tensor, index: Tensor, counted: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """A line of the table that says what a model computes with."""
 
     operation: str
@@ -353,7 +353,7 @@ class Operations:
     swiglu: Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor] = swiglu
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     cross_entropy: Callable[..., Tensor] = linear_cross_entropy
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[Chosen, ...] = ()
     """How they came to be chosen."""
 
     def with_z_loss(self, z_loss: float) -> Operations:

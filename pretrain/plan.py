@@ -121,16 +121,16 @@ def _known(name: str | None, compiled: bool) -> Basis:
     rates = speed.rates_of(chip)
     runs = [run for run in published.PUBLISHED if speed.rates_of(CHIPS[run.chip]) is rates]
     most = max(run.layout.world_size for run in runs if not run.assumed)
-    text = (
+    explained = (
         f"{error}: the largest error on a published run on {rates.fitted_on} that was left out of the fit "
         f"(pretrain plan --published), of up to {most} GPUs"
     )
     if compiled:
-        text += ", and what the gain of torch.compile is uncertain by"
-    text += (
+        explained += ", and what the gain of torch.compile is uncertain by"
+    explained += (
         f"; memory lies within the {100 * ROOM:.0f}% that are left free of what an allocator took (benchmarks/notes.md)"
     )
-    return Basis(name, chip, rates, 1.0, text, error)
+    return Basis(name, chip, rates, 1.0, explained, error)
 
 
 def _probed(settings: config.Config, name: str | None) -> tuple[Basis, int]:
@@ -141,15 +141,17 @@ def _probed(settings: config.Config, name: str | None) -> tuple[Basis, int]:
 
     found = probe(settings)
     error = f"±{max(1, math.ceil(100 * found.time_error))}%"
-    text = (
+    explained = (
         f"{error}: measured on this machine at {FITTED[0]} and {FITTED[1]} layers, and the largest of its errors: "
         f"{100 * found.held_out_error:.1f}% at {HELD_OUT} layers between them, {100 * found.drift:.1f}% at {FITTED[0]} layers "
         f"measured again at the end, {100 * found.spread:.1f}% from step to step; "
     )
-    text += (
+    explained += (
         "memory is not measured on a CPU" if found.memory_error is None else f"memory ±{100 * found.memory_error:.0f}%"
     )
     if settings.data.intra_document:
-        text += f"; documents are as long as random ids make them, about {settings.model.vocab_size:,} tokens"
-    basis = Basis(found.chip.device, found.chip, found.rates, found.activations or 1.0, text, error, measured=True)
+        explained += f"; documents are as long as random ids make them, about {settings.model.vocab_size:,} tokens"
+    basis = Basis(
+        found.chip.device, found.chip, found.rates, found.activations_factor or 1.0, explained, error, measured=True
+    )
     return basis, found.gpus

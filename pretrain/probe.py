@@ -57,7 +57,7 @@ class Probe:
     """Of this machine; 1 for a CPU."""
     rates: Rates
     """With the corrections of time in them."""
-    activations: float | None
+    activations_factor: float | None
     """Measured over predicted bytes that a layer keeps; None on a CPU."""
     held_out_error: float
     """Of a step's seconds at the depth that was held out (share of 1)."""

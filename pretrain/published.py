@@ -14,7 +14,7 @@ from pretrain.history import short
 from pretrain.memory import GIB, Layout, memory
 from pretrain.model import count
 from pretrain.sections import DataConfig, ModelConfig
-from pretrain.speed import rates_of, step_seconds, tokens_per_second
+from pretrain.speed import rates_of, step_seconds, tokens_per_sec_per_gpu
 
 
 def _mpt(hidden_size: int, layers: int, heads: int) -> ModelConfig:
@@ -43,15 +43,14 @@ class Published:
     model: ModelConfig
     chip: str
     layout: Layout
-    tokens_per_second: float
-    """A GPU's."""
+    tokens_per_sec_per_gpu: float
     seq_len: int = 2048
     assumed: str = ""
     """What of the run was not published; such a row is shown and not counted."""
 
 
 def _mosaic(
-    size: str, chip: str, gpus: int, micro: int, accum: int, checkpointed: bool, tokens_per_second: float
+    size: str, chip: str, gpus: int, micro: int, accum: int, checkpointed: bool, tokens_per_sec_per_gpu: float
 ) -> Published:
     layout = Layout(
         "full_shard",
@@ -63,7 +62,7 @@ def _mosaic(
         compile=False,
         reduce="micro_step",
     )
-    return Published(f"MPT-{size}, {gpus} {chip}", MPT[size], chip, layout, tokens_per_second)
+    return Published(f"MPT-{size}, {gpus} {chip}", MPT[size], chip, layout, tokens_per_sec_per_gpu)
 
 
 PUBLISHED = [
@@ -104,10 +103,12 @@ PUBLISHED = [
 
 def _nanotron(nodes: int, mfu: float, accum: int) -> Published:
     """MFU in the products' FLOPs: 6 N_matmul + 12 L D T, N_matmul 1.31e9, L 24, D 2048, T 4096."""
-    tokens_per_second = mfu * 989e12 / (6 * 1.31e9 + 12 * 24 * 2048 * 4096)
+    tokens_per_sec_per_gpu = mfu * 989e12 / (6 * 1.31e9 + 12 * 24 * 2048 * 4096)
     layout = Layout("shard_grad_op", nodes, 8, micro_batch_size=4, grad_accum_steps=accum, compile=False, gather="step")
     assumed = "its shape, T = 4096, 1M tokens a step, ZeRO-1"
-    return Published(f"nanotron 1.3B, {8 * nodes} H100", MPT["1B"], "H100", layout, tokens_per_second, 4096, assumed)
+    return Published(
+        f"nanotron 1.3B, {8 * nodes} H100", MPT["1B"], "H100", layout, tokens_per_sec_per_gpu, 4096, assumed
+    )
 
 
 PUBLISHED += [
@@ -129,12 +130,12 @@ def predicted(run: Published) -> float:
     """What the time model says (tokens/s/GPU)."""
     chip = CHIPS[run.chip]
     step = step_seconds(run.model, run.seq_len, run.layout, chip, rates_of(chip))
-    return tokens_per_second(run.seq_len, run.layout, step)
+    return tokens_per_sec_per_gpu(run.seq_len, run.layout, step)
 
 
 def error(run: Published) -> float:
     """Predicted over published, less 1."""
-    return predicted(run) / run.tokens_per_second - 1
+    return predicted(run) / run.tokens_per_sec_per_gpu - 1
 
 
 def stated_error(chip: Chip, compiled: bool) -> float:
@@ -171,7 +172,7 @@ def not_covered(model: ModelConfig, data: DataConfig, layout: Layout, chip: Chip
         worst = max(known, key=error, default=None)
         words, sentence = f"{layout.strategy} over several nodes", ""
         if worst is not None:
-            slower = f"{100 * (1 - worst.tokens_per_second / predicted(worst)):.0f}% slower"
+            slower = f"{100 * (1 - worst.tokens_per_sec_per_gpu / predicted(worst)):.0f}% slower"
             words += f", where one run was {slower}"
             sentence = f"; {worst.name}, not counted, was {slower} than is predicted"
         found[words] = f"{none} is {layout.strategy} over several nodes{sentence}"
@@ -198,7 +199,7 @@ def table() -> Table:
         held = memory(run.model, run.seq_len, run.layout).total / GIB
         found.add_row(
             run.name,
-            f"{run.tokens_per_second:,.0f}",
+            f"{run.tokens_per_sec_per_gpu:,.0f}",
             f"{predicted(run):,.0f}",
             f"{100 * error(run):+.1f}%",
             f"{held:.1f} of {CHIPS[run.chip].memory_gib:.1f}",

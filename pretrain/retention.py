@@ -40,12 +40,12 @@ def check_room(folder: Path, needed: int) -> None:
 
 def count_set_aside(folder: Path) -> tuple[int, int]:
     """How many of its checkpoints were set aside, corrupt or because the run went back, and their bytes: nothing deletes them."""
-    names = [path for why in ("replaced", "corrupt") for path in folder.glob(f"{why}-*") if path.is_dir()]
+    paths = [path for why in ("replaced", "corrupt") for path in folder.glob(f"{why}-*") if path.is_dir()]
     size = 0
-    for file in (file for name in names for file in name.rglob("*")):
+    for file in (file for path in paths for file in path.rglob("*")):
         with suppress(OSError):  # somebody deletes it
             size += file.stat().st_size if file.is_file() else 0
-    return len(names), size
+    return len(paths), size
 
 
 def _beside(folder: Path) -> str:

@@ -54,7 +54,7 @@ class Run:
     """What must be the same when the run goes on: the model's shape and what the order of the data depends on."""
     flops_per_token: dict[str, float]
     skips: Skips
-    """Judges each update, and counts those that were left out."""
+    """Judges each update, and counts those that were skipped."""
     log: metrics.MetricsLog
     clock: metrics.Clock
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))

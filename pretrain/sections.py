@@ -243,8 +243,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """The global gradient norm is clipped to this (L2 norm over all parameters)."""
     skip_grad_norm_above: float = 10.0
-    """Leave out an update whose gradient norm, before clipping, is more than so many times the median of the last 128 that were
-    not left out, once there are 64 (no unit); 0: none is left out for that."""
+    """Skip an update whose gradient norm, before clipping, is more than so many times the median of the last 128 that were not
+    skipped, once there are 64 (no unit); 0: none is skipped for that."""
 
 
 @dataclass(frozen=True)

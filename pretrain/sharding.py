@@ -27,9 +27,9 @@ from pretrain.sections import ParallelConfig
 
 SPARE = 1 / 6
 """What a rank may hold beyond its shard to save communication (share of the device's memory)."""
-HOME = 1 / 2
+STATE_SHARE = 1 / 2
 """What weights, gradients and AdamW's state may take (share of the device's memory); the rest is the activations'."""
-SUM_BYTES = 4
+GRADIENT_SUM_BYTES = 4
 """The whole sum of gradients, in fp32 (bytes a parameter)."""
 STATE_BYTES = 16
 """Weight, gradient and AdamW's two moments, fp32 each (bytes a parameter)."""
@@ -103,7 +103,7 @@ def choose(config: ParallelConfig, parameters: int, world_size: int, node_size: 
         kept = strategy == "hybrid" and spare is not None and gathered <= spare
         gather = "step" if kept or strategy == "shard_grad_op" else "layer"
     if reduce == "auto":
-        held = SUM_BYTES * parameters
+        held = GRADIENT_SUM_BYTES * parameters
         if strategy == "hybrid":
             held += gathered if gather == "step" else 0
             reduce = "step" if spare is not None and held <= spare else "micro_step"
@@ -120,13 +120,13 @@ def _choose_strategy(
         return ("full_shard", "auto: one rank, cpu_offload") if config.cpu_offload else ("single", "auto: one rank")
     if world_size > shard_size:
         state = STATE_BYTES * parameters // shard_size
-        if memory is not None and not config.cpu_offload and state > HOME * memory:
+        if memory is not None and not config.cpu_offload and state > STATE_SHARE * memory:
             return "full_shard", (
                 f"auto: weights and optimizer of a model shared by {shard_size} ranks would take {_gib(state)} of "
                 f"{_gib(memory)} a rank"
             )
         return "hybrid", f"auto: {world_size} ranks in groups of {shard_size}; only gradients leave a group"
-    kept = (gathered_bytes(config) + SUM_BYTES) * parameters
+    kept = (gathered_bytes(config) + GRADIENT_SUM_BYTES) * parameters
     if memory is None or config.cpu_offload:
         return "full_shard", f"auto: {world_size} ranks on one node"
     if kept <= SPARE * memory:

@@ -1,4 +1,4 @@
-"""Updates that are left out, for the sake of the weights, and when there are too many of them.
+"""Updates that are skipped, for the sake of the weights, and when there are too many of them.
 
     gradient norm ─> Skips.judge: finite? 0? many times what is usual? ─> 1.0 or 0.0 on the device ─> `optim.step_unless`
 
@@ -34,14 +34,14 @@ class Skips:
         self.grad_norms = torch.tensor(norms, dtype=torch.float32, device=device)
         """The last norms that were taken, (WINDOW,), the newest last; NaN where there are none yet."""
         self.total = torch.full((), float(saved["total"]), device=device)
-        """Updates of the run that were left out."""
+        """Updates of the run that were skipped."""
         tally = saved["tally"] if saved["tally"] < most * _MAKE_UP else 0
         self._tally = torch.full((), float(tally), device=device)
         self.too_many = torch.zeros((), device=device)
-        """1.0 once `most` were left out in a row, or with too few updates between; else 0.0."""
+        """1.0 once `most` were skipped in a row, or with too few updates between; else 0.0."""
 
     def judge(self, grad_norm: Tensor) -> Tensor:
-        """Whether the update with this gradient norm, (), is to be left out: 1.0, else 0.0, (), on the device."""
+        """Whether the update with this gradient norm, (), is to be skipped: 1.0, else 0.0, (), on the device."""
         grad_norm = grad_norm.detach().to(self.grad_norms.device)
         usable = torch.isfinite(grad_norm) & (grad_norm > 0)
         if self._ratio:

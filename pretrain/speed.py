@@ -195,6 +195,6 @@ def exposed(communication: float, computation: float, rates: Rates) -> float:
     return max(communication - computation, (1 - rates.hidden) * communication)
 
 
-def tokens_per_second(seq_len: int, layout: Layout, step: Step) -> float:
-    """Tokens a second and GPU."""
+def tokens_per_sec_per_gpu(seq_len: int, layout: Layout, step: Step) -> float:
+    """Tokens of a step over its seconds, on one GPU."""
     return layout.micro_batch_size * layout.grad_accum_steps * seq_len / step.seconds

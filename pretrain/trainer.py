@@ -32,7 +32,7 @@ here on they agree before every second, from twice as many on before every third
 
 def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
     """One optimizer step. Nothing of ours in here waits for the device; some libraries' operations do (`kernels`)."""
-    loss_sum = torch.zeros((), device=run.fabric.device)
+    mean_loss = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):
         input_ids, targets, batch_hash = next_micro_batch(run, micro_batches)  # (B, T) int64 each
@@ -42,7 +42,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
         before_micro_step(run.llama, run.sharding, last=micro_step == run.grad_accum_steps - 1)
         loss = run.model(input_ids, targets) / run.grad_accum_steps
         run.fabric.backward(loss)
-        loss_sum += loss.detach()
+        mean_loss += loss.detach()
 
     at("clipping and update", run.step + 1)
     grad_norm = clip_gradients(run.model, run.config.optim.max_grad_norm)
@@ -51,7 +51,7 @@ def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepRe
     step_unless(run.optimizer, skipped)
     run.optimizer.zero_grad()
     run.count_step()
-    return StepResult(run.step, loss_sum, grad_norm, skipped, data_hash)
+    return StepResult(run.step, mean_loss, grad_norm, skipped, data_hash)
 
 
 def next_micro_batch(run: Run, micro_batches: Iterator[data.MicroBatch]) -> tuple[Tensor, Tensor, int]:
@@ -69,7 +69,7 @@ def train(run: Run, stop: Stop | None = None) -> int:
     what was trained last could not be saved.
 
     Raises:
-        FloatingPointError: `train.max_skipped_steps` updates were left out, or weights are broken.
+        FloatingPointError: `train.max_skipped_steps` updates were skipped, or weights are broken.
         OSError: the data cannot be read.
     """
     settings = run.config.train
@@ -105,7 +105,7 @@ def _train(loop: Loop) -> int:
         if loop.stop.save_now or _due(run, settings.checkpoint.every_steps) or run.step == settings.branch_point:
             save(loop)
         log_saves(run, loop.saver)
-    logbook.log_steps(run, loop.unlogged)
+    logbook.flush_steps(run, loop.unlogged)
     return leave(loop)
 
 
@@ -142,7 +142,7 @@ def _pass_over(loop: Loop) -> None:
 def _log(loop: Loop) -> None:
     """The lines of metrics of the steps since the last ones; on all ranks the end, where too many of them updated nothing."""
     run = loop.run
-    problem = logbook.log_step(run, loop.display, loop.unlogged)
+    problem = logbook.log_line(run, loop.display, loop.unlogged)
     loop.unlogged.clear()
     if problem is None:
         return

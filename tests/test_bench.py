@@ -187,7 +187,7 @@ def test_a_step_that_trains_nothing_has_no_speed(
     out = tmp_path / "out"
     assert benchmark.main(["--config", str(settings), "--steps", "2", "--warmup", "1", "--out", str(out)]) == 1
     (row,) = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert row["problem"] == "trains nothing: 3 updates were left out, for their gradient was 0 or not finite"
+    assert row["problem"] == "trains nothing: 3 updates were skipped, for their gradient was 0 or not finite"
 
 
 def test_peak_memory_is_that_of_the_fullest_rank(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_tinyllama_fits_as_it_did() -> None:
 def test_tinyllama_takes_90_days_as_it_did() -> None:
     """3T tokens on 16 A100-40G: "90 days", by what its own implementation reached, 24k tokens/s/GPU."""
     run = PUBLISHED[0]
-    assert (run.chip, run.layout.world_size, run.tokens_per_second) == ("A100-40G", 16, 24_000)
+    assert (run.chip, run.layout.world_size, run.tokens_per_sec_per_gpu) == ("A100-40G", 16, 24_000)
     step = speed.step_seconds(run.model, run.seq_len, run.layout, CHIPS[run.chip], speed.A100)
     tokens = run.layout.world_size * run.layout.micro_batch_size * run.layout.grad_accum_steps * run.seq_len
     assert tokens == 2_097_152
@@ -251,7 +251,7 @@ def test_fp32_is_not_planned_at_the_peak_of_bf16() -> None:
     """M3, 6.76 GFLOP a token, at 19.5 TFLOP/s is 2,885 tokens/s."""
     layout = Layout("full_shard", 1, 8, micro_batch_size=2, grad_accum_steps=8, precision="fp32")
     step = speed.step_seconds(TINYLLAMA.model, 2048, layout, CHIPS["A100-40G"], speed.A100)
-    assert 1000 < speed.tokens_per_second(2048, layout, step) < 2885
+    assert 1000 < speed.tokens_per_sec_per_gpu(2048, layout, step) < 2885
     found = published.not_covered(TINYLLAMA.model, TINYLLAMA.data, layout, CHIPS["A100-40G"])
     assert found == {"fp32": "no published run is in fp32: its speed is by the datasheet's peak"}
 

@@ -1,4 +1,4 @@
-"""The schedule's end points, the parameter groups, and the step that is left out."""
+"""The schedule's end points, the parameter groups, and the update that is skipped."""
 
 import math
 from dataclasses import replace

@@ -127,5 +127,5 @@ def test_a_probe_keeps_attention_within_documents_where_training_does(
     assert set(seen) == {settings.model.vocab_size - 1 if intra_document else None}
     monkeypatch.setattr(probe, "probe", lambda _: found)
     assert (
-        "; documents are as long as random ids make them" in plan._probed(settings, None)[0].error
+        "; documents are as long as random ids make them" in plan._probed(settings, None)[0].explained
     ) == intra_document

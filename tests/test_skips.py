@@ -1,4 +1,4 @@
-"""Updates that are left out, steps between two lines of metrics, and the end of a run in which nothing is learned."""
+"""Updates that are skipped, steps between two lines of metrics, and the end of a run in which nothing is learned."""
 
 import json
 import math

@@ -176,7 +176,7 @@ def test_a_step_waits_for_the_device_only_where_it_is_logged(
         assert not [name for name in seen if "_local_scalar_dense" in name or "nonzero" in name]
         assert transfers == []
         seen.clear()
-        logbook.log_step(run, Display(20, 4, last_step=20, show=False), [result, result])
+        logbook.log_line(run, Display(20, 4, last_step=20, show=False), [result, result])
         # The fingerprint's sum is a CPU tensor; of what lies on the device one stacked tensor is fetched.
         assert [name for name, _ in transfers] == ["numpy", "tolist"]
         assert [shape for name, shape in transfers if name == "tolist"] == [transfers[-1][1]], "once"
