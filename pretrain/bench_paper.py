@@ -16,7 +16,8 @@ from typing import Any
 
 from pretrain import bench_peers, bench_result, config
 from pretrain.bench_result import Result, Row, SoFar
-from pretrain.bench_rows import DOES_NOT_FIT, Child
+from pretrain.bench_rows import Child
+from pretrain.bench_timing import DOES_NOT_FIT
 from pretrain.sections import ModelConfig
 
 TOKENS = 300e9

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain import bench_result, bench_step, config
+from pretrain import bench_result, bench_step, bench_timing, config
 from pretrain.bench_result import Result, Row, SoFar
-from pretrain.bench_rows import SHORTEST_ROW_S, Budget, Child, bench_command, take_turns
+from pretrain.bench_rows import NOT_TIMED, SHORTEST_ROW_S, Budget, Child, asked_for, bench_command, take_turns
 from pretrain.hf_config import to_hf_config
 from pretrain.model import Llama
 from pretrain.optim import learning_rate
@@ -107,7 +107,7 @@ def peers(args: Any, settings: config.Config, so_far: SoFar) -> Result:
         settings, train=replace(settings.train, global_batch_size=settings.train.micro_batch_size), init_from=None
     )
     so_far.check_comparable("peers", bench_result.subject(settings, 1))
-    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+    on_gpu = bench_timing.on_gpu(settings.parallel.accelerator)
     with tempfile.TemporaryDirectory(prefix="cria-peers-") as scratch:
         bench = Bench(args, settings, Path(scratch), in_turns=not on_gpu)
         bench.hand_over()
@@ -157,7 +157,7 @@ def _one_after_the_other(bench: "Bench", ours: dict[str, list[str]], wanted: lis
         child = bench.peer(variant, aside_s=aside_s)
         rows.append({**(child.row() if isinstance(child, Child) else child), "name": variant.name})
         yield rows
-    again = {"problem": "not timed: no time left"} if bench.out_of_time() else bench.cria(AGAIN, []).row()
+    again = {"problem": f"{NOT_TIMED}: no time left"} if bench.out_of_time() else bench.cria(AGAIN, []).row()
     yield [*rows, {**again, "name": AGAIN}]
 
 
@@ -184,7 +184,7 @@ class Bench:
 
     def __init__(self, args: Any, settings: config.Config, scratch: Path, in_turns: bool):
         self.args, self.scratch, self.in_turns = args, scratch, in_turns
-        self.on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
+        self.on_gpu = bench_timing.on_gpu(settings.parallel.accelerator)
         self.budget = Budget(args.budget_s)
         self.settings = bench_step.with_random_data(settings, scratch / "data")
         self.pythons = [sys.executable, *map(str, args.peers_python or [])]
@@ -212,8 +212,7 @@ class Bench:
 
     def asked_for(self, name: str) -> bool:
         """Whether --rows has the beginning of this name; ours is always wanted."""
-        wanted = self.args.rows
-        return name == "cria" or wanted is None or any(name.startswith(part.strip()) for part in wanted.split(","))
+        return name == "cria" or asked_for(name, self.args.rows)
 
     def cria(self, name: str, keys: list[str]) -> Child:
         """Start ours, on the handed over weights and data."""
@@ -233,17 +232,17 @@ class Bench:
         aside_s: time that is kept for rows to come.
         """
         if variant.triton and not self.on_gpu:
-            return {"problem": "not timed: its kernels are Triton's and need a GPU"}
+            return {"problem": f"{NOT_TIMED}: its kernels are Triton's and need a GPU"}
         packages = [variant.package, *(["liger-kernel"] if variant.triton else [])]
         python = next((p for p in self.pythons if all(_has(p, package) for package in packages)), None)
         if python is None:
             missing = [p for p in packages if not _has(sys.executable, p)]
             return {
-                "problem": f"not timed: {' and '.join(missing)} not installed here (pip install {' '.join(missing)}, or an "
+                "problem": f"{NOT_TIMED}: {' and '.join(missing)} not installed here (pip install {' '.join(missing)}, or an "
                 "environment that has it: --peers_python PATH)"
             }
         if self.out_of_time(aside_s):
-            return {"problem": "not timed: no time left"}
+            return {"problem": f"{NOT_TIMED}: no time left"}
         left = self.budget.left()
         timeout_s = None if left is None else left - aside_s
         return self._start(python, variant, micro_batch_size, timeout_s)

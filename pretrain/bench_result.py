@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from data_prep.shard import write_atomically
-from pretrain.bench_rows import NOT_ASKED_FOR
+from pretrain.bench_rows import NOT_ASKED_FOR, NOT_TIMED
 from pretrain.config import flat
 from pretrain.sections import Config
 from pretrain.versions import own_version, versions
@@ -228,7 +228,7 @@ def compare(result: Result, earlier: Earlier, noise_pct: float, all_asked_for: b
     for name, was in earlier.figures.items():
         row = found.get(name, {"problem": NOT_ASKED_FOR if free else "missing"})
         if row["problem"] == NOT_ASKED_FOR:
-            figure = "not timed"
+            figure = NOT_TIMED
         elif row["problem"]:
             figure = row["problem"]
             lost.append(name)

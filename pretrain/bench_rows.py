@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pretrain import processes
-from pretrain.bench_timing import SPENT
+from pretrain.bench_timing import DOES_NOT_FIT, SPENT
 
 ROOT = Path(__file__).parent.parent
 """Where the packages lie: children import them from there, whether they are installed or not."""
@@ -25,13 +25,18 @@ ROOT = Path(__file__).parent.parent
 
 NOT_ASKED_FOR = "not asked for (--rows)"
 """Problem of a row that was left out."""
-DOES_NOT_FIT, NOT_TIMED, FAILED, REFUSED = "does not fit", "not timed", "failed with status", "refused: "
-"""How the problems of other rows begin."""
+NOT_TIMED, FAILED, REFUSED = "not timed", "failed with status", "refused: "
+"""How the problems of other rows begin; or `DOES_NOT_FIT`."""
 _ERROR = "pretrain bench: error: "
 """Before what `pretrain bench` says on standard error of what it refuses."""
 
 SHORTEST_ROW_S = 60.0 if torch.cuda.is_available() else 20.0
 """A row is not begun with less time left (seconds)."""
+
+
+def asked_for(name: str, rows: str | None) -> bool:
+    """Whether --rows, beginnings of names between commas, has one of this row's name; None: it was not given."""
+    return rows is None or any(name.startswith(part.strip()) for part in rows.split(","))
 
 
 class Budget:

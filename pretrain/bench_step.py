@@ -93,8 +93,9 @@ def _untrained(row: dict[str, Any]) -> str | None:
 
 def _device(settings: Config) -> torch.device:
     """Where `parallel.launch` will put this rank; a limit on memory must be set before anything is there."""
-    on_gpu = settings.parallel.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if not bench_timing.on_gpu(settings.parallel.accelerator):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _time(run: trainer.Run, timing: Timing) -> dict[str, Any]:

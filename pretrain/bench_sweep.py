@@ -19,7 +19,6 @@ import torch
 from pretrain import backends, bench_result, config, parallel
 from pretrain.bench_result import Result, Row, SoFar
 from pretrain.bench_rows import (
-    DOES_NOT_FIT,
     FAILED,
     NOT_ASKED_FOR,
     NOT_TIMED,
@@ -27,9 +26,10 @@ from pretrain.bench_rows import (
     SHORTEST_ROW_S,
     Budget,
     Child,
+    asked_for,
     bench_command,
 )
-from pretrain.bench_timing import MICRO_STEPS
+from pretrain.bench_timing import DOES_NOT_FIT, MICRO_STEPS, on_gpu
 from pretrain.sections import OpsConfig
 
 GAIN = 1.01
@@ -242,8 +242,7 @@ class Sweep:
         return any(before.get(name) != point.operations for name in self._taken(point))
 
     def _time(self, point: Point) -> Row:
-        wanted = self._args.rows
-        if wanted is not None and not any(point.name.startswith(part.strip()) for part in wanted.split(",")):
+        if not asked_for(point.name, self._args.rows):
             return {"problem": NOT_ASKED_FOR}
         if self._budget.too_short(SHORTEST_ROW_S):
             return {"problem": f"{NOT_TIMED}: no time left"}
@@ -266,7 +265,7 @@ class Sweep:
 
 def _libraries(settings: config.Config) -> list[str]:
     """Those that are installed; on a CPU there is PyTorch alone, where it takes cuDNN's attention its flash kernel, too."""
-    if settings.parallel.accelerator == "cpu" or not torch.cuda.is_available():
+    if not on_gpu(settings.parallel.accelerator):
         return ["torch"]
     flash = ["torch_flash"] if torch.cuda.get_device_capability() >= (9, 0) else []
     return ["torch", *flash, *(name for name in ("liger", "flash_attn", "xformers") if backends.installed(name))]

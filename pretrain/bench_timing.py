@@ -20,8 +20,15 @@ T = TypeVar("T")
 MICRO_STEPS = 3
 """Three micro-steps stand for a step of any number: the first, one of those in the middle, which are all alike, and the last."""
 
+DOES_NOT_FIT = "does not fit"
+"""How the problem of a row begins whose memory did not suffice."""
 SPENT = ("out of memory", "can't allocate memory", "Unable to allocate")
 """What the allocators of CUDA, of torch on a CPU and of numpy say when there is no memory left."""
+
+
+def on_gpu(accelerator: str) -> bool:
+    """Whether a run with this `parallel.accelerator` computes on a GPU here."""
+    return accelerator != "cpu" and torch.cuda.is_available()
 
 
 class Timer:
@@ -115,7 +122,7 @@ def over_limit(device: torch.device, peak: float, limit_gib: float | None) -> st
     """On a CPU nothing holds a process to a limit while it runs: say afterwards that its peak (GiB) went over it."""
     if limit_gib is None or device.type == "cuda" or peak <= limit_gib:
         return None
-    return f"does not fit: {peak:.2f} GiB resident at the peak, the limit is {limit_gib:g} GiB"
+    return f"{DOES_NOT_FIT}: {peak:.2f} GiB resident at the peak, the limit is {limit_gib:g} GiB"
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -124,4 +131,4 @@ def out_of_memory(error: BaseException) -> str | None:
     if not any(words in text for words in SPENT):
         return None
     asked = re.search(r"(?:ried to|Unable to) allocate ([\d.]+ \w+)", text)
-    return "does not fit: out of memory" + (f", {asked[1]} more were asked for" if asked else "")
+    return f"{DOES_NOT_FIT}: out of memory" + (f", {asked[1]} more were asked for" if asked else "")

@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from pretrain import config, processes
-from pretrain.cli import fail
+from pretrain.cli import OptionsParser, fail
 from pretrain.imports import importing
 
 PROG = "pretrain bench"
@@ -120,15 +120,8 @@ def _show(result: Any, out: Path) -> None:
     print(f"{out}.json, {out}.md")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, as those of the configuration's keys."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(PROG, f"{message} ({PROG} --help explains every option)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionsParser(
         prog=PROG,
         description="Time the real training step of a configuration on this machine.",
         epilog="Any key of the configuration can be set as well: pretrain train --help names them.",

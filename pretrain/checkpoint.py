@@ -42,7 +42,7 @@ FORMAT = "cria-checkpoint"
 VERSION = 1
 _COMMITTED = re.compile(r"step-(\d{8,})(\.old)?")
 _PAUSES_S = (1.0, 5.0)
-"""Before a checkpoint that cannot be read is tried again."""
+"""Before a checkpoint that cannot be read is tried again (seconds)."""
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where a single process is meant
 
@@ -173,14 +173,15 @@ def _look_together(folder: Path, part: int | None) -> list[tuple[str, str | None
 
     Raises OSError as verify_together.
     """
-    found, unreadable, share = None, None, (part or 0, ranks.world_size())
-    for pause_s in () if part is None else (*_PAUSES_S, None):
-        try:
-            found, unreadable = verify(folder, share=share, alive=alive), None
-            break
-        except OSError as error:
-            unreadable = f"{folder} cannot be read on {this_host()}: {error}"
-            time.sleep(pause_s or 0)
+    found, unreadable = None, None
+    if part is not None:
+        for pause_s in (0.0, *_PAUSES_S):
+            time.sleep(pause_s)
+            try:
+                found, unreadable = verify(folder, share=(part, ranks.world_size()), alive=alive), None
+                break
+            except OSError as error:
+                unreadable = f"{folder} cannot be read on {this_host()}: {error}"
     if unreadable := ranks.first_problem(unreadable):
         raise OSError(
             f"{unreadable}. Its content may be whole, so it stays where it is; start again without that host, or, where no "

@@ -1,5 +1,6 @@
 """The command line's manners: one clear line for what a user did wrong, exit status 2, never a traceback."""
 
+import argparse
 import difflib
 import os
 import re
@@ -53,6 +54,14 @@ class Parser(jsonargparse.ArgumentParser):
         name = ".".join(part for part in (group and group[1], unknown[1] or unknown[2]) if part)
         near = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+class OptionsParser(argparse.ArgumentParser):
+    """A parser of a command's own options, apart from the configuration's keys; its errors, too, are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` as one line and exit with status 2."""
+        fail(self.prog, f"{message} ({self.prog} --help explains every option)")
 
 
 def fail(command: str, message: object, status: int = 2) -> NoReturn:

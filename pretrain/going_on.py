@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain import back, checkpoint, config, data, history, left_out, ranks, retention, scheduler
 from pretrain.back import Back
-from pretrain.sections import FREE_TO_CHANGE, StepRange
+from pretrain.sections import StepRange, unlike
 from pretrain.versions import run_versions
 
 Say = Callable[[str], None]
@@ -259,12 +259,7 @@ def _check_same_run(
 ) -> None:
     """state: of the checkpoint in `folder`."""
     step = state["step"]
-    unlike = [  # a shape names rope_scaling only where there is one: it may have been taken away as well as added
-        (key, state["model"].get(key), value)
-        for key, value in {"rope_scaling": None, **now["model"]}.items()
-        if state["model"].get(key) != value and key not in FREE_TO_CHANGE
-    ]
-    for key, was, value in unlike:
+    for key, (was, value) in unlike(state["model"], now["model"]).items():
         change = f"{folder} was trained {_difference('model', key, was, value, sources)}"
         raise ValueError(f"{change}; the weights do not fit: give a new run another run_dir")
     was, is_now = facts_of_steps(state["data"], step), facts_of_steps(now["data"], step)

@@ -15,7 +15,7 @@ from pretrain import checkpoint, config, data, hf, soundness
 from pretrain.going_on import CONSEQUENCES, Say, facts_of_steps, tokenizer_of
 from pretrain.model import fill
 from pretrain.reading import read_json, read_tokenizer
-from pretrain.sections import FREE_TO_CHANGE
+from pretrain.sections import unlike
 
 
 def check(settings: config.Config) -> None:
@@ -105,13 +105,12 @@ _ROPE = {"rope_theta", "rope_scaling"}
 
 
 def _check_shape(source: Path, found: dict[str, Any], settings: config.Config) -> None:
-    shape = {"rope_scaling": None, **settings.model.shape()}
-    unlike = {key: value for key, value in shape.items() if found.get(key) != value and key not in FREE_TO_CHANGE}
-    if not unlike or (settings.data.allow_change and unlike.keys() <= _ROPE):
+    differ = unlike(found, settings.model.shape())
+    if not differ or (settings.data.allow_change and differ.keys() <= _ROPE):
         return
-    its = ", ".join(f"{key} = {found.get(key)}" for key in unlike)
-    ours = ", ".join(f"model.{key} = {value}" for key, value in unlike.items())
-    or_else = ", or go on with other positions by --data.allow_change true" if unlike.keys() <= _ROPE else ""
+    its = ", ".join(f"{key} = {its_value}" for key, (its_value, _) in differ.items())
+    ours = ", ".join(f"model.{key} = {value}" for key, (_, value) in differ.items())
+    or_else = ", or go on with other positions by --data.allow_change true" if differ.keys() <= _ROPE else ""
     raise ValueError(
         f"--init_from {source} has {its} and the configuration says {ours}: give the model its shape{or_else}"
     )

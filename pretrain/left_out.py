@@ -4,7 +4,6 @@ A step keeps its number and its sequences, whatever is left out before it: order
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from pretrain.sections import StepRange, TrainConfig
 
@@ -38,12 +37,13 @@ def merged(left_out: Sequence[StepRange]) -> list[list[int]]:
 def problems(train: TrainConfig, branch_point: int) -> list[str]:
     """Everything in `train.leave_out` that cannot be; branch_point: as the configuration has it, 0 for none."""
     found = []
-    ends = [0, *(step for one in train.leave_out for step in (one.first_step, one.last_step))]
-    for number, (earlier, later) in enumerate(pairwise(ends)):
-        if later < earlier + (number % 2 == 0):  # a range may hold one step, and begins after the one before
+    last = 0
+    for one in train.leave_out:
+        if not last < one.first_step <= one.last_step:
             listed = in_words(train.leave_out)
             found.append(f"train.leave_out: ranges must rise from step 1 on and not overlap; they are {listed}")
             break
+        last = one.last_step
     needed = {
         "train.max_steps": train.max_steps,
         "train.stop_after_step": train.stop_after_step,

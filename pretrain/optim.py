@@ -47,7 +47,7 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     decay_from = max_steps - decay_steps  # the last step at max_lr
     if step <= decay_from:
         return config.max_lr
-    progress = min(1.0, (step - decay_from) / max(1, max_steps - decay_from))
+    progress = min(1.0, (step - decay_from) / max(1, decay_steps))
     return config.min_lr + (config.max_lr - config.min_lr) * _WAY_DOWN[config.lr_decay](progress)
 
 

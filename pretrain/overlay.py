@@ -154,7 +154,7 @@ def _label(name: str, past: History) -> str:
 
 def _plain(name: str) -> str:
     """A name that matplotlib takes as it stands: no formula between dollars, and no underscore before it, which would hide it."""
-    return name.replace("$", r"\$").replace("_", " _", 1) if name.startswith("_") else name.replace("$", r"\$")
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def _frame(ax: Axes, runs: Histories, title: str) -> None:

@@ -8,26 +8,18 @@ import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from pretrain import answer, config, published, speed
 from pretrain.chips import CHIPS
 from pretrain.choice import ROOM, Basis
-from pretrain.cli import fail
+from pretrain.cli import OptionsParser, fail
 
 PROG = "pretrain plan"
 
 MOST_TOKENS = 1e15
 """More is a typing error: ten times beyond what anybody has trained on."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(PROG, f"{message} ({PROG} --help explains every option)")
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionsParser(
         prog=PROG,
         description="What a run needs, before it starts; no GPU is needed.",
         epilog="Any key of the configuration can be set as well: pretrain train --help names them.",

@@ -136,9 +136,9 @@ def _keep_config(
         return
     now = config.flat(asdict(settings))
     was = {**config.defaults(now), **config.flat(before["config"])}  # an earlier version of Cria may not have had a key
-    changes = [f"{key}: {was.get(key)} -> {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
-    changes = [change for change in changes if change.partition(":")[0] not in _NO_CHANGE]
-    if changes:
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key not in _NO_CHANGE]
+    if changed:
+        changes = [f"{key}: {was.get(key)} -> {now.get(key)}" for key in changed]
         say(f"the configuration changed ({'; '.join(changes)}){kept}")
         _say_learning_rate(settings, before, say)
 

@@ -123,7 +123,7 @@ class Saver:
 
     def overdue(self) -> bool:
         """Whether it is time to save, whatever the step; on rank 0, elsewhere False."""
-        if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
+        if not self._can_tell():
             return False
         problem = self._last_problem()
         if self._unproven and problem is None:
@@ -135,13 +135,17 @@ class Saver:
 
     def given_up(self) -> bool:
         """Whether saves have failed for too long, or that by which a start had to prove that it can; on rank 0, as `overdue`."""
-        if ranks.rank() != 0 or (self._pending is not None and not self._pending.done()):
+        if not self._can_tell():
             return False
         if self._last_problem() is None:
             return False
         return self._unproven or (
             self._failing_since is not None and time.perf_counter() - self._failing_since > _GIVE_UP_S
         )
+
+    def _can_tell(self) -> bool:
+        """Whether this is rank 0, which tells the others, and no save is being written."""
+        return ranks.rank() == 0 and (self._pending is None or self._pending.done())
 
     def _last_problem(self) -> str | None:
         """Of the last save, where none is being written."""

@@ -111,6 +111,13 @@ FREE_TO_CHANGE = {"max_position_embeddings"}
 """Fields of a model's shape that no weight depends on."""
 
 
+def unlike(its: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two of `ModelConfig.shape` differ, so that weights of one do not fit the other: field -> (its value, ours)."""
+    # Only a shape with rope_scaling names it: it may have been taken away as well as added.
+    values = {name: (its.get(name), value) for name, value in {"rope_scaling": None, **ours}.items()}
+    return {name: (a, b) for name, (a, b) in values.items() if a != b and name not in FREE_TO_CHANGE}
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One dataset of the mixture: folders that `data-prep` wrote."""

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from pretrain import checkpoint, hf
-from pretrain.sections import FREE_TO_CHANGE, ModelConfig
+from pretrain.sections import ModelConfig, unlike
 
 LINEAGE = ("init_from", "branched_from")
 """Where a run came from, as its checkpoints' states say."""
@@ -141,12 +141,9 @@ def mean(folders: list[Path]) -> Snapshot:
 
 
 def _check_alike(folder: Path, first: Snapshot, other: Path, one: Snapshot) -> None:
-    its, shape = ({"rope_scaling": None, **each.model.shape()} for each in (one, first))
-    unlike = [
-        f"{key} {its[key]} and {shape[key]}" for key in shape if its[key] != shape[key] and key not in FREE_TO_CHANGE
-    ]
-    if unlike:
-        raise ValueError(f"{other} and {folder} have {', '.join(unlike)}: models of other shapes have no mean")
+    differ = [f"{key} {a} and {b}" for key, (a, b) in unlike(one.model.shape(), first.model.shape()).items()]
+    if differ:
+        raise ValueError(f"{other} and {folder} have {', '.join(differ)}: models of other shapes have no mean")
     if one.tokenizer != first.tokenizer:
         raise ValueError(
             f"{other} and {folder} were trained with tokenizers {one.tokenizer[:19]} and {first.tokenizer[:19]}: their ids mean "

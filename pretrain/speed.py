@@ -115,13 +115,13 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
     updated = L * counts.layer * rates.layers + (counts.total - L * counts.layer) * rates.rest
     optimizer = 40 * updated / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
     return Step(
-        products,
-        attention,
-        between,
-        loss,
-        recomputed,
-        exposed(communication, products + attention + between + recomputed + loss, rates),
-        optimizer,
+        products=products,
+        attention=attention,
+        memory_bound=between,
+        loss=loss,
+        recomputed=recomputed,
+        communication=exposed(communication, products + attention + between + recomputed + loss, rates),
+        optimizer=optimizer,
     )
 
 

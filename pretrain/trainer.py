@@ -171,7 +171,7 @@ def make_loader(run: Run) -> Iterator[data.MicroBatch]:
 def _stop_agreed(loop: Loop) -> bool:
     """Whether any rank was asked to stop; all ranks get the same answer, and the reason, and whether to save after this step."""
     run, stop, saver = loop.run, loop.stop, loop.saver
-    if run.step % (1 + int(run.fabric.world_size / _RANKS_AGREE)):
+    if run.step % (1 + run.fabric.world_size // _RANKS_AGREE):
         stop.save_now = False
         return False
     at("agreeing on whether to stop", run.step)
