@@ -306,12 +306,14 @@ def _add_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def check_types(what: str, kind: type, /, **values: object) -> None:
+    """Raises ValueError where a value is not of exactly this type; `what` they belong to stands before it."""
     for name, value in values.items():
         if type(value) is not kind:
             raise ValueError(f"{what}: {name} is {value!r}, not of type {kind.__name__}")
 
 
 def check_counts(what: str, /, **counts: int) -> None:
+    """Raises ValueError where one is not a whole number from 0 up; `what` they belong to stands before it."""
     for name, value in counts.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{what}: {name} is {value!r}, not a whole number from 0 up")
@@ -346,6 +348,7 @@ def _ask_all(one: Callable[[Shard], tuple[int, int, int]], shards: Sequence[Shar
 
 
 def check_inside(path: str) -> None:
+    """Raises ValueError where a shard's path is not below its dataset's folder."""
     if type(path) is not str or not path or path[0] == "/" or "\0" in path or ".." in path.split("/"):
         raise ValueError(f"shard path {path!r} leads out of the dataset's folder")
 

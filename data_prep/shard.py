@@ -274,9 +274,8 @@ class TokenDataset:
         if self._facts is None:
             self._facts = self.manifest.file_facts(self.directory)
         names = "\n".join([self.manifest.fingerprint, *(shard.path for shard in self.manifest.shards)])
-        facts = (
-            self._facts if of_these_files else self._facts[:, :2]
-        )  # the last is when its entry changed, which nobody can set
+        # The last is when its entry changed, which nobody can set.
+        facts = self._facts if of_these_files else self._facts[:, :2]
         return hashlib.sha256(names.encode() + b"\0" + facts.tobytes()).hexdigest()
 
     def check(self, share: tuple[int, int] = (0, 1), alive: Callable[[], None] = lambda: None) -> str | None:

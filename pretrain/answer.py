@@ -32,7 +32,11 @@ def disk(settings: config.Config) -> tuple[int, int]:
 
 
 def epochs(settings: config.Config) -> dict[str, float] | str:
-    """How often the run goes through each source; or why that is not known."""
+    """How often the run goes through each source; or why that is not known.
+
+    Raises:
+        ValueError: the sources do not fit together, the model or the batch.
+    """
     try:
         sources = data.open_sources(settings.data, settings.model.vocab_size)
     except FileNotFoundError as error:

@@ -305,10 +305,9 @@ def _refusal(
 ) -> str | None:
     """Try it forward and backward on the current GPU; what it says where it does not work. Raises OSError where the GPU fails."""
     T = 128
+    # Transposed as in the model.
     q, k, v = (
-        torch.randn(1, T, heads, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True).transpose(
-            1, 2
-        )  # as in the model
+        torch.randn(1, T, heads, s.head_dim, device="cuda", dtype=s.dtype, requires_grad=True).transpose(1, 2)
         for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     )
     mask = make_mask(torch.zeros(1, T, dtype=torch.long, device="cuda")) if s.documents else None

@@ -1,6 +1,6 @@
 """Times the real training step: what `pretrain train` prepares, loads and does, on random tokens or the run's own.
 
-    Config ─> random_data (ids in a real dataset) ─> preparation.prepare ─> Run
+    Config ─> with_random_data (ids in a real dataset) ─> preparation.prepare ─> Run
            ─> optimizer_step x warm-up, timed ─> a profiled window ─> one row of figures
 
 Under torchrun every rank calls `measure`; a step takes as long as its slowest rank.

@@ -1,6 +1,8 @@
 """Which settings are the fastest here: micro-batch, compilation, operations, activation checkpointing.
 
-    start ─> micro-batches ─> compile ─> operations ─> recompute ─> checkpointing, each with its own micro-batches ─> best
+    start ─> micro-batches ─> compile ─> operations ─> recompute ─> checkpointing ─> best
+
+Each setting with its own micro-batches, but for operations where the model is compiled.
 
 One setting after the other, the best kept: not every combination. Each is a `pretrain bench` in processes of its own, so that
 one that runs out of memory is a row of the table and touches no other. A row is the whole step of the global batch, of which at
@@ -158,7 +160,7 @@ class Sweep:
         return best if self._speed(best) > 0 else None
 
     def _worth_a_search(self, point: Point, best: Point) -> Point:
-        """Its best micro-batch, unless it fits that of `best` and is slower there: then it is not looked further."""
+        """`point` with its best micro-batch; as it is where it fits with the micro-batch of `best` and is slower than `best`."""
         fits_and_is_slower = 0 < self._speed(point) <= self._speed(best)
         return point if fits_and_is_slower else self._best_micro_batch(point)
 

@@ -231,9 +231,8 @@ def _is_newer(manifest: dict[str, Any]) -> bool:
 
 
 def _of_a_newer_cria(folder: Path) -> bool:
-    with suppress(
-        FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError
-    ):  # it is corrupt
+    # What raises one of these is corrupt.
+    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
         return _is_newer(json_mapping((folder / "manifest.json").read_bytes()))
     return False
 

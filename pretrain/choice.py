@@ -53,7 +53,7 @@ class Outcome:
     layout: Layout
     memory: Memory
     fits: bool
-    """So is anything where the chip's memory is not known."""
+    """True for all where the chip's memory is not known."""
     roomy: bool
     """It fits, and `ROOM` is left."""
     step: Step
@@ -75,7 +75,7 @@ class Choice:
 def look(settings: config.Config, basis: Basis, nodes: int, gpus_per_node: int) -> Choice:
     """Every layout on these GPUs, and the best; in bf16 where the configuration asks for an fp8 that cannot be had.
 
-    Where the memory is not known nothing else can be told from it than what is configured.
+    Without a known memory only what is configured can be judged.
 
     Raises:
         ValueError: the sequences of a step cannot be divided among the GPUs.

@@ -369,6 +369,7 @@ def train_loader(
 
 
 _AHEAD = 4
+"""What each thread of the loader reads ahead (micro-batches)."""
 
 
 def _read_ahead(

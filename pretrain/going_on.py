@@ -44,6 +44,7 @@ def facts(
 
 
 def tokenizer_of(sources: list[data.Source]) -> str:
+    """The fingerprint of the tokenizer that the shards are of."""
     return sources[0].train.manifest.tokenizer.fingerprint  # all have the same one, see data.open_sources
 
 
@@ -95,7 +96,8 @@ def choose(
     now: see `facts`.
 
     Raises:
-        ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`.
+        ValueError: --resume is not whole, the checkpoint lies behind the run's end, or is of another run than `now`; or it would
+            begin a branch, and `run_dir` has checkpoints of its own, or the branch no step to train.
         OSError: --resume is not there, or the run has had checkpoints and has none any more.
     """
     unfinished = ranks.on_rank_0(lambda: _unfinished_return(run_dir, say))

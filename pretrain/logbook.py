@@ -64,10 +64,11 @@ def log_start(run: Run, display: Display) -> None:
 
 
 def log_line(run: Run, display: Display, results: list[StepResult]) -> str | None:
-    """Write a line of metrics of the last step, and one of all `results`, which are those since the last lines.
+    """Write a line of metrics of the last step and, where they are more than one, before it one of all `results`, which are the
+    steps since the last lines.
 
-    Figures are each step's own, over all ranks, so that a resumed run logs the same ones. Waits for the device, once: of what is
-    done every few steps nothing else does. Returns, on all ranks, why the run must not go on, where too many updated nothing.
+    Figures are each step's own, over all ranks, so that a resumed run logs the same ones. Waits for the device, once. Returns, on
+    all ranks, why the run must not go on, where too many updated nothing.
     """
     at("metrics", run.step)
     data_hash = ranks.all_reduce_sum(torch.tensor(results[-1].data_hash % 2**63)).numpy()  # on the CPU; overflow wraps

@@ -52,9 +52,9 @@ def flops_per_token(model: ModelConfig, seq_len: int, parameters: int, in_produc
     """Floating-point operations of forward and backward for one token, by two conventions.
 
     m1: 6 N + 12 L D T, all `parameters`, attention without the causal half (PaLM, arXiv 2204.02311, appendix B; TinyLlama's
-    code). m3: 6 N_matmul + 6 L D T, the parameters that stand `in_products` only, causal attention. There is no m2. Both count
-    the attention of a whole sequence; with data.intra_document less is computed, of TinyLlama-1.1B's 2,048 tokens at most 14%
-    (m1), 8% (m3).
+    code). m3: 6 N_matmul + 6 L D T, the parameters that stand `in_products` only, causal attention. The numbers are
+    names. Both count the attention of a whole sequence; with data.intra_document less is computed, of TinyLlama-1.1B's 2,048
+    tokens at most 14% (m1), 8% (m3).
     """
     attention = model.num_hidden_layers * model.hidden_size * seq_len
     return {"m1": 6 * parameters + 12 * attention, "m3": 6 * in_products + 6 * attention}

@@ -30,7 +30,11 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new k and v, (B, H_kv, T, d) each, and return all so far, (B, H_kv, length + T, d) each."""
+        """Store a layer's new k and v, (B, H_kv, T, d) each, and return all so far, (B, H_kv, length + T, d) each.
+
+        Raises:
+            ValueError: that is more than max_length tokens.
+        """
         end = self.length + k.shape[2]
         if end > self.buffer.shape[4]:
             raise ValueError(f"the cache holds {self.buffer.shape[4]} tokens; {end} are needed")

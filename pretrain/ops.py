@@ -109,9 +109,8 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
     x: (B, H, T, d); table: (2, T, d) from `rope_table`, or (2, B, T, d) where positions differ. The result has x's type.
     """
-    cos, sin = table[..., : x.shape[-1] // 2].unsqueeze(
-        -2
-    )  # (T, 1, d/2) or (B, T, 1, d/2) each: the same for all heads
+    # (T, 1, d/2) or (B, T, 1, d/2) each: the same for all heads
+    cos, sin = table[..., : x.shape[-1] // 2].unsqueeze(-2)
     x = x.transpose(1, 2)  # (B, T, H, d), as the product left it and its backward wants the gradient: nothing is moved
     left, right = x.chunk(2, dim=-1)
     # By halves, and not x * cos + (-right, left) * sin: of that the compiled backward is bound by its instructions.

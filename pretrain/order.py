@@ -1,7 +1,7 @@
 """`pretrain order`: which sequences a step is made of, and from which documents; how often each source is seen.
 
 The order is a pure function, so any step of any run can be looked at, without the run, in a second. Where the run has logged the
-step, the fingerprint of what it has read is compared: a change that was allowed may lie between.
+step, its fingerprint of what it read is compared with the order's: they differ where a change was allowed in between.
 """
 
 from collections import Counter

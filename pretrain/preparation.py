@@ -87,7 +87,7 @@ def _build(
     grad_accum_steps: int,
     saves: bool,
 ) -> Run:
-    """The model and the optimizer, as they are before the next step."""
+    """The run as it is before its next step: from which checkpoint, its folder filled, its model and optimizer loaded."""
     run_dir, sizes = Path(settings.run_dir), count(settings.model)
     facts = going_on.facts(settings, sources, sets, mixture)
     at("choosing a checkpoint")
@@ -100,7 +100,9 @@ def _build(
     operations = [asdict(choice) for choice in parallel.unwrap(model).operations.choices]
     tokenizer = sources[0].train.directory / TOKENIZER_DIR
     if before is not None:
-        for needed in ("config", "operations"):  # by rank 0 alone; where one is missing, all ranks raise alike
+        # `fill` reads them on rank 0 alone, where a ValueError would leave the others waiting: so all ranks ask for them first,
+        # and where one is missing, all raise it (`checkpoint.read_state`).
+        for needed in ("config", "operations"):
             before[needed]
     ranks.on_rank_0(lambda: run_folder.fill(settings, tokenizer, operations, before, say))
     if saves and (before is None or before["step"] < settings.train.last_step):
@@ -196,9 +198,8 @@ def _make_room(run_dir: Path, settings: config.Config, say: Callable[[str], None
     try:
         # Sent back, the newest may be what the run was sent back from: nothing goes before it saves.
         if back.read(run_dir) is None:
-            gone = retention.prune(
-                run_dir, settings.checkpoint, settings.branch_point
-            )  # keep_last may be lower than it was
+            # keep_last may be lower than it was
+            gone = retention.prune(run_dir, settings.checkpoint, settings.branch_point)
             if gone:
                 say(f"older checkpoints were deleted: {', '.join(gone)}")
     except OSError as error:

@@ -60,8 +60,8 @@ class Run:
     comparison: pace.Comparison = field(default_factory=lambda: pace.Comparison(0, torch.device("cpu")))
     """Names slow ranks, every `watchdog.stragglers_every` lines of metrics; this default never does."""
     at_end: ExitStack = field(default_factory=ExitStack)
-    """In this order: waits for a save and logs it; closes log and display; ends the readers' waiting; releases the run's folder;
-    parts from the watchdog, which may write a crash report then."""
+    """In this order: waits for a save, of one rank only; logs what has come of saves; closes log and display; ends the readers'
+    waiting; releases the run's folder; parts from the watchdog, which may write a crash report then."""
     step: int = 0
     """The last finished step; steps that were left out (`train.leave_out`) count as finished."""
     taken_up: TakenUp = field(default_factory=TakenUp)

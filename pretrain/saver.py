@@ -226,7 +226,8 @@ class Saver:
         try:
             if self._back is not None:
                 retention.set_aside_what_was_left(run_dir, self._back, self._say)
-            for number, folder in checkpoint.committed(run_dir):  # its .old; newer ones, where back.json was lost
+            # What this save has replaced (its .old), and newer ones: a run that went back and lost back.json leaves them.
+            for number, folder in checkpoint.committed(run_dir):
                 if number >= step and folder != target:
                     checkpoint.set_aside(folder, "replaced")
         except OSError as error:

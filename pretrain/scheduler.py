@@ -72,9 +72,8 @@ class Stop:
         self.signalled = 0
         """The number of the signal that this rank got, or 0."""
         self._started = time.time()
-        self._intervals = (
-            -3
-        )  # start-up, the first validation and the first step, which compiles, are unlike all later ones
+        # Start-up, the first validation and the first step, which compiles, are unlike all later ones.
+        self._intervals = -3
         self._asked_before = time.monotonic()
         self._longest_s = 0.0
         self._at_first_s: float | None = None

@@ -128,8 +128,8 @@ class SourceConfig:
     """Folder with the manifest of the training split (path)."""
     weight: float | None = None
     """This source's share of every step (sequences), relative to the other sources' weights: 7 and 3 is 7:3. 0: it comes in
-    with a stage. none, which must then hold for all
-    sources: in proportion to their sizes, so that every sequence is drawn equally often."""
+    with a stage. none, which must then hold for all sources: in proportion to their sizes, so that every sequence is drawn
+    equally often."""
     validation: str | None = None
     """Folder with the manifest of the validation split (path); none: this source is not validated."""
 
@@ -306,19 +306,20 @@ class ParallelConfig:
     alike, but parameters stay gathered. hybrid: sharded over groups of ranks (`shard_size`), the groups replicas of each
     other. auto: single for one rank. Several nodes: hybrid, unless weights, gradients and optimizer divided over one node take
     more than half of a GPU's memory; then full_shard. One node: shard_grad_op where parameters and gradients kept whole take at
-    most a sixth of a GPU's memory, else full_shard. The log says what and why."""
+    most a sixth of a GPU's memory, else full_shard. With `cpu_offload`: hybrid for several nodes, else full_shard. The log says
+    what and why."""
     shard_size: int = 0
     """Ranks (processes) of a group in hybrid, neighbours in rank; 0: those of a node."""
     gather: Literal["auto", "layer", "micro_step", "step"] = "auto"
     """How long gathered parameters are kept (2 bytes a parameter in bf16, 4 in fp32). layer: for one layer's forward, gathered
     again for its backward. micro_step: from a micro-step's forward to its backward. step: from a step's first forward to its
-    last backward. auto: step for shard_grad_op, and for hybrid where they take at most a sixth of the GPU's memory, else
-    layer."""
+    last backward. auto: step for shard_grad_op, and for hybrid without `cpu_offload` where they take at most a sixth of the GPU's
+    memory, else layer."""
     reduce: Literal["auto", "micro_step", "step"] = "auto"
     """When gradients are reduced: in every micro-step, so that a rank keeps its shard of the sum; or once a step, so that
     it keeps the whole sum between micro-steps (4 bytes a parameter). hybrid reduces over its replicas once a step in any case.
     auto: micro_step where the whole sum, in hybrid with the gathered parameters, is more than a sixth of the GPU's memory, and in
-    hybrid on CPUs; else step."""
+    hybrid on CPUs or with `cpu_offload`; else step."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the host's memory, and update them there: for models that do not fit,
     and slow. Needs a sharded strategy; on a CPU it changes nothing."""

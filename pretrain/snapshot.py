@@ -106,10 +106,9 @@ def mean(folders: list[Path]) -> Snapshot:
     """The mean of the weights of checkpoints, each with the same share.
 
     Early weight averaging (arXiv 2306.03241) takes it along a run's trajectory, of checkpoints some way apart; model soups (arXiv
-    2203.05482) take it over runs that have begun alike, such as branches. The sum is in
-    fp64, where that of a few fp32 numbers of like size is exact: the order of the checkpoints does not matter, and the mean is
-    rounded to fp64, then to the export's type. Memory: the sum, 8 bytes a parameter, and the weights of one checkpoint,
-    whatever their number.
+    2203.05482) take it over runs that have begun alike, such as branches. The sum is in fp64, where that of a few fp32 numbers of
+    like size is exact: the order of the checkpoints does not matter, and the mean is rounded to fp64, then to the export's type.
+    Memory: the sum, 8 bytes a parameter, and the weights of one checkpoint, whatever their number.
 
     Raises:
         ValueError: fewer than two, one twice, or of different shapes or tokenizers; and as `take`.

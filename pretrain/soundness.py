@@ -29,9 +29,8 @@ def problem(tensors: dict[str, Tensor]) -> str | None:
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
     """The first tensor that holds a number that is not finite, and whose it is."""
-    held = {
-        name: part for name, tensor in tensors.items() if (part := _local(tensor)).numel()
-    }  # a rank may hold no row
+    # A rank may hold no row.
+    held = {name: part for name, tensor in tensors.items() if (part := _local(tensor)).numel()}
     broken = []
     if held:
         largest = torch.stack(torch._foreach_norm(list(held.values()), torch.inf))

@@ -1,6 +1,7 @@
 """How long a training step takes, formula by formula; no GPU is needed, and nothing is run.
 
-    ModelConfig, T, Layout, Chip ─> step_seconds() ─> Step: products, attention, memory-bound, loss, communication, optimizer
+    ModelConfig, T, Layout, Chip ─> step_seconds() ─> Step: products, attention, memory-bound, loss, recomputed, communication,
+                                                                 optimizer
 
 Products and attention run at a share of the chip's dense peak, everything between them at a share of its memory's
 bandwidth, collectives at the link's, hidden behind the computation as far as that goes. The shares are `Rates`, fitted to
@@ -91,7 +92,7 @@ class Step:
 
 
 def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, rates: Rates) -> Step:
-    """One optimizer step on every GPU of the layout."""
+    """One optimizer step on every GPU of the layout: its seconds, by what they go to."""
     counts, L, n = count(model), model.num_hidden_layers, layout.activation_checkpointing
     if layout.precision == "fp32":
         chip = replace(chip, flops=chip.fp32_flops)

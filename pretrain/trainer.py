@@ -31,7 +31,11 @@ here on they agree before every second, from twice as many on before every third
 
 
 def optimizer_step(run: Run, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
-    """One optimizer step. Nothing of ours in here waits for the device; some libraries' operations do (`kernels`)."""
+    """One optimizer step. Nothing of ours in here waits for the device; some libraries' operations do (`kernels`).
+
+    Raises:
+        OSError: its data cannot be read; nothing of it has reached the weights.
+    """
     mean_loss = torch.zeros((), device=run.fabric.device)
     data_hash = 0
     for micro_step in range(run.grad_accum_steps):
@@ -140,13 +144,14 @@ def _pass_over(loop: Loop) -> None:
 
 
 def _log(loop: Loop) -> None:
-    """The lines of metrics of the steps since the last ones; on all ranks the end, where too many of them updated nothing."""
+    """Write the lines of metrics of the steps since the last ones; raises on all ranks where too many of them updated nothing."""
     run = loop.run
     problem = logbook.log_line(run, loop.display, loop.unlogged)
     loop.unlogged.clear()
     if problem is None:
         return
-    if updates(run.optimizer) > run.taken_up.updates:  # else each restart would save the same, and prune good ones
+    # Without a new update every restart would save equal weights, and pruning would drop older, good ones.
+    if updates(run.optimizer) > run.taken_up.updates:
         save(loop)
     else:
         check(loop)  # broken weights have no gradient either, and no documents are to blame

@@ -11,7 +11,8 @@ the training a copy of some bytes at each place, no system call and nothing on t
 
 What can be seen: where the host's side of a rank is. A rank that hangs in its loader, in Python, in a file system, in C
 code, stopped, or in the preparation of a collective is behind the others and is named. When a GPU hangs inside a collective
-all hosts wait in the same place; then all are named, and `pretrain doctor` finds the device.
+all hosts wait in the same place; then what PyTorch's flight recorder kept (`collectives`) tells the collective, and the ranks
+that it waits for (`stuck`). Where none stands out, `pretrain doctor` finds the device.
 """
 
 import faulthandler

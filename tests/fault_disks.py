@@ -182,9 +182,8 @@ def full_disk_trials(settings: config.Config, folder: Path, trials: int, seed: i
         assert finish(start_training(ranks, at(settings, folder / f"straight-{ranks}"))) == [0] * ranks
     for trial in range(trials):
         ranks, unchecked = worlds[trial % len(worlds)], trial // len(worlds) % 2 == 1
-        size = moments.randrange(
-            2000 if unchecked else 2800, 4700
-        )  # who checks wants 1 MiB more than the checkpoint's 1.6
+        # Who checks wants 1 MiB more than the checkpoint's 1.6.
+        size = moments.randrange(2000 if unchecked else 2800, 4700)
         with file_system(folder / "small", size) as small, file_system(folder / "tmp", 64) as tmp:
             run = at(settings, small / "run")
             output = folder / f"output-{trial}.txt"

@@ -241,9 +241,8 @@ def main(worlds: list[tuple[int, int, list]]) -> None:
         ]
         for process in ranks:
             process.start()
-        store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )  # after the forks: it has a thread
+        # After the forks: it has a thread.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for pipe, _ in pipes:
             pipe.send(store.port)
         while any(process.is_alive() for process in ranks):
