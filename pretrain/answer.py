@@ -7,9 +7,10 @@ from rich.table import Table
 
 from pretrain import config, data, published
 from pretrain.choice import ROOM, Basis, Outcome, keys_to_set, larger, look, nodes_needed
+from pretrain.disk import checkpoint_bytes, checkpoints_kept
 from pretrain.history import short
 from pretrain.left_out import spans, trained_steps
-from pretrain.memory import GIB, Layout, Memory, checkpoint_bytes, checkpoints_kept
+from pretrain.memory import GIB, Layout, Memory
 from pretrain.model import count
 from pretrain.speed import Step
 

@@ -26,8 +26,9 @@ from rich.table import Table
 from pretrain import checkup, config, data, devices, init_from, metrics, parallel, ranks
 from pretrain.checkup import Finding, Link, Measured, Needs
 from pretrain.cli import fail
+from pretrain.disk import checkpoint_bytes, checkpoints_kept
 from pretrain.hosts import this_host
-from pretrain.memory import Layout, checkpoint_bytes, checkpoints_kept
+from pretrain.memory import Layout
 from pretrain.model import count
 from pretrain.speed import sent_bytes
 from pretrain.versions import RUN_PACKAGES, own_version, versions

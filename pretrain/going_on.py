@@ -15,6 +15,7 @@ from typing import Any
 
 from pretrain import back, checkpoint, config, data, history, left_out, ranks, retention, scheduler
 from pretrain.back import Back
+from pretrain.mixture import Mixture
 from pretrain.sections import StepRange, unlike
 from pretrain.versions import run_versions
 
@@ -22,7 +23,7 @@ Say = Callable[[str], None]
 
 
 def facts(
-    settings: config.Config, sources: list[data.Source], sets: data.Sets, mixture: data.Mixture
+    settings: config.Config, sources: list[data.Source], sets: data.Sets, mixture: Mixture
 ) -> dict[str, dict[str, Any]]:
     """What must be the same when a run goes on: the model's shape, and what the order of the data depends on.
 

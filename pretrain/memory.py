@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 
 from pretrain import ops
 from pretrain.model import count
-from pretrain.sections import CheckpointConfig, ModelConfig, ParallelConfig
+from pretrain.sections import ModelConfig, ParallelConfig
 from pretrain.sharding import Sharding
 
 FP32, BF16 = 4, 2
@@ -246,21 +246,3 @@ def _communication(model: ModelConfig, layout: Layout) -> float:
     counts, c = count(model), layout.compute_bytes
     gathered = counts.total if layout.gather != "layer" else counts.root + 3 * counts.layer
     return c * gathered + (c + FP32) * (counts.layer + max(counts.layer, model.vocab_size * model.hidden_size))
-
-
-def checkpoints_kept(config: CheckpointConfig, max_steps: int, lr_decay_steps: int) -> int:
-    """Checkpoints that lie on the disk at most, the one that is being written included, by the rules of `retention.prune`.
-
-    The clock and signals make some between the regular ones. With keep_last 0 each signal's adds one, not counted here.
-    """
-    saves = -(-max_steps // config.every_steps) if config.every_steps else 1
-    if config.keep_last == 0:
-        return saves + 1
-    kept = config.keep_last + (max_steps // config.keep_every if config.keep_every else 0)
-    between = min(2, config.keep_last) if config.every_steps else 0
-    return kept + between + 1 + (lr_decay_steps > 0)
-
-
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """A checkpoint on disk: fp32 weights and two moments, 12 bytes a parameter."""
-    return 3 * FP32 * count(model).total

@@ -12,9 +12,7 @@ Nothing here ends a run that trains: lines that the disk does not take wait in m
 import json
 import math
 import os
-import re
 import resource
-import secrets
 import sys
 import time
 from collections import deque
@@ -25,19 +23,13 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.loggers import Logger
 
-from data_prep.shard import write_atomically
 from pretrain import pace, ranks
 from pretrain.chips import DATASHEETS
-from pretrain.sections import Config, ModelConfig
+from pretrain.loggers import finish_wandb, say, start_wandb
+from pretrain.sections import ModelConfig
 
-WANDB_ID = "wandb-id.txt"
-"""In the run's folder: the id of its W&B run."""
-_WANDB_FINISH_S = 60
-"""So long W&B may upload at the end; what it has not by then lies on the disk for `wandb sync`."""
-_WANDB_ANSWERED = re.compile(r"returned error 4(?!08|29)\d\d|: input:")
-"""In an error of communication: W&B was reached and says no, to the key, the project or the request."""
 _KEPT_LINES = 10_000
 """So many lines wait in memory while metrics.jsonl cannot be written."""
 
@@ -139,7 +131,7 @@ class MetricsLog:
         if fabric.is_global_zero:
             try:
                 self._lines = _Lines(run_dir / "metrics.jsonl")
-                _start_wandb(run_dir, self._loggers)
+                start_wandb(run_dir, self._loggers)
             except ValueError as error:
                 problem = error
             except OSError as error:
@@ -177,7 +169,7 @@ class MetricsLog:
         for logger in tuple(self._loggers):
             self._attempt(logger, lambda its: its.finalize("success"))
             if type(logger).__name__ == "WandbLogger" and well:
-                self._attempt(logger, _finish_wandb)
+                self._attempt(logger, finish_wandb)
 
     def _attempt(self, logger: Logger, call: Callable[[Any], object]) -> None:
         """Have a logger do something; one that fails is named and does nothing more."""
@@ -186,7 +178,7 @@ class MetricsLog:
         except Exception as error:
             cause = error.__cause__ or error  # TensorBoardLogger says of any that the number's type was wrong
             words = " ".join(f"{type(cause).__name__}: {cause}".split())
-            _say(f"{type(logger).__name__} is switched off, metrics.jsonl goes on: {words}")
+            say(f"{type(logger).__name__} is switched off, metrics.jsonl goes on: {words}")
             self._loggers = [other for other in self._loggers if other is not logger]
 
 
@@ -214,7 +206,7 @@ class _Lines:
         if self._pending:
             self._write_pending()
         if self._pending:
-            _say(f"{self._path}: its last {len(self._pending) + self._lost:,} lines could not be written and are lost")
+            say(f"{self._path}: its last {len(self._pending) + self._lost:,} lines could not be written and are lost")
         if self._file is not None:
             with suppress(OSError):  # it holds nothing back
                 self._file.close()
@@ -233,12 +225,12 @@ class _Lines:
             self._file = None
             if not self._waiting:
                 kept = f"the last {_KEPT_LINES:,} lines are kept until it can"
-                _say(f"{self._path} cannot be written, training goes on, and {kept}: {error}")
+                say(f"{self._path} cannot be written, training goes on, and {kept}: {error}")
             self._waiting = True
             return
         if self._waiting:
             lost = f"; {self._lost:,} before them are lost" if self._lost else ""
-            _say(f"{self._path} is written again, with the {count:,} lines that were kept{lost}")
+            say(f"{self._path} is written again, with the {count:,} lines that were kept{lost}")
         self._waiting, self._lost = False, 0
 
 
@@ -262,12 +254,6 @@ def _append(file: BinaryIO, line: bytes) -> None:
         line = line[file.write(line) :]
 
 
-def _say(line: str) -> None:
-    """On rank 0's standard output."""
-    with suppress(OSError):  # which may lie on the same disk
-        print(line, flush=True)
-
-
 def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
     flat: list[tuple[str, float]] = []
     for name, value in record.items():
@@ -276,83 +262,3 @@ def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
         elif isinstance(value, (int, float)):
             flat.append((f"{prefix}/{name}", float(value)))
     return flat
-
-
-def make_loggers(config: Config) -> list[Logger]:
-    """What `logger` in the configuration asks for, writing into the run's folder."""
-    run_dir = Path(config.run_dir)
-    if config.logger == "tensorboard":
-        return [TensorBoardLogger(root_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)]
-    if config.logger == "wandb":
-        from lightning.pytorch.loggers import WandbLogger  # Fabric takes it as it is; the import is slow
-
-        number = _kept_id(run_dir) or secrets.token_hex(4)
-        project = os.environ.get("WANDB_PROJECT", "cria")
-        return [WandbLogger(project=project, name=run_dir.name, save_dir=str(run_dir), log_model=False, id=number)]
-    return []
-
-
-def _kept_id(run_dir: Path) -> str:
-    """The W&B run's id; none, "", where the folder is a copy of one that is still where its id was kept."""
-    kept = run_dir / WANDB_ID
-    number, _, place = (kept.read_text().strip() if kept.exists() else "").partition("\n")
-    original = Path(place) / WANDB_ID
-    with suppress(OSError):  # it is not there any more, or somebody's own
-        if place and not original.samefile(kept) and original.read_text().startswith(number):
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"{run_dir} is a copy of {place} and becomes a run of its own at W&B; if it was moved and is to go on as run "
-                    f"{number}, delete {original} first",
-                    flush=True,
-                )
-            return ""
-    return number
-
-
-def _start_wandb(run_dir: Path, loggers: list[Logger]) -> None:
-    """Join or begin the W&B run, and keep its id: started again, the run is the same one there too.
-
-    Raises:
-        ValueError: W&B was reached and refuses.
-        OSError: the id cannot be kept.
-    """
-    wandb_logger: Any
-    for wandb_logger in (logger for logger in loggers if type(logger).__name__ == "WandbLogger"):
-        from wandb.errors import AuthenticationError, CommError, Error
-
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # else it uploads for as long as it takes
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
-        try:
-            try:
-                wandb_logger.experiment  # noqa: B018  starts it; WandbLogger resumes a run whose id is known
-            except (CommError, TimeoutError) as error:
-                if isinstance(error, AuthenticationError) or _WANDB_ANSWERED.search(str(error)):
-                    raise
-                _go_offline(error)
-                wandb_logger.experiment  # noqa: B018
-        except Error as error:
-            raise ValueError(
-                f"logger is wandb, and W&B did not start: {error} Set WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` it "
-                "later, or take --logger tensorboard"
-            ) from error
-        write_atomically(run_dir / WANDB_ID, f"{wandb_logger.version}\n{run_dir.resolve()}\n".encode())
-
-
-def _go_offline(error: Exception) -> None:
-    """Have the next W&B run of this process be kept on the disk."""
-    import wandb
-
-    with suppress(SystemExit):  # of a service that ended badly
-        wandb.teardown()  # else the run's id stays taken, and the environment is not read again
-    os.environ["WANDB_MODE"] = "offline"
-    reason = " ".join(str(error).split())
-    _say(f"W&B cannot be reached, its run goes on offline, and `wandb sync` uploads it later: {reason}")
-
-
-def _finish_wandb(wandb_logger: Any) -> None:
-    """Upload, for so long as it may take."""
-    run = wandb_logger.experiment
-    try:
-        run.finish()
-    except TimeoutError:
-        _say(f"W&B did not upload everything in time; later, `wandb sync {Path(run.dir).parent}` does")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pretrain import config, data, history, left_out
 from pretrain.cli import Parser, fail
+from pretrain.mixture import Mixture
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
         fail(parser.prog, error)
 
 
-def step_table(settings: config.Config, sources: list[data.Source], mixture: data.Mixture, step: int) -> Table:
+def step_table(settings: config.Config, sources: list[data.Source], mixture: Mixture, step: int) -> Table:
     """One row a document: slot in the step, source, epoch, sequence, and the document's file and line.
 
     Raises:
@@ -71,9 +72,7 @@ def step_table(settings: config.Config, sources: list[data.Source], mixture: dat
     return table
 
 
-def compare_with_log(
-    settings: config.Config, sources: list[data.Source], mixture: data.Mixture, step: int
-) -> str | None:
+def compare_with_log(settings: config.Config, sources: list[data.Source], mixture: Mixture, step: int) -> str | None:
     """Says that the run has read just this in `step`, by the fingerprint in its metrics.jsonl; None where it has none.
 
     Raises:
@@ -97,7 +96,7 @@ def compare_with_log(
     return f"{run_dir} has read these sequences: data_hash {logged}"
 
 
-def summary(settings: config.Config, sources: list[data.Source], mixture: data.Mixture) -> Table:
+def summary(settings: config.Config, sources: list[data.Source], mixture: Mixture) -> Table:
     """One row a source, and a stage of the mixture: share, tokens that the run takes, epochs that this means."""
     steps, T, without = settings.train.max_steps, settings.data.seq_len, settings.train.leave_out
     trained = left_out.trained_steps(0, steps, without)

@@ -33,8 +33,10 @@ from pretrain import (
     scheduler,
     soundness,
 )
+from pretrain.disk import checkpoint_bytes
 from pretrain.hosts import is_first_here, this_host
-from pretrain.memory import checkpoint_bytes
+from pretrain.loggers import make_loggers
+from pretrain.mixture import Mixture
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.reading import json_mapping
@@ -61,7 +63,7 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
     sets = data.open_sets(settings.validation.sets, sources, seq_len, vocab_size)
     mixture = data.make_mixture(sources, settings.data, settings.seed, settings.train.global_batch_size)
     fabric, sharding = parallel.launch(
-        settings.parallel, settings.model, metrics.make_loggers(settings), settings.train.deterministic
+        settings.parallel, settings.model, make_loggers(settings), settings.train.deterministic
     )
     _check_alike(settings, sources, sets)
     ranks.everywhere(lambda: init_from.check(settings))
@@ -83,7 +85,7 @@ def _build(
     sharding: Sharding,
     sources: list[data.Source],
     sets: data.Sets,
-    mixture: data.Mixture,
+    mixture: Mixture,
     grad_accum_steps: int,
     saves: bool,
 ) -> Run:

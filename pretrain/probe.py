@@ -20,9 +20,10 @@ from typing import Any, cast
 import torch
 from lightning.fabric import Fabric
 
-from pretrain import config, data, metrics, parallel, sharding
+from pretrain import config, metrics, parallel, sharding
 from pretrain.chips import CHIPS, Chip
 from pretrain.memory import Layout, layer_keeps
+from pretrain.mixture import Mixture, Stage
 from pretrain.model import count
 from pretrain.optim import make_optimizer
 from pretrain.run import Run
@@ -193,7 +194,7 @@ def _run(fabric: Fabric, settings: config.Config, alone: config.ParallelConfig, 
         model=model,
         optimizer=make_optimizer(parallel.unwrap(model), settings.optim),
         sources=[],
-        mixture=data.Mixture([1], [data.Stage(1, (Fraction(1),))], [""], settings.train.micro_batch_size),
+        mixture=Mixture([1], [Stage(1, (Fraction(1),))], [""], settings.train.micro_batch_size),
         grad_accum_steps=1,
         facts={},
         flops_per_token={},

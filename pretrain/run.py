@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from pretrain import config, data, left_out, metrics, pace, parallel
+from pretrain.mixture import Mixture
 from pretrain.model import Llama
 from pretrain.sharding import Sharding
 from pretrain.skips import Skips
@@ -48,7 +49,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.AdamW
     sources: list[data.Source]
-    mixture: data.Mixture
+    mixture: Mixture
     grad_accum_steps: int
     facts: dict[str, Any]
     """What must be the same when the run goes on: the model's shape and what the order of the data depends on."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from data_prep.shard import TOKENIZER_DIR, TokenDataset, token_bytes
 from pretrain import data, ranks
+from pretrain.mixture import Mixture
 from pretrain.ops import IGNORE_INDEX
 from pretrain.sections import ValidationConfig
 from pretrain.watchdog import at
@@ -64,7 +65,7 @@ def micro_batches(
 
 
 def describe_sources(
-    sources: list[data.Source], mixture: data.Mixture, step: int, seq_len: int, config: ValidationConfig
+    sources: list[data.Source], mixture: Mixture, step: int, seq_len: int, config: ValidationConfig
 ) -> dict[str, dict[str, Any]]:
     """What the run's first line of metrics says of each source: share, sizes, and the entropy that a model must beat."""
     described = {}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pretrain import config, plan
-from pretrain.memory import checkpoint_bytes
+from pretrain.disk import checkpoint_bytes
 from pretrain.model import count
 from pretrain.optim import learning_rate
 from pretrain.sections import CheckpointConfig, Config, DataConfig, OpsConfig, SourceConfig, StageConfig

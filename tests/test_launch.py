@@ -342,7 +342,7 @@ def test_wandb_ends_before_the_ranks_leave_and_not_as_a_success_after_an_excepti
         def finalize(self, status: str) -> None:
             called.append(status)
 
-    monkeypatch.setattr(metrics, "_start_wandb", lambda run_dir, loggers: None)
+    monkeypatch.setattr(metrics, "start_wandb", lambda run_dir, loggers: None)
     fabric: Any = SimpleNamespace(is_global_zero=True, loggers=[WandbLogger()])
     metrics.MetricsLog(tmp_path, fabric).close()
     assert called == ["success", "finish"]

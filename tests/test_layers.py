@@ -21,6 +21,7 @@ LAYERS = [
         "crash",
         "imports",
         "lock",
+        "mixture",
         "processes",
         "progress",
         "ranks",
@@ -31,14 +32,14 @@ LAYERS = [
         "versions",
     },
     {"left_out"},
-    {"history", "bench_rows", "chips", "config", "joining", "pace", "peer", "hub"},
+    {"history", "bench_rows", "chips", "config", "joining", "loggers", "pace", "peer", "hub"},
     {"watcher", "several"},
     {"bench_result", "ops", "optim", "data", "metrics", "pictures", "page", "checkup", "devices", "watchdog"},
     {"model", "kernels", "checkpoint", "hf_config", "overlay"},
     {"retention"},
     {"backends", "sharding"},
     {"float8", "memory", "soundness"},
-    {"parallel", "hf", "saver", "speed"},
+    {"disk", "parallel", "hf", "saver", "speed"},
     {"validation", "published", "snapshot", "choice"},
     {"going_on", "run_folder", "answer"},
     {"init_from"},
@@ -75,6 +76,14 @@ def modules(package: str) -> dict[str, Path]:
 
 def test_every_module_has_its_layer() -> None:
     assert set().union(*LAYERS) == set(modules("pretrain"))
+
+
+def test_the_package_s_map_names_each_module_once_and_nothing_else() -> None:
+    """`pretrain/__init__.py` says in a line what each is for."""
+    page = ast.get_docstring(ast.parse((ROOT / "pretrain" / "__init__.py").read_text()))
+    assert page is not None
+    named = [line.split()[0] for line in page.splitlines() if line.startswith("    ")]
+    assert sorted(named) == sorted(modules("pretrain"))
 
 
 @pytest.mark.parametrize("name", sorted(modules("pretrain")))

@@ -1,5 +1,6 @@
 """`train.leave_out`: steps that are not trained, and every other step as it would have been."""
 
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_going_on import state, train
 
-from pretrain import config, data, going_on, left_out, page
+from pretrain import config, going_on, left_out, page
 from pretrain.__main__ import main
 from pretrain.history import read
+from pretrain.mixture import Mixture, Stage
 from pretrain.sections import StepRange
 
 OUT: list[dict[str, int]] = [{"first_step": 5, "last_step": 6}, {"first_step": 9, "last_step": 9}]
@@ -170,4 +172,4 @@ def test_the_checkpoint_before_a_decay_is_never_left_out(datasets: Path, tmp_pat
 def test_ranges_behind_the_end_do_no_harm(datasets: Path, tmp_path: Path) -> None:
     """A shorter run of the same configuration, as verify-resume makes it."""
     assert train(datasets, tmp_path / "run", **settings(max_steps=4)) == 0
-    assert data.Mixture([10], [data.Stage(1, (data.Fraction(1),))], ["a"], 4).taken([]) == [0]
+    assert Mixture([10], [Stage(1, (Fraction(1),))], ["a"], 4).taken([]) == [0]

@@ -23,7 +23,7 @@ import wandb
 from conftest import records, tiny_config, write_config
 from wandb.errors import AuthenticationError, CommError, UsageError
 
-from pretrain import config, data, history, logbook, metrics, preparation, saver, trainer, validation
+from pretrain import config, data, history, logbook, loggers, metrics, preparation, saver, trainer, validation
 from pretrain.model import count
 
 
@@ -229,8 +229,8 @@ def test_a_wandb_id_that_a_full_disk_cut_is_made_anew(datasets: Path, tmp_path: 
     settings = config.load(write_config(tmp_path / "c.yaml", tiny_config(datasets, tmp_path / "run", logger="wandb")))
     (tmp_path / "run").mkdir()
     for kept in ("", "abc\n"):
-        (tmp_path / "run" / metrics.WANDB_ID).write_text(kept)
-        (logger,) = metrics.make_loggers(settings)
+        (tmp_path / "run" / loggers.WANDB_ID).write_text(kept)
+        (logger,) = loggers.make_loggers(settings)
         assert re.fullmatch(kept.strip() or "[0-9a-f]{8}", str(logger.version))
 
 
@@ -239,20 +239,20 @@ def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(
 ) -> None:
     original, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     original.mkdir()
-    (original / metrics.WANDB_ID).write_text(f"abc\n{original}\n")
-    assert metrics._kept_id(original) == "abc"
+    (original / loggers.WANDB_ID).write_text(f"abc\n{original}\n")
+    assert loggers._kept_id(original) == "abc"
     shutil.copytree(original, elsewhere)
-    assert metrics._kept_id(elsewhere) == ""
-    assert f"go on as run abc, delete {original / metrics.WANDB_ID}" in capsys.readouterr().out
-    assert metrics._kept_id(original) == "abc"
+    assert loggers._kept_id(elsewhere) == ""
+    assert f"go on as run abc, delete {original / loggers.WANDB_ID}" in capsys.readouterr().out
+    assert loggers._kept_id(original) == "abc"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "samefile", mock.Mock(side_effect=PermissionError))
-        assert metrics._kept_id(elsewhere) == "abc", "of somebody's own folder nothing is known"
+        assert loggers._kept_id(elsewhere) == "abc", "of somebody's own folder nothing is known"
     shutil.rmtree(original)
-    assert metrics._kept_id(elsewhere) == "abc", "as if it had been moved"
+    assert loggers._kept_id(elsewhere) == "abc", "as if it had been moved"
     (tmp_path / "link").symlink_to(elsewhere)
-    (elsewhere / metrics.WANDB_ID).write_text(f"abc\n{tmp_path / 'link'}\n")
-    assert metrics._kept_id(elsewhere) == "abc", "the same folder by another name"
+    (elsewhere / loggers.WANDB_ID).write_text(f"abc\n{tmp_path / 'link'}\n")
+    assert loggers._kept_id(elsewhere) == "abc", "the same folder by another name"
 
 
 TO_NOBODY = (
@@ -272,7 +272,7 @@ def test_a_wandb_that_cannot_be_reached_is_waited_for_offline(
     make_log(tmp_path, logger).write("train", 1, {"loss": 1.0})
     assert len(logger.calls) == len(torn_down) == 1
     assert os.environ["WANDB_MODE"] == "offline"
-    assert (tmp_path / metrics.WANDB_ID).read_text() == f"abc\n{tmp_path}\n"
+    assert (tmp_path / loggers.WANDB_ID).read_text() == f"abc\n{tmp_path}\n"
     (line,) = capsys.readouterr().out.splitlines()
     assert "goes on offline, and `wandb sync` uploads it later" in line
     assert str(error) in line

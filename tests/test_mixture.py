@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import data
+from pretrain.mixture import Mixture, Stage
 from pretrain.permutation import permute
 from pretrain.sections import DataConfig, SourceConfig
 
 
-def make_mixture(lengths: list[int], weights: list[int], batch: int, seed: int = 1) -> data.Mixture:
+def make_mixture(lengths: list[int], weights: list[int], batch: int, seed: int = 1) -> Mixture:
     keys = [f"{seed}:{s}" for s in range(len(lengths))]
-    return data.Mixture(lengths, [data.Stage(1, shares(weights))], keys, batch)
+    return Mixture(lengths, [Stage(1, shares(weights))], keys, batch)
 
 
 def shares(weights: list[int]) -> tuple[Fraction, ...]:
@@ -83,9 +84,9 @@ def test_decimal_weights_are_taken_by_their_digits(datasets: Path) -> None:
 def test_stages_change_the_mixture_and_stay_a_pure_function() -> None:
     """Three sources: the third is warmed in at step 11, the first leaves at step 21; shares stay exact, epochs go on."""
     weights = {1: [7, 3, 0], 11: [6, 3, 1], 21: [0, 1, 1]}
-    stages = [data.Stage(first, shares(w)) for first, w in weights.items()]
+    stages = [Stage(first, shares(w)) for first, w in weights.items()]
     lengths, batch = [300, 150, 40], 30
-    mixture = data.Mixture(lengths, stages, ["a", "b", "c"], batch)
+    mixture = Mixture(lengths, stages, ["a", "b", "c"], batch)
     due = [Fraction(0)] * 3
     sequences: list[list[tuple[int, int]]] = [[], [], []]
     for step in range(1, 31):
@@ -104,7 +105,7 @@ def test_stages_change_the_mixture_and_stay_a_pure_function() -> None:
         epochs = [epoch for epoch, _ in drawn]
         assert epochs == sorted(epochs)
         assert epochs[-1] == (len(drawn) - 1) // length
-    first = data.Mixture(lengths, stages[:1], ["a", "b", "c"], batch)
+    first = Mixture(lengths, stages[:1], ["a", "b", "c"], batch)
     assert all(np.array_equal(a, b) for a, b in zip(first.sequences(10), mixture.sequences(10))), "earlier steps stay"
 
 
@@ -120,8 +121,8 @@ def test_no_source_drifts_by_more_than_one_however_often_the_weights_change(
 ) -> None:
     """The fourth source joins with some stage."""
     weights = [[*w[:3], w[3] if number >= joins else 0] for number, w in enumerate(stages)]
-    plan = [data.Stage(1 + number * length, shares(w)) for number, w in enumerate(weights)]
-    mixture = data.Mixture([1000] * 4, plan, list("abcd"), batch)
+    plan = [Stage(1 + number * length, shares(w)) for number, w in enumerate(weights)]
+    mixture = Mixture([1000] * 4, plan, list("abcd"), batch)
     due, before = [Fraction(0)] * 4, [0] * 4
     for step in range(1, len(stages) * length + 20):
         due = [d + share * batch for d, share in zip(due, mixture.shares_at(step))]
@@ -139,8 +140,8 @@ def test_no_source_drifts_by_more_than_one_however_often_the_weights_change(
     batch=st.integers(40, 70),
 )
 def test_sources_that_leave_and_come_back_leave_the_others_little(stages: list[list[int]], batch: int) -> None:
-    plan = [data.Stage(1 + 3 * number, shares(w)) for number, w in enumerate(stages)]
-    mixture = data.Mixture([1000] * 4, plan, list("abcd"), batch)
+    plan = [Stage(1 + 3 * number, shares(w)) for number, w in enumerate(stages)]
+    mixture = Mixture([1000] * 4, plan, list("abcd"), batch)
     due, before, left = [Fraction(0)] * 4, [0] * 4, Fraction(0)
     for step in range(1, 3 * len(stages) + 5):
         now = mixture.shares_at(step)
@@ -156,8 +157,8 @@ def test_sources_that_leave_and_come_back_leave_the_others_little(stages: list[l
 
 
 def test_two_sources_have_floor_or_ceiling_in_every_step_of_every_stage() -> None:
-    stages = [data.Stage(1 + 7 * n, shares(w)) for n, w in enumerate([[7, 3], [2, 1], [1, 6], [7, 3], [5, 8]])]
-    mixture = data.Mixture([1000] * 2, stages, ["a", "b"], 64)
+    stages = [Stage(1 + 7 * n, shares(w)) for n, w in enumerate([[7, 3], [2, 1], [1, 6], [7, 3], [5, 8]])]
+    mixture = Mixture([1000] * 2, stages, ["a", "b"], 64)
     due = Fraction(0)
     for step in range(1, 60):
         share = mixture.shares_at(step)[0] * 64

@@ -14,6 +14,7 @@ from conftest import write_dataset
 from data_prep.shard import Manifest, TokenizerInfo
 from data_prep.sources import is_held_out
 from pretrain import data
+from pretrain.mixture import Mixture
 from pretrain.permutation import permute
 from pretrain.sections import DataConfig, SourceConfig, StageConfig
 
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixture(
     *entries: tuple[Path, float], seed: int = 1, batch: int = 10, stages: tuple[StageConfig, ...] = ()
-) -> data.Mixture:
+) -> Mixture:
     """The order as `pretrain train` makes it, of `batch` sequences a step."""
     named = [SourceConfig(f"{number}", str(train), weight) for number, (train, weight) in enumerate(entries)]
     config = DataConfig(SEQ_LEN, sources=named, stages=list(stages))
