@@ -112,16 +112,19 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
         seconds * rates.layers / gain for seconds in (products, attention, between, recomputed)
     )
     loss *= rates.rest / gain
-    communication = communication_seconds(model, layout, chip, rates)
+    in_rings, to_replicas = communication_seconds(model, layout, chip, rates)
     updated = L * counts.layer * rates.layers + (counts.total - L * counts.layer) * rates.rest
     optimizer = 40 * updated / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
+    computation = products + attention + between + recomputed + loss
+    # Shards are exchanged all the time; replicas add up during the last micro-step's backward, two thirds of all but recomputing.
+    last_backward = (2 / 3 * (computation - recomputed) + recomputed) / layout.grad_accum_steps
     return Step(
         products=products,
         attention=attention,
         memory_bound=between,
         loss=loss,
         recomputed=recomputed,
-        communication=exposed(communication, products + attention + between + recomputed + loss, rates),
+        communication=exposed(in_rings, computation, rates) + exposed(to_replicas, last_backward, rates),
         optimizer=optimizer,
     )
 
@@ -161,19 +164,19 @@ def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout,
     return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bytes_per_s)
 
 
-def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> float:
-    """Seconds of collectives in a step, hidden or not.
+def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> tuple[float, float]:
+    """Seconds of collectives in a step, hidden or not: in the rings of those that share a copy of the weights, and of replicas.
 
     A ring runs at the slowest link that it crosses; a node's ring has all of its network cards.
     """
     in_ring, to_replicas = sent_bytes(count(model).total, layout)
     inside = rates.link * chip.link
     between_nodes = rates.link * chip.network_gbits / 8 * 1e9
-    seconds = in_ring / (inside if layout.gpus_per_node >= layout.shards else min(inside, between_nodes))
+    in_ring_s = in_ring / (inside if layout.gpus_per_node >= layout.shards else min(inside, between_nodes))
     if layout.nodes == 1:
-        return seconds + to_replicas / inside
+        return in_ring_s, to_replicas / inside
     among = min(layout.shards, layout.gpus_per_node)  # the rings of a node's shards share its cards
-    return seconds + to_replicas * among / between_nodes
+    return in_ring_s, to_replicas * among / between_nodes
 
 
 def sent_bytes(parameters: int, layout: Layout) -> tuple[float, float]:

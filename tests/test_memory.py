@@ -226,8 +226,10 @@ def test_what_ran_is_not_said_to_be_far_from_fitting() -> None:
 def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
     rates, slow = speed.A100, replace(CHIPS["A100-40G"], network_gbits=100)
     exchanged = {
-        (strategy, chip.network_gbits): speed.communication_seconds(
-            TINYLLAMA.model, Layout(strategy, 2, 8, micro_batch_size=8, grad_accum_steps=8), chip, rates
+        (strategy, chip.network_gbits): sum(
+            speed.communication_seconds(
+                TINYLLAMA.model, Layout(strategy, 2, 8, micro_batch_size=8, grad_accum_steps=8), chip, rates
+            )
         )
         for strategy in ("full_shard", "hybrid")
         for chip in (slow, CHIPS["A100-40G"])
@@ -235,7 +237,18 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
     assert exchanged["hybrid", 100] < exchanged["full_shard", 100] / 2
     assert exchanged["full_shard", 1600] < exchanged["full_shard", 100] / 10
     assert speed.exposed(2.0, 1.0, rates) == pytest.approx(1.0)
-    assert speed.communication_seconds(TINYLLAMA.model, Layout(), slow, rates) == 0
+    assert speed.communication_seconds(TINYLLAMA.model, Layout(), slow, rates) == (0, 0)
+
+
+def test_behind_the_last_micro_step_alone_replicas_exchange() -> None:
+    """4 bytes a parameter, summed and spread again by a node's 8 ranks of 1/8 each: 4 N bytes by its cards, at 70% of 25 Gbit/s."""
+    chip = replace(CHIPS["A100-40G"], network_gbits=25)
+    layout = Layout("hybrid", 2, 8, micro_batch_size=8, grad_accum_steps=8, gather="step")
+    step = speed.step_seconds(TINYLLAMA.model, 2048, layout, chip, speed.A100)
+    alone_s = 4 * count(TINYLLAMA.model).total / (0.7 * 25e9 / 8)
+    computing_s = step.seconds - step.communication - step.optimizer
+    assert 2.0 < alone_s < computing_s, "a whole step would hide half of it"
+    assert step.communication == pytest.approx(alone_s - 2 / 3 * computing_s / 8, rel=0.01)
 
 
 def test_replicas_within_a_node_exchange_over_its_links() -> None:
