@@ -72,7 +72,9 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(run_folder.enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
-            _verify_shards(Path(settings.run_dir) / "verified.json", data.datasets(sources, sets), stop)
+            begun_from = (Path(path).parent.parent for path in (settings.resume, settings.init_from) if path)
+            records = [folder / "verified.json" for folder in (Path(settings.run_dir), *begun_from)]
+            _verify_shards(records, data.datasets(sources, sets), stop)
         run = _build(settings, fabric, sharding, sources, sets, mixture, grad_accum_steps, saves)
         run.at_end = on_failure.pop_all()
         guard.rest()
@@ -249,29 +251,41 @@ def _check_alike(settings: config.Config, sources: list[data.Source], sets: data
             raise OSError(problem) if unlike == [_CODE] else ValueError(problem)
 
 
-def _verify_shards(record: Path, datasets: list[TokenDataset], stop: scheduler.Stop | None) -> None:
-    """Have the ranks read all shards, each its share, except those that `record` says were found good and did not change."""
+def _verify_shards(records: list[Path], datasets: list[TokenDataset], stop: scheduler.Stop | None) -> None:
+    """Have the ranks read all shards, each its share, but for what a record says was found good and has not changed since.
+
+    records: this run's own, which is written, and those of the runs that it was begun from, where they are any.
+    """
     known: dict[str, str] = {}
-    with suppress(OSError, ValueError):  # none yet, or torn: read all shards
-        known = json_mapping(record.read_bytes())
+    for record in reversed(records):
+        with suppress(OSError, ValueError):  # none yet, or torn: all is read
+            known |= json_mapping(record.read_bytes())
     for dataset in datasets:
         # as rank 0 sees it: 60,000 shards asked for by each of 128 ranks would be a load on the file system
         key, signature = str(dataset.directory), ranks.on_rank_0(partial(dataset.signature, of_these_files=True))
-        if ranks.broadcast(known.get(key)) == signature:
-            continue
-        at_a_time = 16 * ranks.world_size()  # shards between two looks at the signals
-        parts = -(-len(dataset.manifest.shards) // at_a_time)
-        for part in range(parts):
-            at("checking the shards")
-            share = (ranks.rank() * parts + part, ranks.world_size() * parts)
-            problem = ranks.first_problem(ranks.everywhere(partial(dataset.check, share, alive)))
-            if problem is not None:
-                raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
-            if ranks.all_reduce_max(torch.tensor(stop.signalled if stop else 0)):
-                if ranks.rank() == 0:
-                    print("stopped by a signal while the shards were read, before the first step", flush=True)
-                raise SystemExit(scheduler.LATER)
+        if ranks.broadcast(known.get(key)) != signature:
+            _read_shards(dataset, stop)
         known[key] = signature
-        content = json.dumps(known, indent=1).encode() + b"\n"
         # at once: what is found good is not read again, though the next one is damaged
-        ranks.on_rank_0(partial(write_atomically, record, content))
+        ranks.on_rank_0(partial(_note, records[0], json.dumps(known, indent=1).encode() + b"\n"))
+
+
+def _read_shards(dataset: TokenDataset, stop: scheduler.Stop | None) -> None:
+    """All of them, the ranks together. Raises ValueError where one is damaged, SystemExit where a signal came."""
+    at_a_time = 16 * ranks.world_size()  # shards between two looks at the signals
+    parts = -(-len(dataset.manifest.shards) // at_a_time)
+    for part in range(parts):
+        at("checking the shards")
+        share = (ranks.rank() * parts + part, ranks.world_size() * parts)
+        problem = ranks.first_problem(ranks.everywhere(partial(dataset.check, share, alive)))
+        if problem is not None:
+            raise ValueError(f"{problem}; data-prep verify {dataset.directory} names all that is wrong")
+        if ranks.all_reduce_max(torch.tensor(stop.signalled if stop else 0)):
+            if ranks.rank() == 0:
+                print("stopped by a signal while the shards were read, before the first step", flush=True)
+            raise SystemExit(scheduler.LATER)
+
+
+def _note(record: Path, content: bytes) -> None:
+    if not (record.is_file() and record.read_bytes() == content):
+        write_atomically(record, content)

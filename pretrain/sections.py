@@ -158,7 +158,8 @@ class DataConfig:
     """Changes of the mixture (list of first_step, weights), in the order of their steps; before the first, the weights above."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked of the shards before the first step. full: every byte's checksum and every token id, the ranks sharing the
-    work; a dataset that passed is not read again until a file changes. sizes: only the files' sizes."""
+    work; a dataset that passed is read again by neither this run nor those begun from its checkpoints, until a file changes.
+    sizes: only the files' sizes, for instance after data-prep verify."""
     allow_change: bool = False
     """Go on from a checkpoint that was trained on other data, another mixture or seed; what changed is said."""
     num_workers: int = 2

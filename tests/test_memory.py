@@ -241,7 +241,7 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
 
 
 def test_behind_the_last_micro_step_alone_replicas_exchange() -> None:
-    """4 bytes a parameter, summed and spread again by a node's 8 ranks of 1/8 each: 4 N bytes by its cards, at 70% of 25 Gbit/s."""
+    """4 bytes a parameter, summed and spread again by a node's 8 ranks of 1/8 each: 4 N bytes, at 70% of 25 Gbit/s."""
     chip = replace(CHIPS["A100-40G"], network_gbits=25)
     layout = Layout("hybrid", 2, 8, micro_batch_size=8, grad_accum_steps=8, gather="step")
     step = speed.step_seconds(TINYLLAMA.model, 2048, layout, chip, speed.A100)

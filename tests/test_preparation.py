@@ -37,7 +37,7 @@ def test_the_ranks_read_every_shard_once_at_the_start(
     monkeypatch.setattr(ranks, "on_rank_0", lambda work: work())
     for rank in range(world):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        preparation._verify_shards(tmp_path / f"verified-{rank}.json", data.datasets(sources, {}), stop=None)
+        preparation._verify_shards([tmp_path / f"verified-{rank}.json"], data.datasets(sources, {}), stop=None)
     assert len(rounds) > world, "there was one round"
     assert max(map(len, rounds)) <= 16
     assert Counter(name for names in rounds for name in names) == {f"part-{n}.npy": 1 for n in range(SHARDS)}
@@ -54,8 +54,13 @@ def test_a_damaged_record_of_what_was_read_has_all_read_again(
     for written in (content, None):
         if written is not None:
             record.write_text(written)
-        preparation._verify_shards(record, data.datasets(sources, {}), stop=None)
+        preparation._verify_shards([record], data.datasets(sources, {}), stop=None)
     assert read == [1], "once, and what was found good then counts"
+    for others in ([record], [], [tmp_path / "no such run" / "verified.json"]):
+        preparation._verify_shards([tmp_path / "branch.json", *others], data.datasets(sources, {}), stop=None)
+    assert read == [1], "a run that is begun from another one's checkpoint takes its word, and keeps it"
+    preparation._verify_shards([tmp_path / "another.json"], data.datasets(sources, {}), stop=None)
+    assert read == [1, 1]
 
 
 def test_shards_that_were_replaced_are_read_again_whatever_times_the_copy_has(tmp_path: Path) -> None:
