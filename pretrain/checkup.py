@@ -63,6 +63,8 @@ class Link:
     """One host: within it."""
     bytes_per_s: float
     """What each rank sends, and receives, in a second (the "bus bandwidth")."""
+    rail: int = 0
+    """Between two hosts: the local rank at both ends; all rails of a pair are measured at once."""
 
 
 @dataclass(frozen=True)
@@ -207,32 +209,35 @@ def _speed(
 def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Finding]:
     """Within each host, and between hosts: who is slow on all of its links, though they go to hosts that are not.
 
-    A host is slow if even its fastest link is. That link is compared with the median host's (of two hosts the faster one's: a
-    link can only be slower than it should be). Within a host also with NVLink's datasheet, of which a ring attains three quarters
-    and PCIe less than a tenth. Between hosts, for which no datasheet speaks, also with what the run sends: bad if sending takes
-    longer than the step even with a network card for each rank, a warning if it does with one card for the host. With two hosts
-    nobody can tell which end is slow.
+    A host is slow if even its fastest link is; between hosts, on any one rail, for the slowest one's sums are waited for. It is
+    compared with the median of all hosts' (of two hosts within themselves the faster one's: a link can only be slower than it
+    should be). Within a host also with NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth.
+    Between hosts, for which no datasheet speaks, all rails together also with what the run sends: bad if sending takes longer
+    than the step, a warning if it takes more than half of it. With two hosts nobody can tell which end is slow.
     """
-    ranks_of = Counter(rank.host for rank in measured)
     devices = {rank.host: rank.device for rank in measured}
     findings = []
     for check, size in (("all-reduce within", 1), ("all-reduce across", 2)):
-        best: dict[str, float] = {}
+        best: dict[str, dict[int, float]] = {}
         for link in (link for link in links if len(link.hosts) == size):
             for host in link.hosts:
-                best[host] = max(best.get(host, 0.0), link.bytes_per_s)
-        typical = median_high(best.values()) if best else 0.0
-        for host, speed in best.items():
+                rails = best.setdefault(host, {})
+                rails[link.rail] = max(rails.get(link.rail, 0.0), link.bytes_per_s)
+        typical = median_high(speed for rails in best.values() for speed in rails.values()) if best else 0.0
+        for host, rails in best.items():
+            slowest, speed = min(rails.items(), key=lambda rail: rail[1])
+            together = sum(rails.values())
             chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
             peak = chip.link if chip else None
             of_peak = speed / peak if peak else 1.0
             need = needs.send_bytes_per_s if size == 2 else 0.0
-            bad = speed < 0.6 * typical or of_peak < 0.2 or speed < need / ranks_of[host]
-            warn = speed < 0.8 * typical or of_peak < 0.4 or speed < need
+            bad = speed < 0.6 * typical or of_peak < 0.2 or together < need
+            warn = speed < 0.8 * typical or of_peak < 0.4 or together < 2 * need
             share = f", {100 * of_peak:.0f}% of NVLink" if peak else ""
+            share += f" by local rank {slowest}, {together / 1e9:.2f} by all {len(rails)}" if len(rails) > 1 else ""
             status = "bad" if bad else "warn" if warn else "ok"
             found, wanted = f"{speed / 1e9:.2f} GB/s{share}", f"usual {typical / 1e9:.2f} GB/s"
-            wanted += f", a host sends {need / 1e9:.2g} GB/s by {ranks_of[host]} ranks" if need else ""
+            wanted += f", a host sends {need / 1e9:.2g} GB/s" if need else ""
             findings.append(Finding(host, check, status, found, wanted))
     return findings
 

@@ -231,21 +231,28 @@ def _existing(folder: Path) -> Path:
 
 
 def _measure_links(hosts: list[str], device: torch.device, seconds: float) -> list[Link]:
-    """All-reduces one after the other: among the ranks of each host, and of each host's first rank with the next host's."""
+    """All-reduces: among the ranks of each host, one host after the other; then from each host to the next, one pair after the
+    other, all of a pair's ranks at once, each with the other host's of the same local rank: by rails, as a hybrid run does.
+    """
     if len(hosts) == 1:
         return []
     by_host = {host: [rank for rank, its in enumerate(hosts) if its == host] for host in dict.fromkeys(hosts)}
-    groups: list[tuple[tuple[str, ...], list[int]]] = [
-        ((h,), members) for h, members in by_host.items() if len(members) > 1
+    at_once: list[tuple[tuple[str, ...], list[list[int]]]] = [
+        ((h,), [members]) for h, members in by_host.items() if len(members) > 1
     ]
     names = list(by_host)
     pairs = list(pairwise(names)) + ([(names[-1], names[0])] if len(names) > 2 else [])
-    groups += [((a, b), [by_host[a][0], by_host[b][0]]) for a, b in pairs]
+    at_once += [((a, b), [list(ends) for ends in zip(by_host[a], by_host[b])]) for a, b in pairs]
     results = []
-    for where, members in groups:
-        group = dist.new_group(members)  # called by all
-        speed = _all_reduce_speed(group, len(members), device, seconds) if ranks.rank() in members else 0.0
-        results.append(Link(where, max(ranks.gather(speed))))
+    for where, rails in at_once:
+        groups = [dist.new_group(members) for members in rails]  # called by all
+        mine = next((group for group, members in zip(groups, rails) if ranks.rank() in members), None)
+        if mine is not None:
+            dist.all_reduce(torch.ones(1, device=device), group=mine)  # connects its ranks
+            devices.finish(device)
+        ranks.barrier()
+        speeds = ranks.gather(0.0 if mine is None else _all_reduce_speed(mine, len(rails[0]), device, seconds))
+        results += [Link(where, min(speeds[n] for n in members), rail) for rail, members in enumerate(rails)]
     return results
 
 
@@ -253,8 +260,6 @@ def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device,
     """Bytes/s that each member sends: 2 (n - 1) / n of the tensor an all-reduce (a ring's traffic)."""
     tensor = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
     times = 20 if device.type == "cuda" else max(2, int(5 * seconds))  # the same number on all members
-    dist.all_reduce(tensor, group=group)
-    devices.finish(device)
     began = time.perf_counter()
     for _ in range(times):
         dist.all_reduce(tensor, group=group)

@@ -7,11 +7,15 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import forks
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import pretrain, tiny_config, write_config
 
 from pretrain import checkup, config, devices, doctor
@@ -119,12 +123,54 @@ def test_of_three_hosts_the_one_without_a_fast_link_is_bad() -> None:
     assert troubles(checkup.judge(cluster(), links, NEEDS)) == [("node1", "all-reduce across", "bad")]
 
 
+def test_one_slow_rail_of_a_host_is_named_among_its_fast_ones() -> None:
+    ring = [("node0", "node1"), ("node1", "node2"), ("node2", "node3"), ("node3", "node0")]
+    slow = {("node2", 5)}
+    links = [
+        Link(pair, 2e9 if any((h, rail) in slow for h in pair) else 20e9, rail) for pair in ring for rail in range(8)
+    ]
+    findings = checkup.judge(cluster(), links, NEEDS)
+    assert troubles(findings) == [("node2", "all-reduce across", "bad")]
+    assert "2.00 GB/s by local rank 5, 142.00 by all 8" in next(f.found for f in findings if f.status == "bad")
+
+
+def test_hosts_are_measured_rail_by_rail_and_a_slow_one_is_seen(tmp_path: Path) -> None:
+    """Four ranks as two hosts; the second host's local rank 1 comes late to its sums, by a fifth of a second each."""
+    output = tmp_path / "said"
+
+    def body(rank: int) -> int:
+        dist.init_process_group("gloo")
+        if rank == 3:
+            all_reduce = dist.all_reduce
+
+            def late(tensor: torch.Tensor, group: dist.ProcessGroup | None = None, **rest: Any) -> None:
+                time.sleep(0.2 if tensor.numel() > 1 and dist.get_process_group_ranks(group) == [1, 3] else 0)
+                all_reduce(tensor, group=group, **rest)
+
+            dist.all_reduce = late  # type: ignore[assignment]
+        links = doctor._measure_links(["a", "a", "b", "b"], torch.device("cpu"), 0.5)
+        assert [(link.hosts, link.rail) for link in links] == [
+            (("a",), 0),
+            (("b",), 0),
+            (("a", "b"), 0),
+            (("a", "b"), 1),
+        ]
+        slow = min(links, key=lambda link: link.bytes_per_s)
+        assert (slow.hosts, slow.rail) == (("a", "b"), 1), links
+        assert 0 < slow.bytes_per_s <= 2**22 / 0.2  # 4 MiB a sum
+        dist.destroy_process_group()
+        return 0
+
+    assert forks.finish(forks.fork_ranks(4, output, body)) == [0] * 4, output.read_text()
+
+
 @pytest.mark.parametrize(("speed", "status"), [(0.04e9, "bad"), (0.09e9, "warn"), (0.2e9, "ok")])
 def test_a_link_of_two_hosts_is_held_against_what_the_run_sends(speed: float, status: str) -> None:
     """Neither has another to be compared with, and nobody can tell which one it is."""
-    found = [f for f in checkup.judge(cluster(), [Link(("node0", "node1"), speed)], NEEDS) if "across" in f.check]
+    links = [Link(("node0", "node1"), speed, rail) for rail in range(2)]
+    found = [f for f in checkup.judge(cluster(), links, NEEDS) if "across" in f.check]
     assert [(f.host, f.status) for f in found] == [("node0", status), ("node1", status)]
-    assert all("a host sends 0.1 GB/s by 2 ranks" in f.wanted for f in found)
+    assert all("a host sends 0.1 GB/s" in f.wanted for f in found)
 
 
 @pytest.mark.parametrize(
