@@ -16,6 +16,9 @@
 
 # Lines of NCCL's warnings are what a site's support will ask for first.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# FSDP gathers weights into buffers on a stream of its own; in segments that can grow they leave no holes that nothing else fits.
+# The log's alloc_retries counts how often the allocator had to give memory back and ask again.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # A rank's log is to hold its last words when it is killed.
 export PYTHONUNBUFFERED=1
 # A broken link aborts all ranks: none is to leave a core of its GPU's process. CORES=unlimited before the command keeps them.

@@ -97,17 +97,25 @@ def train_metrics(
 ) -> dict[str, Any]:
     """Speed over the whole steps since the last line, and peak memory; `clock` is paused, the device has finished.
 
-    peak_mem_gib: the most that tensors took at a time since the process began; on a CPU its largest resident size.
+    peak_mem_gib: the most that tensors took at a time since the process began; on a CPU its largest resident size. On a GPU also
+    reserved_mem_gib, the most that the allocator held for them, and alloc_retries: how often it found no room, gave all that was
+    free back and asked the device again, which stops the step. Where they rise, memory is short or in pieces.
     """
-    cuda = device.type == "cuda"
-    memory = (
-        torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        memory = stats["allocated_bytes.all.peak"]
+        more = {
+            "reserved_mem_gib": stats["reserved_bytes.all.peak"] / 2**30,
+            "alloc_retries": stats["num_alloc_retries"],
+        }
+    else:
+        memory, more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, {}
     return {
         **throughput(tokens_per_step, clock.train_s / clock.steps, world_size, flops, device),
         "step_time_s": clock.train_s / clock.steps,
         "data_wait_s": clock.data_wait_s / clock.steps,
         "peak_mem_gib": memory / 2**30,
+        **more,
     }
 
 

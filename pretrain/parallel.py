@@ -42,9 +42,9 @@ def launch(
     shape: the model's size decides the sharding. deterministic: the same bits every time, on a GPU too.
 
     Raises:
-        ValueError: the accelerator is not there, the strategy does not fit the number of ranks, or SLURM's tasks were
-            started without their numbers.
-        OSError: SLURM's job has GPUs and none is to be seen; or the ranks did not meet (TimeoutError).
+        ValueError: the accelerator is not there, or this PyTorch is not made for it; the strategy does not fit the number of
+            ranks; or SLURM's tasks were started without their numbers.
+        OSError: SLURM's job has GPUs and none is to be seen, or none can be used; or the ranks did not meet (TimeoutError).
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -119,6 +119,11 @@ def _choose_accelerator(parallel: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if parallel.accelerator != "cpu" and gpus < min(int(given), local_world_size):
+        if torch.version.cuda is None:
+            raise ValueError(
+                f"SLURM gave this job {given} GPUs on {this_host()}, and this PyTorch ({torch.__version__}) is one for CPUs: "
+                "install one for CUDA (README, Two commands), or set --parallel.accelerator cpu"
+            )
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         each = f"; where SLURM shows each task one GPU (CUDA_VISIBLE_DEVICES {shown}), give srun --gpu-bind=none"
         suspect(this_host())
@@ -134,7 +139,27 @@ def _choose_accelerator(parallel: ParallelConfig, local_world_size: int) -> str:
             f"parallel.accelerator is {parallel.accelerator}: this node has {gpus} GPUs for {local_world_size} ranks; "
             f"{start}set --parallel.accelerator cpu"
         )
+    if accelerator == "cuda":
+        _wake_driver()
     return accelerator
+
+
+def _wake_driver() -> None:
+    """The first call of CUDA: NVML, by which GPUs are counted, sees them whether they can be used or not."""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0].partition(". ")[0]
+        if "driver" in why and "too old" in why:
+            raise ValueError(
+                f"{this_host()}: {why}: PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; install one for a "
+                "CUDA that this driver knows (nvidia-smi names its newest), or update the driver"
+            ) from None
+        suspect(this_host())
+        raise OSError(
+            f"the GPUs of {this_host()} cannot be used ({why}): see nvidia-smi on that host, and leave it out with sbatch "
+            "--exclude"
+        ) from None
 
 
 def build(

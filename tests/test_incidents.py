@@ -267,8 +267,14 @@ def test_a_node_without_the_gpus_it_should_have_is_named(tmp_path: Path, monkeyp
     monkeypatch.setenv("CRIA_SUSPECT", str(tmp_path / "suspect"))
     assert this_host() == "gpu017"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     assert parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1) == "cpu"
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ValueError, match=r"this PyTorch \(2\..*\) is one for CPUs: install one for CUDA"):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1)
+    assert not (tmp_path / "suspect").exists(), "the host is well"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert parallel._choose_accelerator(ParallelConfig(accelerator="cpu"), 1) == "cpu"
     with pytest.raises(OSError, match=f"8 GPUs on {this_host()}, and PyTorch finds none there"):
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 1)
@@ -282,6 +288,29 @@ def test_a_node_without_the_gpus_it_should_have_is_named(tmp_path: Path, monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(OSError, match=r"each task one GPU \(CUDA_VISIBLE_DEVICES 0\), give srun --gpu-bind=none"):
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
+
+
+def test_gpus_that_are_seen_and_cannot_be_used_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old driver is the installation's fault; all else is the host's."""
+    monkeypatch.setenv("CRIA_SUSPECT", str(tmp_path / "suspect"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    said = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading it."
+
+    def fail() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with pytest.raises(
+        ValueError, match=r"too old \(found version 12040\): PyTorch 2\..* is built for CUDA .*; install one for a"
+    ):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
+    assert not (tmp_path / "suspect").exists()
+    said = "CUDA unknown error - this may be due to an incorrectly set up environment.\nmore"
+    with pytest.raises(
+        OSError, match=f"the GPUs of {this_host()} cannot be used .CUDA unknown error.* see nvidia-smi on that host"
+    ):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
+    assert (tmp_path / "suspect").read_text() == f"{this_host()}\n"
 
 
 def test_as_many_files_as_the_system_lets_us() -> None:

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
+import torch
 import wandb
 from conftest import records, tiny_config, write_config
 from wandb.errors import AuthenticationError, CommError, UsageError
@@ -291,3 +292,15 @@ def test_a_wandb_that_says_no_is_a_refusal(tmp_path: Path, error: Exception) -> 
     with pytest.raises(ValueError, match=r"W&B did not start: .*--logger tensorboard"):
         make_log(tmp_path, WandbLogger(error))
     assert os.environ["WANDB_MODE"] == "online"
+
+
+def test_a_gpus_memory_is_what_tensors_and_the_allocator_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 5 * 2**30, "num_alloc_retries": 7}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    clock = cast(metrics.Clock, SimpleNamespace(steps=4, train_s=2.0, data_wait_s=0.4))
+    found = metrics.train_metrics(clock, 1000, 2, {"m1": 1e9}, torch.device("cuda"))
+    assert (found["peak_mem_gib"], found["reserved_mem_gib"], found["alloc_retries"]) == (3, 5, 7)
+    assert found["tokens_per_sec_per_gpu"] == 1000
+    on_cpu = metrics.train_metrics(clock, 1000, 2, {"m1": 1e9}, torch.device("cpu"))
+    assert not {"reserved_mem_gib", "alloc_retries"} & set(on_cpu)
