@@ -8,7 +8,8 @@ as its pretrain/tinyllama.py does. They take turns; the figures are medians. Our
 2 threads that read ahead, which share one interpreter: what it costs to have the batches ready before they are asked for.
 
 Then 62,500 sparse shards of 16M tokens each, about as many as SlimPajama has, are opened in a process of its own: time and
-memory to the first micro-batch of step 1,000,000. The result goes to benchmarks/results/loader.json.
+memory to the first micro-batch of step 1,000,000, and the rate of the next steps, in which nearly every sequence lies in a file
+that is opened for it. The result goes to benchmarks/results/loader.json.
 """
 
 import argparse
@@ -124,7 +125,8 @@ def write_sparse(folder: Path, tokens: int) -> None:
 def first_batch(folder: Path, step: int) -> dict[str, float]:
     """In a process of its own: seconds and additional memory, at its peak, from nothing to a step's first micro-batch.
 
-    As a restart comes to it: it asks whether a shard was written since all were found good.
+    As a restart comes to it: it asks whether a shard was written since all were found good. sequences_per_sec: of the steps after
+    it, by CPU time.
     """
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
     before, started = _memory_mb("VmRSS"), time.perf_counter()
@@ -134,7 +136,15 @@ def first_batch(folder: Path, step: int) -> dict[str, float]:
     batch, _ = next(data.train_loader(batches, [step], 0, torch.device("cpu")))
     seconds, peak = time.perf_counter() - started, _memory_mb("VmHWM")
     tokens = sum(source.train.num_tokens for source in batches.sources)
-    return {"tokens": tokens, "step": step, "seconds": seconds, "mb": peak - before, "rows": len(batch)}
+
+    def next_steps(steps: int) -> Iterator[torch.Tensor]:
+        return (
+            batch for batch, _ in data.train_loader(batches, range(step + 1, step + 1 + steps), 0, torch.device("cpu"))
+        )
+
+    rate = measure(next_steps, 8)["cpu"]
+    rows = {"rows": len(batch), "files": sum(len(source.train.manifest.shards) for source in batches.sources)}
+    return {"tokens": tokens, "step": step, "seconds": seconds, "mb": peak - before, "sequences_per_sec": rate, **rows}
 
 
 def _memory_mb(name: str) -> float:
@@ -196,7 +206,8 @@ def show(result: dict) -> int:
         print("tinyllama  missing: name a checkout with --tinyllama")
     for facts in result["first_batch"]:
         print(
-            f"{facts['tokens']:.0e} tokens, step {facts['step']:,}: first batch in {facts['seconds']:.3f} s, {facts['mb']:.0f} MB"
+            f"{facts['tokens']:.0e} tokens in {facts['files']:,} files, step {facts['step']:,}: first batch in "
+            f"{facts['seconds']:.3f} s, {facts['mb']:.0f} MB; then {facts['sequences_per_sec']:,.0f} sequences/s"
         )
     trillion = result["first_batch"][0]
     met = result["sequences_per_sec"]["cria"]["cpu"] >= TARGET and trillion["seconds"] < 1 and trillion["mb"] < 100
