@@ -130,6 +130,10 @@ def _step(loop: Loop, micro_batches: Iterator[data.MicroBatch]) -> StepResult:
         if alone and loop.saver.step < run.step:
             save(loop)
         raise
+    except torch.OutOfMemoryError as error:
+        batch = f"train.micro_batch_size {run.config.train.micro_batch_size} of {run.config.data.seq_len} tokens"
+        error.add_note(f"{batch}: a smaller one, or parallel.recompute mlp, takes less; pretrain plan names what fits")
+        raise
     first_step_done()
     loop.display.step(run.step)
     return result

@@ -263,3 +263,20 @@ def test_a_chain_of_jobs_goes_back_once(datasets: Path, tmp_path: Path, monkeypa
         starts = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
         began.append(json.loads(starts[-1])["step"])
     assert began == [10, 20, 20]
+
+
+def test_memory_that_does_not_suffice_is_said_with_what_helps(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the traceback, which is where a user looks, and in the crash report."""
+
+    def too_much(run: trainer.Run, *rest: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer, "optimizer_step", too_much)
+    with pytest.raises(torch.OutOfMemoryError) as found:
+        main(command(datasets, tmp_path, train={"micro_batch_size": 4}))
+    assert found.value.__notes__[0].startswith(
+        "train.micro_batch_size 4 of 32 tokens: a smaller one, or parallel.recompute mlp"
+    )
+    assert "pretrain plan" in (tmp_path / "run" / "crash-report.txt").read_text()
