@@ -210,23 +210,28 @@ def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Fi
     """Within each host, and between hosts: who is slow on all of its links, though they go to hosts that are not.
 
     A host is slow if even its fastest link is; between hosts, on any one rail, for the slowest one's sums are waited for. It is
-    compared with the median of all hosts' (of two hosts within themselves the faster one's: a link can only be slower than it
-    should be). Within a host also with NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth.
-    Between hosts, for which no datasheet speaks, all rails together also with what the run sends: bad if sending takes longer
-    than the step, a warning if it takes more than half of it. With two hosts nobody can tell which end is slow.
+    compared with the median of the same rail of all hosts (of two hosts within themselves the faster one's: a link can only be
+    slower than it should be); the one pair that two hosts make has only its other rails to be compared with. Within a host also
+    with NVLink's datasheet, of which a ring attains three quarters and PCIe less than a tenth. Between hosts, for which no
+    datasheet speaks, all rails together also with what the run sends: bad if sending takes longer than the step, a warning if it
+    takes more than half of it. With two hosts nobody can tell which end is slow.
     """
     devices = {rank.host: rank.device for rank in measured}
     findings = []
     for check, size in (("all-reduce within", 1), ("all-reduce across", 2)):
         best: dict[str, dict[int, float]] = {}
+        pairs: dict[tuple[str, ...], float] = {}
         for link in (link for link in links if len(link.hosts) == size):
+            pairs[link.hosts] = pairs.get(link.hosts, 0.0) + link.bytes_per_s
             for host in link.hosts:
                 rails = best.setdefault(host, {})
                 rails[link.rail] = max(rails.get(link.rail, 0.0), link.bytes_per_s)
-        typical = median_high(speed for rails in best.values() for speed in rails.values()) if best else 0.0
         for host, rails in best.items():
-            slowest, speed = min(rails.items(), key=lambda rail: rail[1])
-            together = sum(rails.values())
+            alone = size == 2 and len(best) == 2
+            usual = {rail: _usual(best, None if alone else rail) for rail in rails}
+            slowest = min(rails, key=lambda rail: rails[rail] / usual[rail])
+            speed, typical = rails[slowest], usual[slowest]
+            together = max(total for pair, total in pairs.items() if host in pair)
             chip = DATASHEETS.get(devices.get(host, "")) if size == 1 else None
             peak = chip.link if chip else None
             of_peak = speed / peak if peak else 1.0
@@ -240,6 +245,11 @@ def _links(measured: list[Measured], links: list[Link], needs: Needs) -> list[Fi
             wanted += f", a host sends {need / 1e9:.2g} GB/s" if need else ""
             findings.append(Finding(host, check, status, found, wanted))
     return findings
+
+
+def _usual(best: dict[str, dict[int, float]], rail: int | None) -> float:
+    """The median of all hosts' speeds on a rail; None: on any."""
+    return median_high(speed for rails in best.values() for n, speed in rails.items() if rail is None or n == rail)
 
 
 def _shards(measured: list[Measured], needs: Needs) -> list[Finding]:

@@ -247,18 +247,19 @@ def _measure_links(hosts: list[str], device: torch.device, seconds: float) -> li
     for where, rails in at_once:
         groups = [dist.new_group(members) for members in rails]  # called by all
         mine = next((group for group, members in zip(groups, rails) if ranks.rank() in members), None)
+        tensor = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
         if mine is not None:
-            dist.all_reduce(torch.ones(1, device=device), group=mine)  # connects its ranks
+            dist.all_reduce(tensor, group=mine)  # NCCL connects ranks at the first sum of a size
             devices.finish(device)
         ranks.barrier()
-        speeds = ranks.gather(0.0 if mine is None else _all_reduce_speed(mine, len(rails[0]), device, seconds))
+        speeds = ranks.gather(0.0 if mine is None else _all_reduce_speed(mine, tensor, seconds))
         results += [Link(where, min(speeds[n] for n in members), rail) for rail, members in enumerate(rails)]
     return results
 
 
-def _all_reduce_speed(group: dist.ProcessGroup, size: int, device: torch.device, seconds: float) -> float:
+def _all_reduce_speed(group: dist.ProcessGroup, tensor: torch.Tensor, seconds: float) -> float:
     """Bytes/s that each member sends: 2 (n - 1) / n of the tensor an all-reduce (a ring's traffic)."""
-    tensor = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
+    device, size = tensor.device, dist.get_world_size(group)
     times = 20 if device.type == "cuda" else max(2, int(5 * seconds))  # the same number on all members
     began = time.perf_counter()
     for _ in range(times):
@@ -288,8 +289,8 @@ def _needs(settings: config.Config, layout: Layout, flops: list[float], free_byt
 
 def _sent_across(parameters: int, layout: Layout) -> float:
     """Bytes that a host sends to others in a step: a ring larger than a host leaves it once; each rank has its own replicas."""
-    in_ring, to_replicas = sent_bytes(parameters, layout)
+    *in_ring, to_replicas = sent_bytes(parameters, layout)
     if layout.nodes == 1:
         return 0.0
     own = to_replicas * min(layout.shards, layout.gpus_per_node)
-    return own + (in_ring if layout.shards > layout.gpus_per_node else 0.0)
+    return own + (sum(in_ring) if layout.shards > layout.gpus_per_node else 0.0)

@@ -95,7 +95,8 @@ def throughput(
 def train_metrics(
     clock: Clock, tokens_per_step: int, world_size: int, flops: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
-    """Speed over the whole steps since the last line, and peak memory; `clock` is paused, the device has finished.
+    """Speed over the whole steps since the last line, and peak memory; `clock` is paused, the device has finished. Called by all
+    ranks: memory is the fullest one's.
 
     peak_mem_gib: the most that tensors took at a time since the process began; on a CPU its largest resident size. On a GPU also
     reserved_mem_gib, the most that the allocator held for them, and alloc_retries: how often it found no room, gave all that was
@@ -103,13 +104,12 @@ def train_metrics(
     """
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
-        memory = stats["allocated_bytes.all.peak"]
-        more = {
-            "reserved_mem_gib": stats["reserved_bytes.all.peak"] / 2**30,
-            "alloc_retries": stats["num_alloc_retries"],
-        }
+        names = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")
+        memory, reserved, retries = ranks.all_reduce_max(torch.tensor([stats[name] for name in names])).tolist()
+        more = {"reserved_mem_gib": reserved / 2**30, "alloc_retries": retries}
     else:
-        memory, more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, {}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory, more = ranks.all_reduce_max(torch.tensor(resident)).item(), {}
     return {
         **throughput(tokens_per_step, clock.train_s / clock.steps, world_size, flops, device),
         "step_time_s": clock.train_s / clock.steps,

@@ -10,6 +10,7 @@ an fp32 residual stream, and fp32 gathers.)
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,7 +120,7 @@ def _choose_accelerator(parallel: ParallelConfig, local_world_size: int) -> str:
     gpus = torch.cuda.device_count()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if parallel.accelerator != "cpu" and gpus < min(int(given), local_world_size):
-        if torch.version.cuda is None:
+        if torch.version.cuda is None and torch.version.hip is None:
             raise ValueError(
                 f"SLURM gave this job {given} GPUs on {this_host()}, and this PyTorch ({torch.__version__}) is one for CPUs: "
                 "install one for CUDA (README, Two commands), or set --parallel.accelerator cpu"
@@ -148,9 +149,9 @@ def _wake_driver() -> None:
     """The first call of CUDA: NVML, by which GPUs are counted, sees them whether they can be used or not."""
     try:
         torch.cuda.init()
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]
-        if "driver" in why and "too old" in why:
+        if re.search(r"driver .*too old|forward compatibility", str(error)):
             raise ValueError(
                 f"{this_host()}: {why}: PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; install one for a "
                 "CUDA that this driver knows (nvidia-smi names its newest), or update the driver"

@@ -5,6 +5,7 @@ same run? ─> model on its devices, optimizer ─> checkpoint, or --init_from, 
 """
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -72,7 +73,9 @@ def prepare(settings: config.Config, stop: scheduler.Stop | None = None, saves: 
         guard = on_failure.enter_context(Watchdog(settings))
         on_failure.enter_context(run_folder.enter(Path(settings.run_dir)))
         if settings.data.verify == "full":
-            begun_from = (Path(path).parent.parent for path in (settings.resume, settings.init_from) if path)
+            begun_from = (
+                Path(os.path.realpath(path)).parent.parent for path in (settings.resume, settings.init_from) if path
+            )
             records = [folder / "verified.json" for folder in (Path(settings.run_dir), *begun_from)]
             _verify_shards(records, data.datasets(sources, sets), stop)
         run = _build(settings, fabric, sharding, sources, sets, mixture, grad_accum_steps, saves)

@@ -164,6 +164,20 @@ def test_hosts_are_measured_rail_by_rail_and_a_slow_one_is_seen(tmp_path: Path) 
     assert forks.finish(forks.fork_ranks(4, output, body)) == [0] * 4, output.read_text()
 
 
+def test_rails_that_are_slower_on_every_host_are_the_clusters_way() -> None:
+    """Three ranks that share a card, say; and no host's total is made of two pairs' rails."""
+    ring = [("node0", "node1"), ("node1", "node2"), ("node2", "node3"), ("node3", "node0")]
+    links = [Link(pair, 16e9 if rail > 4 else 50e9, rail) for pair in ring for rail in range(8)]
+    assert troubles(checkup.judge(cluster(), links, NEEDS)) == []
+    halves = [
+        Link(pair, 2e9 if (rail < 4) == (number % 2 == 0) else 50e9, rail)
+        for number, pair in enumerate(ring)
+        for rail in range(8)
+    ]
+    found = [f for f in checkup.judge(cluster(), halves, NEEDS) if "across" in f.check]
+    assert all("208.00 by all 8" in f.found for f in found)
+
+
 @pytest.mark.parametrize(("speed", "status"), [(0.04e9, "bad"), (0.09e9, "warn"), (0.2e9, "ok")])
 def test_a_link_of_two_hosts_is_held_against_what_the_run_sends(speed: float, status: str) -> None:
     """Neither has another to be compared with, and nobody can tell which one it is."""

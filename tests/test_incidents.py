@@ -304,6 +304,11 @@ def test_gpus_that_are_seen_and_cannot_be_used_are_one_line(tmp_path: Path, monk
         ValueError, match=r"too old \(found version 12040\): PyTorch 2\..* is built for CUDA .*; install one for a"
     ):
         parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
+    said = (
+        "Unexpected error from cudaGetDeviceCount(). Error 804: forward compatibility was attempted on non supported HW"
+    )
+    with pytest.raises(ValueError, match="install one for a CUDA that this driver knows"):
+        parallel._choose_accelerator(ParallelConfig(accelerator="auto"), 8)
     assert not (tmp_path / "suspect").exists()
     said = "CUDA unknown error - this may be due to an incorrectly set up environment.\nmore"
     with pytest.raises(

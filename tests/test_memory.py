@@ -242,13 +242,18 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
 
 def test_behind_the_last_micro_step_alone_replicas_exchange() -> None:
     """4 bytes a parameter, summed and spread again by a node's 8 ranks of 1/8 each: 4 N bytes, at 70% of 25 Gbit/s."""
-    chip = replace(CHIPS["A100-40G"], network_gbits=25)
-    layout = Layout("hybrid", 2, 8, micro_batch_size=8, grad_accum_steps=8, gather="step")
-    step = speed.step_seconds(TINYLLAMA.model, 2048, layout, chip, speed.A100)
+    layout = Layout("hybrid", 2, 8, micro_batch_size=8, grad_accum_steps=8, gather="step", reduce="micro_step")
+    slow, free = (
+        speed.step_seconds(TINYLLAMA.model, 2048, layout, replace(CHIPS["A100-40G"], network_gbits=n), speed.A100)
+        for n in (25, 1e9)
+    )
     alone_s = 4 * count(TINYLLAMA.model).total / (0.7 * 25e9 / 8)
-    computing_s = step.seconds - step.communication - step.optimizer
+    computing_s = slow.seconds - slow.communication - slow.optimizer
     assert 2.0 < alone_s < computing_s, "a whole step would hide half of it"
-    assert step.communication == pytest.approx(alone_s - 2 / 3 * computing_s / 8, rel=0.01)
+    assert slow.communication - free.communication == pytest.approx(alone_s - 2 / 3 * computing_s / 8, rel=0.001)
+    once = replace(layout, reduce="step")
+    more = speed.communication_seconds(TINYLLAMA.model, once, CHIPS["A100-40G"], speed.A100)[1]
+    assert more > speed.communication_seconds(TINYLLAMA.model, layout, CHIPS["A100-40G"], speed.A100)[1]
 
 
 def test_replicas_within_a_node_exchange_over_its_links() -> None:

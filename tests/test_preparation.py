@@ -14,6 +14,7 @@ from conftest import pretrain, tiny_config, write_config, write_dataset
 
 from data_prep import shard
 from pretrain import bench_step, checkpoint, config, data, going_on, preparation, ranks, saver
+from pretrain.__main__ import main
 from pretrain.sections import DataConfig, SourceConfig
 
 SHARDS = 60
@@ -56,11 +57,35 @@ def test_a_damaged_record_of_what_was_read_has_all_read_again(
             record.write_text(written)
         preparation._verify_shards([record], data.datasets(sources, {}), stop=None)
     assert read == [1], "once, and what was found good then counts"
-    for others in ([record], [], [tmp_path / "no such run" / "verified.json"]):
-        preparation._verify_shards([tmp_path / "branch.json", *others], data.datasets(sources, {}), stop=None)
-    assert read == [1], "a run that is begun from another one's checkpoint takes its word, and keeps it"
-    preparation._verify_shards([tmp_path / "another.json"], data.datasets(sources, {}), stop=None)
-    assert read == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["--resume", "--init_from"])
+def test_a_run_begun_from_another_ones_checkpoint_takes_its_word_for_the_shards(
+    datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """By whatever link the checkpoint is named; what was written since is read, and the word is kept."""
+    shutil.copytree(datasets / "a", tmp_path / "a", copy_function=shutil.copy)
+    tree = tiny_config(datasets, tmp_path / "run", train={"max_steps": 3}, optim={"warmup_steps": 1})
+    tree["data"]["sources"][0] |= {split: str(tmp_path / "a" / split) for split in ("train", "validation")}
+    words = ["train", "--config", str(write_config(tmp_path / "c.yaml", tree))]
+    assert main(words) == 0
+    (tmp_path / "best").symlink_to(tmp_path / "run" / "checkpoints" / "step-00000003")
+    read: list[Path] = []
+    check = shard.TokenDataset.check
+
+    def noted(self: shard.TokenDataset, *rest: Any) -> str | None:
+        read.append(self.directory)
+        return check(self, *rest)
+
+    monkeypatch.setattr(shard.TokenDataset, "check", noted)
+    begin = [*words, how, str(tmp_path / "best"), "--train.max_steps", "4", "--run_dir"]
+    assert main([*begin, str(tmp_path / "branch")]) == 0
+    assert read == []
+    assert json.loads((tmp_path / "branch" / "verified.json").read_text()).keys() >= {str(tmp_path / "a" / "train")}
+    part = next((tmp_path / "a" / "train" / "shards").iterdir())
+    part.write_bytes(part.read_bytes())
+    assert main([*begin, str(tmp_path / "another")]) == 0
+    assert read == [tmp_path / "a" / "train"]
 
 
 def test_shards_that_were_replaced_are_read_again_whatever_times_the_copy_has(tmp_path: Path) -> None:
