@@ -104,17 +104,16 @@ def train_metrics(
     """
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
-        names = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")
-        memory, reserved, retries = ranks.all_reduce_max(torch.tensor([stats[name] for name in names])).tolist()
-        more = {"reserved_mem_gib": reserved / 2**30, "alloc_retries": retries}
+        mine = [stats[name] for name in ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")]
     else:
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory, more = ranks.all_reduce_max(torch.tensor(resident)).item(), {}
+        mine = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+    peak, *allocator = ranks.all_reduce_max(torch.tensor(mine)).numpy().tolist()  # on the CPU
+    more = {"reserved_mem_gib": allocator[0] / 2**30, "alloc_retries": allocator[1]} if allocator else {}
     return {
         **throughput(tokens_per_step, clock.train_s / clock.steps, world_size, flops, device),
         "step_time_s": clock.train_s / clock.steps,
         "data_wait_s": clock.data_wait_s / clock.steps,
-        "peak_mem_gib": memory / 2**30,
+        "peak_mem_gib": peak / 2**30,
         **more,
     }
 
