@@ -223,7 +223,7 @@ def test_very_many_ranks_agree_every_few_steps(
     words = command(datasets, tmp_path, checkpoint={"every_steps": 0})
     assert main(words) == scheduler.REQUEUE
     assert "stopped by SIGUSR1 after step 10" in capsys.readouterr().out
-    asked = [values for values in agreed if isinstance(values, list)]
+    asked = [values for values in agreed if isinstance(values, list) and len(values) == 2]  # one number: of memory
     assert asked == [[0, 0], [0, 0], [0, 0], [signal.SIGUSR1, 0]], "before the first validation, and steps 1, 6 and 11"
     monkeypatch.setattr(trainer, "optimizer_step", step)
     assert main(words) == 0
