@@ -145,18 +145,8 @@ def test_steps_that_the_run_leaves_out_are_timed(datasets: Path, tmp_path: Path)
 
 
 def test_what_random_ids_do_not_tell_of_documents_is_said(settings: Path, stepped: Path, tmp_path: Path) -> None:
-    argv = [
-        "--config",
-        settings,
-        "--steps",
-        1,
-        "--warmup",
-        1,
-        "--out",
-        tmp_path / "out",
-        "--data.intra_document",
-        "true",
-    ]
+    argv = ["--config", settings, "--steps", 1, "--warmup", 1, "--out", tmp_path / "out"]
+    argv += ["--data.intra_document", "true"]
     assert benchmark.main(list(map(str, argv))) == 0
     says = "random ids have an EOS only every 320 tokens"
     assert [says in note for note in load(tmp_path / "out")["notes"]].count(True) == 1
