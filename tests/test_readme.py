@@ -104,7 +104,8 @@ def miniature(command: str) -> list[str]:
 
 def run(command: list[str], folder: Path) -> str:
     """Run it as it stands; but most of `pretrain` is forked from a process that has imported torch (see processes.py)."""
-    if command[0] == "pretrain" and command[1] not in ("train", "report"):
+    cold = command[1] == "report" or (command[1] == "train" and "--run_dir" not in command)
+    if command[0] == "pretrain" and not cold:
         done = processes.run(tuple(command[1:]), ranks=1, env=ENVIRONMENT, cwd=folder)
     else:
         done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)

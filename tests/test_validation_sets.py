@@ -348,13 +348,6 @@ def test_the_other_commands_take_such_a_configuration(
     assert str(tmp_path / "nowhere") in "".join(capsys.readouterr().out.split())
 
 
-def test_a_resume_with_sets_is_verified(datasets: Path, wiki: Path, tmp_path: Path) -> None:
-    file = with_sets(datasets, tmp_path / "run", {"wiki": wiki})
-    words = ("--steps", 8, "--kills", 0, "--ranks", "[1]", "--out", tmp_path / "out")
-    assert "A resume is the same run" in pretrain("verify-resume", "--config", file, *words).stdout
-    assert "wiki" in records(tmp_path / "out" / "straight", "validation")[0]["losses"]
-
-
 def test_the_command_line_takes_sets_and_help_explains_them(
     datasets: Path, wiki: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def verified(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     early = {
         "train": {"stop_after_step": 7, "leave_out": left_out},
         "optim": {"lr_decay_steps": 5},
+        "validation": {"sets": [{"name": "extra", "path": str(datasets / "b" / "validation")}]},
     }  # none is of what is proved
     config_file = write_config(folder / "c.yaml", tiny_config(datasets, folder / "run", **early))
     done = pretrain(
