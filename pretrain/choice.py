@@ -20,8 +20,8 @@ ROOM = 0.05
 """Share of a GPU's memory that is left free, since the model of memory is not exact."""
 
 UNSEEN = 0.9
-"""What counts, in a choice, of the speed of `shard_grad_op` over several nodes: the model knows a ring's bandwidth and not what
-each of its steps takes, and the one run that is known was 21% slower (`published.not_covered`)."""
+"""What counts, in a choice, of the speed of `shard_grad_op` over several nodes: what it gains over `hybrid` is small, and of the
+runs that are known one was 14% slower than is predicted (`published.not_covered`)."""
 
 RECOMPUTED = ((0, "none"), (0, "elementwise"), (0, "mlp"), (1, "none"), (2, "none"), (4, "none"))
 """Settings of `activation_checkpointing` and `recompute` to choose from."""

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         if args.published:
             if len(argv) > 1:
                 raise ValueError("--published shows the model of time and would heed nothing else: leave the rest out")
-            console.print(published.table())
+            console.print(published.tables())
             return 0
         if args.config is None:
             raise ValueError("say what to plan: --config FILE; or --published")
@@ -110,15 +110,13 @@ def _known(name: str | None, compiled: bool) -> Basis:
     name = known[name.lower()]
     chip = CHIPS[name]
     error = f"±{100 * published.stated_error(chip, compiled):.0f}%"
-    rates = speed.rates_of(chip)
-    runs = [run for run in published.PUBLISHED if speed.rates_of(CHIPS[run.chip]) is rates]
-    most = max(run.layout.world_size for run in runs if not run.assumed)
+    rates, runs = speed.rates_of(chip), published.counted(chip)
     explained = (
-        f"{error}: the largest error on a published run on {rates.fitted_on} that was left out of the fit "
-        f"(pretrain plan --published), of up to {most} GPUs"
+        f"{error}: nine of ten of {len(runs)} published runs on {rates.fitted_on}, each left out of the fit, lie within "
+        f"{100 * rates.fit_error:.1f}% (pretrain plan --published)"
     )
     if compiled:
-        explained += ", and what the gain of torch.compile is uncertain by"
+        explained += f"; {100 * speed.COMPILED_ERROR:.0f}% is what the gain of torch.compile is uncertain by"
     explained += (
         f"; memory lies within the {100 * ROOM:.0f}% that are left free of what an allocator took (benchmarks/notes.md)"
     )

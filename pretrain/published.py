@@ -1,20 +1,24 @@
 """Published runs, and what the time model says of them: the evidence behind `plan`'s figures.
 
-MPT's rows are llm-foundry's benchmark tables (scripts/train/benchmarking/README.md), full shard, T = 2048, the sizes that
-lie within ours; its feed-forward of 2 x 4 D^2 is written as ours of 3 x 8/3 D^2, the same products. All but the compiled one
-run hand-fused kernels without torch.compile.
+`published.csv` has MPT's, from llm-foundry's benchmark tables (scripts/train/benchmarking/README.md): all in bf16 without
+offloading, 125M to 70B, 512 to 65,536 tokens, 8 to 512 GPUs. Its feed-forward of 2 x 4 D^2 is written as ours of 3 x 8/3 D^2,
+the same products. All but the compiled one run hand-fused kernels without torch.compile.
 """
 
+import csv
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
 
+from rich.console import Group
 from rich.table import Table
 
 from pretrain.chips import CHIPS, Chip
 from pretrain.history import short
-from pretrain.memory import GIB, Layout, memory
+from pretrain.memory import Layout
 from pretrain.model import count
 from pretrain.sections import DataConfig, ModelConfig
-from pretrain.speed import rates_of, step_seconds, tokens_per_sec_per_gpu
+from pretrain.speed import COMPILED_ERROR, rates_of, step_seconds, tokens_per_sec_per_gpu
 
 
 def _mpt(hidden_size: int, layers: int, heads: int) -> ModelConfig:
@@ -40,6 +44,8 @@ class Published:
     """One run's figure."""
 
     name: str
+    size: str
+    """Runs of one size are left out of the fit together."""
     model: ModelConfig
     chip: str
     layout: Layout
@@ -49,56 +55,26 @@ class Published:
     """What of the run was not published; such a row is shown and not counted."""
 
 
-def _mosaic(
-    size: str, chip: str, gpus: int, micro: int, accum: int, checkpointed: bool, tokens_per_sec_per_gpu: float
-) -> Published:
+def _mpt_runs() -> list[Published]:
+    with open(Path(__file__).with_name("published.csv"), newline="") as file:
+        return [_mpt_run(row) for row in csv.DictReader(file)]
+
+
+def _mpt_run(row: dict[str, str]) -> Published:
+    size, chip, T, gpus = row["model"], row["chip"], int(row["seq_len"]), int(row["gpus"])
     layout = Layout(
-        "full_shard",
+        row["strategy"],
         max(1, gpus // 8),
         min(8, gpus),
-        micro_batch_size=micro,
-        grad_accum_steps=accum,
-        activation_checkpointing=int(checkpointed),
+        micro_batch_size=int(row["micro_batch_size"]),
+        grad_accum_steps=int(row["grad_accum_steps"]),
+        activation_checkpointing=int(row["activation_checkpointing"]),
         compile=False,
+        gather="layer" if row["strategy"] == "full_shard" else "micro_step",
         reduce="micro_step",
     )
-    return Published(f"MPT-{size}, {gpus} {chip}", MPT[size], chip, layout, tokens_per_sec_per_gpu)
-
-
-PUBLISHED = [
-    Published(
-        "TinyLlama-1.1B, 16 A100-40G",
-        TINYLLAMA,
-        "A100-40G",
-        Layout("full_shard", 2, 8, micro_batch_size=8, grad_accum_steps=8, compile=False),
-        24_000,
-    ),
-    _mosaic("125M", "A100-40G", 8, 26, 3, False, 136_334),
-    _mosaic("350M", "A100-40G", 8, 16, 4, False, 55_995),
-    _mosaic("350M", "A100-40G", 16, 18, 1, False, 55_413),
-    _mosaic("760M", "A100-40G", 8, 12, 4, False, 30_173),
-    _mosaic("760M", "A100-40G", 64, 12, 1, False, 29_344),
-    _mosaic("1B", "A100-40G", 8, 8, 8, False, 19_271),
-    _mosaic("1B", "A100-40G", 16, 8, 1, False, 19_085),
-    _mosaic("1B", "A100-40G", 128, 10, 1, False, 18_647),
-    _mosaic("3B", "A100-40G", 8, 5, 8, False, 10_065),
-    _mosaic("3B", "A100-40G", 64, 6, 1, False, 9_736),
-    _mosaic("7B", "A100-40G", 16, 16, 1, True, 3_645),
-    _mosaic("13B", "A100-40G", 64, 16, 1, True, 1_976),
-    _mosaic("30B", "A100-40G", 32, 4, 1, True, 857),
-    _mosaic("70B", "A100-40G", 128, 4, 1, True, 376),
-    _mosaic("1B", "A100-80G", 8, 14, 4, False, 20_513),
-    _mosaic("7B", "A100-80G", 8, 6, 2, False, 4_641),
-    _mosaic("760M", "H100", 16, 24, 1, False, 68_551),
-    _mosaic("1B", "H100", 8, 14, 1, False, 45_455),
-    _mosaic("1B", "H100", 16, 20, 1, False, 46_037),
-    _mosaic("1B", "H100", 64, 20, 1, False, 44_402),
-    _mosaic("3B", "H100", 16, 10, 3, False, 24_142),
-    _mosaic("7B", "H100", 8, 6, 1, False, 10_643),
-    _mosaic("13B", "H100", 16, 2, 1, False, 4_767),
-    _mosaic("30B", "H100", 32, 14, 3, True, 2_308),
-    _mosaic("70B", "H100", 64, 8, 4, True, 1_039),
-]
+    speed = float(row["tokens_per_sec_per_gpu"])
+    return Published(f"MPT-{size}, T {T:,}, {gpus} {chip}", f"MPT-{size}", MPT[size], chip, layout, speed, T)
 
 
 def _nanotron(nodes: int, mfu: float, accum: int) -> Published:
@@ -106,24 +82,38 @@ def _nanotron(nodes: int, mfu: float, accum: int) -> Published:
     tokens_per_sec_per_gpu = mfu * 989e12 / (6 * 1.31e9 + 12 * 24 * 2048 * 4096)
     layout = Layout("shard_grad_op", nodes, 8, micro_batch_size=4, grad_accum_steps=accum, compile=False, gather="step")
     assumed = "its shape, T = 4096, 1M tokens a step, ZeRO-1"
-    return Published(
-        f"nanotron 1.3B, {8 * nodes} H100", MPT["1B"], "H100", layout, tokens_per_sec_per_gpu, 4096, assumed
-    )
+    name = f"nanotron 1.3B, {8 * nodes} H100"
+    return Published(name, "nanotron 1.3B", MPT["1B"], "H100", layout, tokens_per_sec_per_gpu, 4096, assumed)
 
 
-PUBLISHED += [
+PUBLISHED = [
+    Published(
+        "TinyLlama-1.1B, 16 A100-40G",
+        "TinyLlama-1.1B",
+        TINYLLAMA,
+        "A100-40G",
+        Layout("full_shard", 2, 8, micro_batch_size=8, grad_accum_steps=8, compile=False),
+        24_000,
+    ),
+    *_mpt_runs(),
     Published(
         "nanochat d24 as TinyLlama-1.1B, 8 H100",
+        "TinyLlama-1.1B",
         TINYLLAMA,
         "H100",
         Layout("full_shard", 1, 8, micro_batch_size=16, grad_accum_steps=2),
         68_000,
-        assumed="the figure is scaled from its own shape; torch.compile's gain is fitted to it",
+        assumed="the figure is scaled from its own shape; compiled",
     ),
     _nanotron(1, 0.44, 8),
     _nanotron(2, 0.42, 4),
     _nanotron(8, 0.33, 1),
 ]
+
+
+def counted(chip: Chip) -> list[Published]:
+    """The runs that the rates of the chip's generation rest on."""
+    return [run for run in PUBLISHED if not run.assumed and rates_of(CHIPS[run.chip]) is rates_of(chip)]
 
 
 def predicted(run: Published) -> float:
@@ -138,24 +128,28 @@ def error(run: Published) -> float:
     return predicted(run) / run.tokens_per_sec_per_gpu - 1
 
 
+def nine_of_ten(errors: list[float]) -> float:
+    """What nine of ten of them lie within."""
+    return quantiles(map(abs, errors), n=10, method="inclusive")[-1]
+
+
 def stated_error(chip: Chip, compiled: bool) -> float:
-    """The largest error on a run left out of its generation's fit, and what compiling is uncertain by (share of 1)."""
-    rates = rates_of(chip)
-    return rates.fit_error + (rates.compiled_error if compiled else 0)
+    """That of nine of ten runs left out of their generation's fit, and what compiling is uncertain by (share of 1)."""
+    return rates_of(chip).fit_error + (COMPILED_ERROR if compiled else 0)
 
 
 def not_covered(model: ModelConfig, data: DataConfig, layout: Layout, chip: Chip) -> dict[str, str]:
     """What `stated_error` says nothing of, for no run that is counted had it: each in a few words, and what is known of it."""
-    counted = [run for run in PUBLISHED if not run.assumed and rates_of(CHIPS[run.chip]) is rates_of(chip)]
+    runs = counted(chip)
     none, found = f"no run on {rates_of(chip).fitted_on} that is counted", {}
     if layout.precision == "fp8":
         found["fp8"] = "no published run is in fp8: its gain over bf16 is not counted in"
     elif layout.precision != "bf16":
         found[layout.precision] = f"no published run is in {layout.precision}: its speed is by the datasheet's peak"
-    smallest = min(count(run.model).total for run in counted)
+    smallest = min(count(run.model).total for run in runs)
     if 2 * count(model).total < smallest:
         found["so small a model"] = f"{none} is of less than {short(smallest)} parameters"
-    longest = max(run.seq_len for run in counted)
+    longest = max(run.seq_len for run in runs)
     if data.seq_len > longest:
         found[f"sequences of {data.seq_len:,} tokens"] = (
             f"{none} has sequences of more than {longest:,} tokens, and attention's part grows with them"
@@ -164,10 +158,10 @@ def not_covered(model: ModelConfig, data: DataConfig, layout: Layout, chip: Chip
         found["data.intra_document"] = (
             "no published run keeps attention within documents: neither what that saves is counted in, nor other kernels"
         )
-    most = max(run.layout.world_size for run in counted)
+    most = max(run.layout.world_size for run in runs)
     if layout.world_size > most:
         found[f"{layout.world_size:,} GPUs"] = f"{none} has more than {most} GPUs"
-    if layout.nodes > 1 and not any(_alike(run.layout, layout) for run in counted):
+    if layout.nodes > 1 and not any(_alike(run.layout, layout) for run in runs):
         known = [run for run in PUBLISHED if _alike(run.layout, layout)]
         worst = max(known, key=error, default=None)
         words, sentence = f"{layout.strategy} over several nodes", ""
@@ -183,26 +177,22 @@ def _alike(a: Layout, b: Layout) -> bool:
     return a.nodes > 1 and a.strategy == b.strategy
 
 
-def table() -> Table:
-    """One row a published run: its tokens/s/GPU, what the model of time says, and the error."""
-    found = Table(
-        title="published runs against the model of time, tokens/s/GPU",
-        title_justify="left",
-        caption="Memory is computed for this project's code. By it MPT's runs, made with other code, come out up to 8% above the "
-        "GPU's memory.",
-        caption_justify="left",
-    )
-    for name in ("run", "published", "predicted", "error", "memory, GiB"):
-        found.add_column(name, justify="left" if name == "run" else "right")
-    found.add_column("not published, assumed (not counted)")
-    for run in PUBLISHED:
-        held = memory(run.model, run.seq_len, run.layout).total / GIB
-        found.add_row(
-            run.name,
-            f"{run.tokens_per_sec_per_gpu:,.0f}",
-            f"{predicted(run):,.0f}",
-            f"{100 * error(run):+.1f}%",
-            f"{held:.1f} of {CHIPS[run.chip].memory_gib:.1f}",
-            run.assumed,
-        )
-    return found
+def tables() -> Group:
+    """MPT's runs by chip and length, then all others: predicted over published tokens/s/GPU, less 1."""
+    groups: dict[tuple[str, int], list[Published]] = {}
+    for run in (run for run in PUBLISHED if run.model in MPT.values() and not run.assumed):
+        groups.setdefault((run.chip, run.seq_len), []).append(run)
+    mpt = Table(title="MPT, 125M to 70B, on 8 to 512 GPUs: error", title_justify="left")
+    for name in ("chip", "tokens a sequence", "runs", "median", "nine of ten within", "largest"):
+        mpt.add_column(name, justify="left" if name == "chip" else "right")
+    for (chip, seq_len), runs in groups.items():
+        errors = [error(run) for run in runs]
+        figures = (f"{seq_len:,}", str(len(runs)), f"{100 * median(errors):+.1f}%", f"{100 * nine_of_ten(errors):.1f}%")
+        mpt.add_row(chip, *figures, f"{100 * max(errors, key=abs):+.1f}%")
+    others = Table(title="others, tokens/s/GPU", title_justify="left")
+    for name in ("run", "published", "predicted", "error", "not published, assumed (not counted)"):
+        others.add_column(name, justify="right" if name in ("published", "predicted", "error") else "left")
+    for run in (run for run in PUBLISHED if run.model not in MPT.values() or run.assumed):
+        speeds = (f"{run.tokens_per_sec_per_gpu:,.0f}", f"{predicted(run):,.0f}")
+        others.add_row(run.name, *speeds, f"{100 * error(run):+.1f}%", run.assumed)
+    return Group(mpt, others)

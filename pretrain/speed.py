@@ -4,8 +4,9 @@
                                                                  optimizer
 
 Products and attention run at a share of the chip's dense peak, everything between them at a share of its memory's
-bandwidth, collectives at the link's, hidden behind the computation as far as that goes. The shares are `Rates`, fitted to
-published runs (`published.py` has them, and the error of each); a probe corrects them by what it measures on its machine.
+bandwidth, collectives at the link's and by steps of a ring, hidden behind the computation as far as that goes. The shares are
+`Rates`, fitted to published runs (`published.py` has them, and what the fit is worth); a probe corrects them by what it
+measures on its machine.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -23,45 +24,35 @@ class Rates:
     fitted_on: str
     """The generation of chips whose published runs it is fitted to."""
     products: float
-    """Of the dense peak, in matrix products of endless width."""
-    half_width: float
-    """The width D at which products attain half of that (features); 0: all widths alike."""
+    """Of the dense peak, in matrix products."""
     attention: float
     """Of the dense peak, in flash attention's forward and backward, causal, heads of 64 to 128."""
+    traffic: float
+    """How much more than `layer_traffic` the published runs' hand-fused kernels move; compiled ones move that."""
     bandwidth: float = 0.8
     """Of the memory's bandwidth, in elementwise kernels; usual for streaming kernels."""
     link: float = 0.7
     """Of the link's bandwidth, in all-gather and reduce-scatter."""
-    hidden: float = 0.5
+    hidden: float = 0.25
     """Of communication behind computation, where there is computation enough: collectives take multiprocessors and bandwidth."""
+    hop_s: float = 4e-6
+    """A step of a ring between nodes, however little is sent (seconds)."""
     fit_error: float = 0.0
-    """The largest error on a published run that was left out of the fit (share of 1): benchmarks/plan_fit.py."""
-    compiled: float = 1.0
-    """How much faster torch.compile is than hand-fused kernels, which the published runs have."""
-    compiled_error: float = 0.0
-    """What that is uncertain by (share of 1)."""
+    """Nine of ten published runs, each left out of the fit, lie within it (share of 1): benchmarks/plan_fit.py."""
     layers: float = 1.0
     """A probe's correction: measured over predicted seconds of the layers."""
     rest: float = 1.0
     """A probe's correction: measured over predicted seconds of the loss and all else outside of the layers."""
 
 
-A100 = Rates(
-    "A100", products=0.78, half_width=0, attention=0.22, hidden=0.5, fit_error=0.065, compiled=1.12, compiled_error=0.03
-)
-"""Fitted to `published.PUBLISHED` on A100: two numbers to 17 runs, `hidden` chosen. Compiled: 10 to 15% over hand-fused kernels,
-this project's estimate for A100."""
-HOPPER = Rates(
-    "H100",
-    products=0.74,
-    half_width=1000,
-    attention=0.32,
-    hidden=0.25,
-    fit_error=0.087,
-    compiled=1.20,
-    compiled_error=0.05,
-)
-"""Fitted on H100: four numbers to 9 runs. Compiled: nanochat's d24, 50% of the peak in the products' FLOPs."""
+A100 = Rates("A100", products=0.83, attention=0.31, traffic=1.9, fit_error=0.085)
+"""Three numbers, fitted to 140 runs on A100 in `published.PUBLISHED`; `hidden` and `hop_s` fit both generations."""
+HOPPER = Rates("H100", products=0.76, attention=0.18, traffic=2.5, fit_error=0.045)
+"""As many, fitted to 70 runs on H100. Their attention was written for A100: what cuDNN's gives is not counted in."""
+
+COMPILED_ERROR = 0.03
+"""What it costs TinyLlama-1.1B where compiled kernels move a quarter more than `layer_traffic` (share of 1). For an H200 Inductor
+itself counts a fifth less (benchmarks/notes.md)."""
 
 LAUNCH_S = 40 * 5e-6
 """A layer's forward and backward are at least this long: about 40 kernels, 5 us each to start (seconds); assumed."""
@@ -98,20 +89,20 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
         chip = replace(chip, flops=chip.fp32_flops)
     tokens = layout.micro_batch_size * seq_len * layout.grad_accum_steps
     bandwidth = rates.bandwidth * chip.bytes_per_s
-    products = 6 * L * counts.layer_in_products * tokens / _product_flops(model, chip, rates)
+    products = 6 * L * counts.layer_in_products * tokens / (rates.products * chip.flops)
     # Causal: 2 T D forward, and 2.5 times as much backward, where the scores are computed again (arXiv 2307.08691, 3.2).
     attention = 7 * L * model.hidden_size * seq_len * tokens / (rates.attention * chip.flops)
-    between = layer_traffic(model, layout) * L * tokens / bandwidth
+    traffic = (1.0 if layout.compile else rates.traffic) * layer_traffic(model, layout)
+    between = traffic * L * tokens / bandwidth
     between = max(between, L * LAUNCH_S * layout.grad_accum_steps - products - attention)
     checkpointed = -(-L // n) / L if n else 0
     recomputed = checkpointed * (products / 3 + attention / 3.5 + between / 3)
     recomputed += (1 - checkpointed) * _recomputed_part(model, tokens, layout, chip, rates)
     loss = _loss_seconds(model, seq_len, tokens, layout, chip, rates)
-    gain = rates.compiled if layout.compile else 1.0
     products, attention, between, recomputed = (
-        seconds * rates.layers / gain for seconds in (products, attention, between, recomputed)
+        seconds * rates.layers for seconds in (products, attention, between, recomputed)
     )
-    loss *= rates.rest / gain
+    loss *= rates.rest
     spread, at_the_end = communication_seconds(model, layout, chip, rates)
     updated = L * counts.layer * rates.layers + (counts.total - L * counts.layer) * rates.rest
     optimizer = 40 * updated / layout.shards / bandwidth  # AdamW moves 28 bytes a parameter, norm and clipping 12
@@ -128,10 +119,6 @@ def step_seconds(model: ModelConfig, seq_len: int, layout: Layout, chip: Chip, r
         + exposed(at_the_end, last_backward, rates),
         optimizer=optimizer,
     )
-
-
-def _product_flops(model: ModelConfig, chip: Chip, rates: Rates) -> float:
-    return rates.products * chip.flops * model.hidden_size / (model.hidden_size + rates.half_width)
 
 
 def layer_traffic(model: ModelConfig, layout: Layout) -> float:
@@ -151,7 +138,7 @@ def _recomputed_part(model: ModelConfig, tokens: int, layout: Layout, chip: Chip
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     flops = 4 * D * F if layout.recompute == "mlp" else 0
     moved = (2 * D + F) * layout.compute_bytes
-    return L * tokens * (flops / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bytes_per_s))
+    return L * tokens * (flops / (rates.products * chip.flops) + moved / (rates.bandwidth * chip.bytes_per_s))
 
 
 def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout, chip: Chip, rates: Rates) -> float:
@@ -162,23 +149,38 @@ def _loss_seconds(model: ModelConfig, seq_len: int, tokens: int, layout: Layout,
     V, D, c = model.vocab_size, model.hidden_size, layout.compute_bytes
     chunk = tokens_at_a_time(model, seq_len, layout)
     moved = 40 * V * tokens + V * D * (2 * c if layout.compile else 2 * FP32 + 2 * c) * tokens / chunk
-    return 6 * V * D * tokens / _product_flops(model, chip, rates) + moved / (rates.bandwidth * chip.bytes_per_s)
+    return 6 * V * D * tokens / (rates.products * chip.flops) + moved / (rates.bandwidth * chip.bytes_per_s)
 
 
 def communication_seconds(model: ModelConfig, layout: Layout, chip: Chip, rates: Rates) -> tuple[float, float]:
     """Seconds of collectives in a step, hidden or not: of those spread over all of it, and of those in its last backward.
 
-    A ring runs at the slowest link that it crosses; a node's ring has all of its network cards.
+    A ring runs at the slowest link that it crosses; a node's ring has all of its network cards. Between nodes each of its steps
+    takes `hop_s` besides: n - 1 for what a layer gathers or reduces among n, twice that for what replicas add up.
     """
     gathered, reduced, to_replicas = sent_bytes(count(model).total, layout)
+    gathers, reductions = _times(layout)
     inside = rates.link * chip.link
     between_nodes = rates.link * chip.network_gbits / 8 * 1e9
-    in_ring = inside if layout.gpus_per_node >= layout.shards else min(inside, between_nodes)
-    among = min(layout.shards, layout.gpus_per_node)  # the rings of a node's shards share its cards
-    replicas_s = to_replicas / inside if layout.nodes == 1 else to_replicas * among / between_nodes
+    in_ring, hops_s, groups = inside, 0.0, model.num_hidden_layers + 1
+    if layout.shards > layout.gpus_per_node:
+        in_ring, hops_s = min(inside, between_nodes), groups * (layout.shards - 1) * rates.hop_s
+    gathered_s, reduced_s = gathered / in_ring + gathers * hops_s, reduced / in_ring + reductions * hops_s
+    replicas_s = to_replicas / inside
+    if layout.nodes > 1:
+        among = min(layout.shards, layout.gpus_per_node)  # the rings of a node's shards share its cards
+        replicas = layout.world_size // layout.shards
+        replicas_s = to_replicas * among / between_nodes + 2 * groups * (replicas - 1) * rates.hop_s
     if layout.reduce == "step":
-        return gathered / in_ring, reduced / in_ring + replicas_s
-    return (gathered + reduced) / in_ring, replicas_s
+        return gathered_s, reduced_s + replicas_s
+    return gathered_s + reduced_s, replicas_s
+
+
+def _times(layout: Layout) -> tuple[int, int]:
+    """How often in a step a layer's weights are gathered, and its gradients reduced."""
+    micro_steps = layout.grad_accum_steps
+    gathers = {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
+    return gathers, 1 if layout.reduce == "step" else micro_steps
 
 
 def sent_bytes(parameters: int, layout: Layout) -> tuple[float, float, float]:
@@ -188,10 +190,9 @@ def sent_bytes(parameters: int, layout: Layout) -> tuple[float, float, float]:
     step or in every micro-step: (n - 1) / n of each go around a ring of n. Replicas add up their shards once a step, which
     takes a ring twice that.
     """
-    P, G, micro_steps = parameters, layout.shards, layout.grad_accum_steps
+    P, G = parameters, layout.shards
     replicas = layout.world_size // G
-    gathers = {"layer": 2 * micro_steps, "micro_step": micro_steps, "step": 1}[layout.gather]
-    reductions = 1 if layout.reduce == "step" else micro_steps
+    gathers, reductions = _times(layout)
     in_ring = P * (G - 1) / G
     return (
         in_ring * layout.compute_bytes * gathers,

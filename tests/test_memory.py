@@ -1,8 +1,10 @@
 """What a run keeps in memory and how long its steps take, by arithmetic: the model's own bytes, and published runs."""
 
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
@@ -160,26 +162,38 @@ def test_tinyllama_takes_90_days_as_it_did() -> None:
     assert 3e12 / tokens * step.seconds / 86400 == pytest.approx(90, rel=0.03)
 
 
-@pytest.mark.parametrize("run", [run for run in PUBLISHED if not run.assumed], ids=lambda run: run.name)
-def test_published_runs_lie_within_the_stated_error(run: published.Published) -> None:
-    """What is stated is the error on a run left out of the fit: that of a run in it is smaller."""
-    assert abs(published.error(run)) <= published.stated_error(CHIPS[run.chip], compiled=False) <= 0.10
+@pytest.mark.parametrize(("chip", "runs", "sizes"), [("A100-40G", 140, 10), ("H100", 70, 7)])
+def test_published_runs_lie_within_the_stated_error(chip: str, runs: int, sizes: int) -> None:
+    """The rates are those of the fit, and the error is that of runs left out of it: not less, and not half a point more. No
+    length is far off.
+    """
+    fit, counted, rates = plan_fit(), published.counted(CHIPS[chip]), speed.rates_of(CHIPS[chip])
+    assert (len(counted), len({run.size for run in counted})) == (runs, sizes)
+    fitted = fit.fit(counted)
+    assert fitted._asdict() == {name: getattr(rates, name) for name in fitted._fields}
+    left_out = published.nine_of_ten(fit.errors_when_left_out(counted, fitted))
+    assert left_out <= rates.fit_error == published.stated_error(CHIPS[chip], compiled=False) < left_out + 0.005 < 0.10
+    assert {512, 65_536} <= {run.seq_len for run in counted}
+    for seq_len in {run.seq_len for run in counted}:
+        assert abs(median(published.error(run) for run in counted if run.seq_len == seq_len)) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("generation", "rates"),
-    [("A100", speed.A100), ("H100", speed.HOPPER)],
-)
-def test_the_rates_are_those_of_the_fit(generation: str, rates: speed.Rates) -> None:
-    numbers, _, _ = plan_fit().fit(generation)
-    assert numbers._asdict() == {name: getattr(rates, name) for name in numbers._fields}
+def test_compiled_tinyllama_is_as_fast_as_it_is_said_to_be() -> None:
+    """By 10 to 15% on A100 (its own run: 24k tokens/s/GPU); and on H100 as nanochat's, which is not counted."""
+    own = next(run for run in PUBLISHED if run.name.startswith("TinyLlama"))
+    assert abs(published.error(own)) < 0.01
+    gain = published.predicted(replace(own, layout=replace(own.layout, compile=True))) / published.predicted(own)
+    assert 1.10 < gain < 1.15
+    (compiled,) = [run for run in PUBLISHED if run.layout.compile]
+    assert abs(published.error(compiled)) < speed.COMPILED_ERROR
 
 
-@pytest.mark.parametrize(("generation", "rates"), [("A100", speed.A100), ("H100", speed.HOPPER)])
-def test_the_stated_error_is_that_of_a_run_left_out_of_the_fit(generation: str, rates: speed.Rates) -> None:
-    """Not less than it, and not half a point more."""
-    _, largest, left_out = plan_fit().fit(generation)
-    assert largest < left_out <= rates.fit_error < left_out + 0.005
+def test_a_quarter_more_traffic_costs_a_compiled_step_what_is_said() -> None:
+    run = next(run for run in PUBLISHED if run.name.startswith("TinyLlama"))
+    compiled = replace(run.layout, compile=True)
+    for chip, rates in (("A100-40G", speed.A100), ("H100", speed.HOPPER)):
+        moved = speed.step_seconds(run.model, 2048, compiled, CHIPS[chip], rates)
+        assert moved.memory_bound / 4 / moved.seconds == pytest.approx(speed.COMPILED_ERROR, rel=0.15)
 
 
 def plan_fit() -> ModuleType:
@@ -214,13 +228,13 @@ def test_what_the_plan_says_of_a_run_is_what_it_says_of_its_layout(tmp_path: Pat
 
 
 def test_what_ran_is_not_said_to_be_far_from_fitting() -> None:
-    """What others' code held is not ours; the table says by how much ours would have been over."""
-    over = {run.name: memory(run.model, run.seq_len, run.layout).total for run in PUBLISHED if not run.assumed}
-    limits = {run.name: CHIPS[run.chip].memory_gib * 2**30 for run in PUBLISHED}
-    shares = {name: total / limits[name] for name, total in over.items()}
-    assert shares["TinyLlama-1.1B, 16 A100-40G"] < 0.9
-    assert 1.07 < max(shares.values()) <= 1.08
-    assert sum(share > 1 for share in shares.values()) == 5
+    """What others' code held is not ours, which would have been over in a few."""
+    counted = [run for run in PUBLISHED if not run.assumed]
+    shares = [memory(run.model, run.seq_len, run.layout).total / (CHIPS[run.chip].memory_gib * GIB) for run in counted]
+    assert counted[0].name.startswith("TinyLlama")
+    assert shares[0] < 0.9
+    assert 1.05 < max(shares) <= 1.10
+    assert sum(share > 1 for share in shares) <= len(shares) / 10
 
 
 def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
@@ -236,15 +250,17 @@ def test_a_faster_network_and_hybrid_sharding_help_where_they_should() -> None:
     }
     assert exchanged["hybrid", 100] < exchanged["full_shard", 100] / 2
     assert exchanged["full_shard", 1600] < exchanged["full_shard", 100] / 10
-    assert speed.exposed(2.0, 1.0, rates) == pytest.approx(1.0)
+    assert speed.exposed(2.0, 1.0, rates) == pytest.approx((1 - rates.hidden) * 2.0)
+    assert speed.exposed(2.0, 0.1, rates) == pytest.approx(1.9)
     assert speed.communication_seconds(TINYLLAMA.model, Layout(), slow, rates) == (0, 0)
 
 
 def test_behind_the_last_micro_step_alone_replicas_exchange() -> None:
     """4 bytes a parameter, summed and spread again by a node's 8 ranks of 1/8 each: 4 N bytes, at 70% of 25 Gbit/s."""
+    rates = replace(speed.A100, hop_s=0.0)
     layout = Layout("hybrid", 2, 8, micro_batch_size=8, grad_accum_steps=8, gather="step", reduce="micro_step")
     slow, free = (
-        speed.step_seconds(TINYLLAMA.model, 2048, layout, replace(CHIPS["A100-40G"], network_gbits=n), speed.A100)
+        speed.step_seconds(TINYLLAMA.model, 2048, layout, replace(CHIPS["A100-40G"], network_gbits=n), rates)
         for n in (25, 1e9)
     )
     alone_s = 4 * count(TINYLLAMA.model).total / (0.7 * 25e9 / 8)
@@ -254,6 +270,17 @@ def test_behind_the_last_micro_step_alone_replicas_exchange() -> None:
     once = replace(layout, reduce="step")
     more = speed.communication_seconds(TINYLLAMA.model, once, CHIPS["A100-40G"], speed.A100)[1]
     assert more > speed.communication_seconds(TINYLLAMA.model, layout, CHIPS["A100-40G"], speed.A100)[1]
+
+
+def test_a_ring_between_nodes_has_steps_that_take_time() -> None:
+    """512 GPUs on a network of any width: 22 layers and the rest, each gathered twice and reduced once in a micro-step."""
+    rates, wide = speed.HOPPER, replace(CHIPS["H100"], network_gbits=math.inf, link=math.inf)
+    for strategy, steps in (("full_shard", 3 * 511), ("hybrid", 2 * 63)):
+        layout = Layout(strategy, 64, 8, reduce="micro_step")
+        took = sum(speed.communication_seconds(TINYLLAMA.model, layout, wide, rates))
+        assert took == pytest.approx(23 * steps * rates.hop_s)
+    within = Layout("full_shard", 1, 8, reduce="micro_step")
+    assert sum(speed.communication_seconds(TINYLLAMA.model, within, wide, rates)) == 0
 
 
 def test_replicas_within_a_node_exchange_over_its_links() -> None:
@@ -283,11 +310,14 @@ def test_what_the_stated_error_says_nothing_of_is_named() -> None:
     long = replace(data, seq_len=131_072, intra_document=True)
     found = published.not_covered(model, long, replace(usual, precision="fp8"), h100)
     assert list(found) == ["fp8", "sequences of 131,072 tokens", "data.intra_document"]
-    assert "no run on H100 that is counted has sequences of more than 2,048 tokens" in " ".join(found.values())
+    assert "no run on H100 that is counted has sequences of more than 65,536 tokens" in " ".join(found.values())
     assert "so small a model" in published.not_covered(SHAPES[0], data, usual, a100)
     assert list(published.not_covered(model, data, replace(usual, nodes=32), a100)) == ["256 GPUs"]
-    for strategy, chip in (("hybrid", a100), ("hybrid", h100), ("shard_grad_op", a100), ("shard_grad_op", h100)):
+    assert published.not_covered(model, data, replace(usual, nodes=32), h100) == {}
+    for strategy, chip in (("hybrid", a100), ("hybrid", h100), ("shard_grad_op", a100)):
         (words,) = published.not_covered(model, data, replace(usual, strategy=strategy), chip)
         assert words.startswith(f"{strategy} over several nodes")
-        assert words.endswith(", where one run was 21% slower") == (strategy == "shard_grad_op")
+        assert words.endswith(", where one run was 14% slower") == (strategy == "shard_grad_op")
+    for strategy, chip in (("hybrid", a100), ("hybrid", h100), ("shard_grad_op", a100), ("shard_grad_op", h100)):
         assert published.not_covered(model, data, replace(usual, strategy=strategy, nodes=1), chip) == {}
+    assert published.not_covered(model, data, replace(usual, strategy="shard_grad_op"), h100) == {}

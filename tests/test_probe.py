@@ -52,7 +52,7 @@ def test_the_plan_of_a_probe_takes_what_was_measured(
     text = planned(capsys, "--config", write_config(tmp_path / "c.yaml", tree), "--probe")
     column = dict(re.findall(r"^│ ([\w-]+), s a step +│ +([\d.]+) │$", text, re.M))
     assert len(column) == 7
-    assert sum(map(float, column.values())) == pytest.approx(measured[layers], rel=5e-3)
+    assert sum(map(float, column.values())) == pytest.approx(measured[layers], abs=4e-3)  # seven rounded figures
     (speed,) = re.findall(r"1 cpu: ([\d,]+) tokens/s/GPU", text)
     assert float(speed.replace(",", "")) == pytest.approx(4 * 32 / measured[layers], rel=5e-3)
 
